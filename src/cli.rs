@@ -1,0 +1,1 @@
+//! The command line as typed: clap types only.

@@ -1,0 +1,1 @@
+//! Configuration in layers: defaults, file, environment, `--set`, flags.

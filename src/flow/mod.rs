@@ -1,0 +1,1 @@
+//! The rectified-flow engine: schedules, samplers, policies, inversions.

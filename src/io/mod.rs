@@ -1,0 +1,1 @@
+//! Files in and out, in the formats other tools read.

@@ -1,0 +1,19 @@
+//! rlrig: text-to-image generation that gets spatial relations right, and trains itself to do it better.
+//!
+//! Imports point one way; a test holds the rule:
+//! `tensor, scene, io <- models <- flow, vlm <- rig's implementations <- train, eval <- commands <- main`, and
+//! `rig::roles` and `rig::cycle` import only `scene`.
+
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod error;
+pub mod eval;
+pub mod flow;
+pub mod io;
+pub mod models;
+pub mod rig;
+pub mod scene;
+pub mod tensor;
+pub mod train;
+pub mod vlm;

@@ -1,0 +1,1 @@
+//! `Flux2Transformer2DModel`.

@@ -1,0 +1,88 @@
+//! A model folder in the Hugging Face layout, on disk or in the binary: the one way by which rlrig reads model files.
+
+use anyhow::{Context, Result, anyhow};
+use include_dir::Dir;
+use serde::de::DeserializeOwned;
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
+
+/// A folder of model files.
+#[derive(Clone, Debug)]
+pub enum Folder {
+    Disk(PathBuf),
+    Embedded(&'static Dir<'static>),
+}
+
+impl Folder {
+    /// The subfolder `name`, if there is one.
+    pub fn sub(&self, name: &str) -> Option<Self> {
+        match self {
+            Self::Disk(path) => {
+                let path = path.join(name);
+                path.is_dir().then_some(Self::Disk(path))
+            }
+            Self::Embedded(dir) => dir.get_dir(dir.path().join(name)).map(Self::Embedded),
+        }
+    }
+
+    /// The subfolder `name`, or an error that says what is missing.
+    pub fn require(&self, name: &str) -> Result<Self> {
+        self.sub(name).ok_or_else(|| anyhow!("{} has no folder {name}/", self.name()))
+    }
+
+    pub fn has(&self, file: &str) -> bool {
+        match self {
+            Self::Disk(path) => path.join(file).is_file(),
+            Self::Embedded(dir) => dir.get_file(dir.path().join(file)).is_some(),
+        }
+    }
+
+    /// The bytes of `file`.
+    pub fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+        match self {
+            Self::Disk(path) => {
+                let path = path.join(file);
+                std::fs::read(&path).map(Cow::Owned).with_context(|| format!("cannot read {}", path.display()))
+            }
+            Self::Embedded(dir) => dir
+                .get_file(dir.path().join(file))
+                .map(|f| Cow::Borrowed(f.contents()))
+                .ok_or_else(|| anyhow!("{} is not in the binary", self.file(file))),
+        }
+    }
+
+    /// `file`, parsed as JSON.
+    pub fn json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        let bytes = self.read(file)?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is not what it should be", self.file(file)))
+    }
+
+    /// The path on disk, for what must be mapped rather than read.
+    pub fn disk(&self) -> Option<&Path> {
+        match self {
+            Self::Disk(path) => Some(path),
+            Self::Embedded(_) => None,
+        }
+    }
+
+    /// The folder as shown to people.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Disk(path) => path.display().to_string(),
+            Self::Embedded(dir) => format!("built-in:{}", dir.path().display()),
+        }
+    }
+
+    /// A file of it as shown to people.
+    pub fn file(&self, file: &str) -> String {
+        format!("{}/{file}", self.name())
+    }
+}
+
+impl<P: Into<PathBuf>> From<P> for Folder {
+    fn from(path: P) -> Self {
+        Self::Disk(path.into())
+    }
+}

@@ -1,0 +1,172 @@
+//! A linear layer, with the low-rank adapters that its name asks for.
+
+use super::{Init, Params};
+use crate::tensor::linear;
+use anyhow::Result;
+use candle_core::{DType, Tensor, Var};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+/// A low-rank adapter over the linear layers of one model (LoRA, arXiv 2106.09685): `W x + scale * B A x`.
+///
+/// The layers are those whose name ends with one of `targets` (PEFT's `target_modules`). The adapter is shared by all of
+/// them, so [`Adapter::enable`] switches the whole of it, as a KL reference needs.
+#[derive(Clone)]
+pub struct Adapter(Arc<Inner>);
+
+struct Inner {
+    rank: usize,
+    alpha: f64,
+    targets: Vec<String>,
+    /// Read from a file by PEFT's names without their `base_model.model.` head; empty for a new adapter.
+    loaded: HashMap<String, Tensor>,
+    seed: u64,
+    trained: bool,
+    /// Strength given by the user beside `alpha / rank`.
+    strength: f64,
+    enabled: AtomicBool,
+    vars: Mutex<BTreeMap<String, Var>>,
+}
+
+impl Adapter {
+    /// A new adapter to be trained: `A` random, `B` zero, so that it changes nothing yet.
+    pub fn fresh(rank: usize, alpha: f64, targets: Vec<String>, seed: u64) -> Self {
+        Self::with(rank, alpha, targets, HashMap::new(), seed, true, 1.0)
+    }
+
+    /// An adapter read from a file: `loaded` has `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+    pub fn loaded(
+        rank: usize,
+        alpha: f64,
+        targets: Vec<String>,
+        loaded: HashMap<String, Tensor>,
+        strength: f64,
+        trained: bool,
+    ) -> Self {
+        Self::with(rank, alpha, targets, loaded, 0, trained, strength)
+    }
+
+    fn with(
+        rank: usize,
+        alpha: f64,
+        targets: Vec<String>,
+        loaded: HashMap<String, Tensor>,
+        seed: u64,
+        trained: bool,
+        strength: f64,
+    ) -> Self {
+        let enabled = AtomicBool::new(true);
+        Self(Arc::new(Inner { rank, alpha, targets, loaded, seed, trained, strength, enabled, vars: Mutex::default() }))
+    }
+
+    /// Switches the adapter on or off for all its layers.
+    pub fn enable(&self, on: bool) {
+        self.0.enabled.store(on, Ordering::Relaxed);
+    }
+
+    /// Its trained variables by PEFT's names without their head.
+    pub fn vars(&self) -> BTreeMap<String, Var> {
+        self.0.vars.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub fn rank(&self) -> usize {
+        self.0.rank
+    }
+
+    pub fn alpha(&self) -> f64 {
+        self.0.alpha
+    }
+
+    pub fn targets(&self) -> &[String] {
+        &self.0.targets
+    }
+
+    fn covers(&self, layer: &str) -> bool {
+        self.0.targets.iter().any(|t| layer == t || layer.ends_with(&format!(".{t}")))
+    }
+
+    /// The factors `A (rank, in)` and `B (out, rank)` for `layer`, if the adapter covers it.
+    fn factors(&self, layer: &str, inner: usize, out: usize, params: &Params) -> Result<Option<Low>> {
+        if !self.covers(layer) {
+            return Ok(None);
+        }
+        let dtype = if self.0.trained { DType::F32 } else { params.dtype() };
+        let source = if self.0.loaded.is_empty() {
+            Params::fresh(self.0.seed, dtype, params.device())
+        } else {
+            Params::loaded(self.0.loaded.clone(), "the adapter", dtype, params.device())
+        };
+        let rank = self.0.rank;
+        let mut pair = Vec::with_capacity(2);
+        for (name, shape, init) in
+            [("lora_A.weight", [rank, inner], Init::FanIn), ("lora_B.weight", [out, rank], Init::Zeros)]
+        {
+            let tensor = source.at(layer).get(name, &shape, init)?;
+            pair.push(if self.0.trained {
+                let var = Var::from_tensor(&tensor.detach())?;
+                let tensor = var.as_tensor().clone();
+                let mut vars = self.0.vars.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                vars.insert(format!("{layer}.{name}"), var);
+                tensor
+            } else {
+                tensor.detach()
+            });
+        }
+        let b = pair.remove(1);
+        let a = pair.remove(0);
+        Ok(Some(Low { a, b, adapter: self.clone() }))
+    }
+}
+
+struct Low {
+    a: Tensor,
+    b: Tensor,
+    adapter: Adapter,
+}
+
+/// `x W^T + b`, plus what the adapters of this layer add.
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    low: Vec<Low>,
+}
+
+impl Linear {
+    /// `weight` of `(out, in)` at `params`, without a bias.
+    pub fn new(inner: usize, out: usize, params: &Params) -> Result<Self> {
+        Self::with(inner, out, false, Init::FanIn, params)
+    }
+
+    /// With a bias of `(out)` as well.
+    pub fn biased(inner: usize, out: usize, params: &Params) -> Result<Self> {
+        Self::with(inner, out, true, Init::FanIn, params)
+    }
+
+    pub fn with(inner: usize, out: usize, bias: bool, init: Init, params: &Params) -> Result<Self> {
+        let weight = params.get("weight", &[out, inner], init)?;
+        let bias = bias.then(|| params.get("bias", &[out], Init::Zeros)).transpose()?;
+        let mut low = Vec::new();
+        for adapter in params.adapters() {
+            low.extend(adapter.factors(params.path(), inner, out, params)?);
+        }
+        Ok(Self { weight, bias, low })
+    }
+
+    /// `(.., in)` to `(.., out)`.
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let mut y = linear(x, &self.weight, self.bias.as_ref())?;
+        for Low { a, b, adapter } in &self.low {
+            if adapter.0.enabled.load(Ordering::Relaxed) {
+                let scale = adapter.0.strength * adapter.0.alpha / adapter.0.rank as f64;
+                let low = linear(&linear(&x.to_dtype(a.dtype())?, a, None)?, b, None)?;
+                y = (y + (low * scale)?.to_dtype(x.dtype())?)?;
+            }
+        }
+        Ok(y)
+    }
+}

@@ -1,0 +1,258 @@
+//! The named tensors of one model: read from safetensors or freshly drawn, frozen or trained.
+//!
+//! A model asks for each of its tensors by name and shape while it is built. What it asks for and does not find, or
+//! finds in another shape, is an error; so is, in [`Params::finish`], a tensor of the file that it never asked for.
+
+use super::{Adapter, Folder};
+use crate::tensor::rng::Stream;
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor, Var, safetensors::MmapedSafetensors};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, Mutex},
+};
+
+/// How a tensor begins when a model is trained from nothing.
+#[derive(Clone, Copy, Debug)]
+pub enum Init {
+    Zeros,
+    Ones,
+    /// Normal with this standard deviation.
+    Normal(f64),
+    /// Normal with variance `1 / fan_in`, for a matrix or kernel whose first dimension is its output.
+    FanIn,
+}
+
+enum Source {
+    Mapped { files: MmapedSafetensors, names: Vec<String> },
+    Loaded(HashMap<String, Tensor>),
+    Fresh { seed: u64 },
+}
+
+struct Shared {
+    source: Source,
+    /// Where the tensors come from, for messages.
+    origin: String,
+    dtype: DType,
+    device: Device,
+    trained: bool,
+    taken: Mutex<BTreeMap<String, Tensor>>,
+    vars: Mutex<BTreeMap<String, Var>>,
+    adapters: Vec<Adapter>,
+}
+
+/// A place in the tree of a model's tensors; cheap to clone.
+#[derive(Clone)]
+pub struct Params {
+    shared: Arc<Shared>,
+    prefix: String,
+}
+
+impl Params {
+    fn with(source: Source, origin: String, dtype: DType, device: &Device, trained: bool) -> Self {
+        let shared = Shared {
+            source,
+            origin,
+            dtype,
+            device: device.clone(),
+            trained,
+            taken: Mutex::default(),
+            vars: Mutex::default(),
+            adapters: Vec::new(),
+        };
+        Self { shared: Arc::new(shared), prefix: String::new() }
+    }
+
+    /// Opens `<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` lists, of a model folder. Files on
+    /// disk are mapped, so a tensor is read when it is asked for.
+    pub fn open(folder: &Folder, stem: &str, dtype: DType, device: &Device) -> Result<Self> {
+        let single = format!("{stem}.safetensors");
+        let index = format!("{stem}.safetensors.index.json");
+        let shards: Vec<String> = if folder.has(&single) {
+            vec![single.clone()]
+        } else if folder.has(&index) {
+            #[derive(serde::Deserialize)]
+            struct Index {
+                weight_map: BTreeMap<String, String>,
+            }
+            let index: Index = folder.json(&index)?;
+            let shards: BTreeSet<String> = index.weight_map.into_values().collect();
+            // A shard name is only ever a file of this folder.
+            if let Some(bad) = shards.iter().find(|s| s.contains(['/', '\\'])) {
+                bail!("{}: the index names {bad:?}, which is no file of the folder", folder.name());
+            }
+            shards.into_iter().collect()
+        } else {
+            bail!("{} has neither {single} nor {index}", folder.name());
+        };
+        let origin = folder.file(if shards.len() == 1 { &shards[0] } else { &index });
+        let source = match folder.disk() {
+            Some(path) => {
+                let paths: Vec<_> = shards.iter().map(|s| path.join(s)).collect();
+                // SAFETY: as with every memory-mapped checkpoint, the file must not be changed while it is in use.
+                let files = unsafe { MmapedSafetensors::multi(&paths) }
+                    .with_context(|| format!("{origin} is no whole safetensors file (interrupted download?)"))?;
+                let names = files.tensors().into_iter().map(|(name, _)| name).collect();
+                Source::Mapped { files, names }
+            }
+            None => {
+                let mut tensors = HashMap::new();
+                for shard in &shards {
+                    let bytes = folder.read(shard)?;
+                    tensors.extend(
+                        candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+                            .with_context(|| format!("{} is no whole safetensors file", folder.file(shard)))?,
+                    );
+                }
+                Source::Loaded(tensors)
+            }
+        };
+        Ok(Self::with(source, origin, dtype, device, false))
+    }
+
+    /// Tensors already in memory.
+    pub fn loaded(tensors: HashMap<String, Tensor>, origin: &str, dtype: DType, device: &Device) -> Self {
+        Self::with(Source::Loaded(tensors), origin.to_owned(), dtype, device, false)
+    }
+
+    /// Fresh tensors, each drawn from its own stream of `seed` and its name.
+    pub fn fresh(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self::with(Source::Fresh { seed }, "fresh".to_owned(), dtype, device, true)
+    }
+
+    /// Makes every tensor a variable that gradients reach. Call before the model is built.
+    pub fn trained(mut self) -> Self {
+        self.unique("trained").trained = true;
+        self
+    }
+
+    /// Adds adapters to the linear layers they name. Call before the model is built.
+    pub fn adapted(mut self, adapters: Vec<Adapter>) -> Self {
+        self.unique("adapted").adapters.extend(adapters);
+        self
+    }
+
+    fn unique(&mut self, what: &str) -> &mut Shared {
+        match Arc::get_mut(&mut self.shared) {
+            Some(shared) => shared,
+            None => unreachable!("Params::{what} is called before the model is built"),
+        }
+    }
+
+    /// The place `name` below this one.
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
+        Self { shared: self.shared.clone(), prefix }
+    }
+
+    pub fn path(&self) -> &str {
+        &self.prefix
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.shared.device
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.shared.dtype
+    }
+
+    pub fn adapters(&self) -> &[Adapter] {
+        &self.shared.adapters
+    }
+
+    /// Whether the source has `name` below this place; a fresh model has what is asked for.
+    pub fn has(&self, name: &str) -> bool {
+        let name = self.at(name).prefix;
+        match &self.shared.source {
+            Source::Mapped { files, .. } => files.get(&name).is_ok(),
+            Source::Loaded(tensors) => tensors.contains_key(&name),
+            Source::Fresh { .. } => true,
+        }
+    }
+
+    /// The tensor `name` of `shape`; asking twice for one name gives the same tensor (tied weights).
+    pub fn get(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let name = self.at(name).prefix;
+        if let Some(tensor) = lock(&self.shared.taken).get(&name) {
+            return Ok(tensor.clone());
+        }
+        let Shared { source, origin, dtype, device, .. } = &*self.shared;
+        let tensor = match source {
+            Source::Fresh { seed } => fresh(*seed, &name, shape, init)?,
+            Source::Mapped { files, .. } => {
+                let view =
+                    files.get(&name).map_err(|_| anyhow::anyhow!("{origin} lacks the tensor {name} {shape:?}"))?;
+                if view.shape() != shape {
+                    bail!("{origin}: {name} is {:?}, but the config asks for {shape:?}", view.shape());
+                }
+                files.load(&name, &Device::Cpu).with_context(|| format!("{origin}: cannot read {name}"))?
+            }
+            Source::Loaded(tensors) => match tensors.get(&name) {
+                Some(tensor) if tensor.dims() == shape => tensor.clone(),
+                Some(tensor) => {
+                    bail!("{origin}: {name} is {:?}, but the config asks for {shape:?}", tensor.dims())
+                }
+                None => bail!("{origin} lacks the tensor {name} {shape:?}"),
+            },
+        };
+        let tensor = tensor.to_dtype(*dtype)?.to_device(device)?;
+        let tensor = if self.shared.trained {
+            let var = Var::from_tensor(&tensor)?;
+            let tensor = var.as_tensor().clone();
+            lock(&self.shared.vars).insert(name.clone(), var);
+            tensor
+        } else {
+            tensor
+        };
+        lock(&self.shared.taken).insert(name, tensor.clone());
+        Ok(tensor)
+    }
+
+    /// Ends the building of a model: an error if the file has tensors that no part of it asked for. `ignored` says
+    /// which names may stay unread (buffers that the architecture recomputes).
+    pub fn finish(&self, ignored: impl Fn(&str) -> bool) -> Result<()> {
+        let names: Vec<&String> = match &self.shared.source {
+            Source::Mapped { names, .. } => names.iter().collect(),
+            Source::Loaded(tensors) => tensors.keys().collect(),
+            Source::Fresh { .. } => return Ok(()),
+        };
+        let taken = lock(&self.shared.taken);
+        let mut extra: Vec<&String> = names.into_iter().filter(|n| !taken.contains_key(*n) && !ignored(n)).collect();
+        extra.sort();
+        match extra.as_slice() {
+            [] => Ok(()),
+            [first, ..] => bail!(
+                "{} holds {} tensor(s) that the architecture has no place for, the first is {first}",
+                self.shared.origin,
+                extra.len()
+            ),
+        }
+    }
+
+    /// The trained variables by name, in order of their names.
+    pub fn vars(&self) -> BTreeMap<String, Var> {
+        lock(&self.shared.vars).clone()
+    }
+
+    /// Every tensor that the model took, by name.
+    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+        lock(&self.shared.taken).clone()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A panic while the lock was held leaves a map that is still whole.
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn fresh(seed: u64, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+    let cpu = Device::Cpu;
+    let normal = |std: f64| -> Result<Tensor> { Ok((Stream::new(seed, name, 0).normal(shape, &cpu)? * std)?) };
+    match init {
+        Init::Zeros => Ok(Tensor::zeros(shape, DType::F32, &cpu)?),
+        Init::Ones => Ok(Tensor::ones(shape, DType::F32, &cpu)?),
+        Init::Normal(std) => normal(std),
+        Init::FanIn => normal((shape.iter().skip(1).product::<usize>() as f64).powf(-0.5)),
+    }
+}

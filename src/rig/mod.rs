@@ -1,0 +1,1 @@
+//! The paper: roles, the Generate-Reflect-Edit cycle, prompts, trajectories, rewards.

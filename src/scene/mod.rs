@@ -1,0 +1,1 @@
+//! Scene graphs, their grammar and geometry, and the tabletop world.

@@ -1,0 +1,23 @@
+//! Differentiable operations. Everything that is trained stands on these, because several of candle's own fast paths
+//! drop gradients without a word.
+//!
+//! Each operation has a fused CPU kernel with its own backward, and a composition of candle's plain operations for
+//! every other device.
+
+pub mod rng;
+
+mod attention;
+mod conv;
+mod linear;
+mod loss;
+mod mlp;
+mod norm;
+mod rope;
+
+pub use attention::{Mask, attention};
+pub use conv::{conv2d, upsample2x};
+pub use linear::linear;
+pub use loss::cross_entropy;
+pub use mlp::{gate_residual, gelu, gelu_tanh, silu, swiglu};
+pub use norm::{group_norm, layer_norm, layer_norm_modulate, rms_norm};
+pub use rope::{Rotation, rope};

@@ -1,0 +1,1 @@
+//! The vision-language engine: chat templates, image preprocessing, constrained decoding.
