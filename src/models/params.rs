@@ -173,6 +173,15 @@ impl Params {
 
     /// The tensor `name` of `shape`; asking twice for one name gives the same tensor (tied weights).
     pub fn get(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        self.take(name, shape, init, self.shared.trained)
+    }
+
+    /// A tensor that is stored with the model but never trained (running statistics).
+    pub fn buffer(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        self.take(name, shape, init, false)
+    }
+
+    fn take(&self, name: &str, shape: &[usize], init: Init, trained: bool) -> Result<Tensor> {
         let name = self.at(name).prefix;
         if let Some(tensor) = lock(&self.shared.taken).get(&name) {
             return Ok(tensor.clone());
@@ -197,7 +206,7 @@ impl Params {
             },
         };
         let tensor = tensor.to_dtype(*dtype)?.to_device(device)?;
-        let tensor = if self.shared.trained {
+        let tensor = if trained {
             let var = Var::from_tensor(&tensor)?;
             let tensor = var.as_tensor().clone();
             lock(&self.shared.vars).insert(name.clone(), var);

@@ -8,6 +8,7 @@ pub mod rng;
 
 mod attention;
 mod conv;
+mod group_norm;
 mod linear;
 mod loss;
 mod mlp;
@@ -16,8 +17,9 @@ mod rope;
 
 pub use attention::{Mask, attention};
 pub use conv::{conv2d, upsample2x};
+pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::cross_entropy;
 pub use mlp::{gate_residual, gelu, gelu_tanh, silu, swiglu};
-pub use norm::{group_norm, layer_norm, layer_norm_modulate, rms_norm};
+pub use norm::{layer_norm, layer_norm_modulate, rms_norm};
 pub use rope::{Rotation, rope};

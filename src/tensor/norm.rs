@@ -25,11 +25,3 @@ pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64)
     let scale = (scale.unsqueeze(1)? + 1.0)?;
     standardise(x, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift.unsqueeze(1)?)
 }
-
-/// Group normalisation of `(B, C, H, W)` with `weight` and `bias` of `(C)`, followed by SiLU if `silu`.
-pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f64, silu: bool) -> Result<Tensor> {
-    let (b, c, h, w) = x.dims4()?;
-    let y = standardise(&x.reshape((b, groups, ()))?, eps)?.reshape((b, c, h, w))?;
-    let y = y.broadcast_mul(&weight.reshape((1, c, 1, 1))?)?.broadcast_add(&bias.reshape((1, c, 1, 1))?)?;
-    if silu { super::silu(&y) } else { Ok(y) }
-}
