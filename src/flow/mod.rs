@@ -5,8 +5,12 @@
 //! from `sigma` to `next` and has the length `d = next - sigma`, negative while sampling. States and log-probabilities are
 //! f32 whatever the network computes in; sigmas and coefficients are f64 on the host.
 
+pub mod inversion;
+pub mod policy;
 pub mod sampler;
 pub mod schedule;
 
+pub use inversion::{FlowEdit, Inversion, RfInversion};
+pub use policy::{KlForm, Policy};
 pub use sampler::{Counted, Velocity, euler, fireflow, midpoint, rf_solver};
 pub use schedule::{Schedule, empirical_mu};
