@@ -1,1 +1,7 @@
-//! The paper: roles, the Generate-Reflect-Edit cycle, prompts, trajectories, rewards.
+//! The paper: Generate, Reflect, Edit (RL-RIG, arXiv 2602.19974).
+//!
+//! [`roles`] names who takes part, [`cycle`] is the loop. Both know no model; read them first.
+
+pub mod cycle;
+pub mod prompts;
+pub mod roles;

@@ -1,0 +1,146 @@
+//! What is asked of the VLM, in one wording for every model: real Qwen3-VL checkpoints are asked in these words, and the
+//! shipped small one is trained on them.
+//!
+//! The picture always comes first in the user's turn and the words after it, so that a picture's keys and values are
+//! computed once and shared by all its questions. Every answer is one JSON object, decoded under a constraint:
+//!
+//! | asked | answer |
+//! |---|---|
+//! | a claim ([`check`]) | `{"verdict": "no", "reflection": "the large red ball is right of the small blue cube"}` |
+//! | an edit ([`reflect`]) | `{"edit": "move the large red ball to the left of the small blue cube"}` |
+//! | the graph of a prompt ([`parse`]) | `{"objects": ["large red ball", ..], "relations": [[0, "left of", 1], ..]}` |
+
+use super::roles::{Claim, Verdict};
+use serde_json::{Value, json};
+
+/// The text of an answer to [`check`] up to the word that decides: P(yes) is read from the logits that follow it.
+pub const VERDICT_HEAD: &str = "{\"verdict\": \"";
+
+/// The question about one claim.
+pub fn check(claim: &Claim) -> String {
+    format!(
+        "Does the picture show \"{claim}\"? Answer in JSON with \"verdict\" (yes or no) and \"reflection\" (what is wrong)."
+    )
+}
+
+/// The answer to [`check`]; the reflection of a claim that holds is empty.
+pub fn verdict(yes: bool, reflection: &str) -> String {
+    format!("{VERDICT_HEAD}{}\", \"reflection\": {}}}", if yes { "yes" } else { "no" }, Value::from(reflection))
+}
+
+/// The JSON schema of an answer to [`check`].
+pub fn check_schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": { "verdict": { "enum": ["yes", "no"] }, "reflection": { "type": "string", "maxLength": 160 } },
+        "required": ["verdict", "reflection"],
+        "additionalProperties": false
+    })
+}
+
+/// The question for the next edit: the prompt, what the Checker found wrong, and the edits made so far.
+pub fn reflect(prompt: &str, verdicts: &[Verdict], earlier: &[String]) -> String {
+    let mut text = format!("The picture should show: {}\nWrong:", prompt.trim());
+    for verdict in verdicts.iter().filter(|v| !v.yes) {
+        text += &format!("\n- {}", verdict.claim);
+        if !verdict.reflection.is_empty() {
+            text += &format!(" ({})", verdict.reflection);
+        }
+    }
+    if !earlier.is_empty() {
+        text += "\nEdits so far:";
+        for edit in earlier {
+            text += &format!("\n- {edit}");
+        }
+    }
+    text + "\nWhat one edit makes it right? Answer in JSON with \"edit\"."
+}
+
+/// The answer to [`reflect`].
+pub fn edit(instruction: &str) -> String {
+    format!("{{\"edit\": {}}}", Value::from(instruction))
+}
+
+/// The JSON schema of an answer to [`reflect`].
+pub fn reflect_schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": { "edit": { "type": "string", "minLength": 1, "maxLength": 200 } },
+        "required": ["edit"],
+        "additionalProperties": false
+    })
+}
+
+/// The question, without a picture, for the scene graph of a prompt that the grammar does not cover.
+pub fn parse(prompt: &str) -> String {
+    format!(
+        "List the objects of this text with their attributes, and how they are placed to each other: \"{}\" Answer in \
+         JSON with \"objects\" and \"relations\" ([subject, relation, object] with the objects' numbers).",
+        prompt.trim()
+    )
+}
+
+/// The JSON schema of an answer to [`parse`].
+pub fn parse_schema() -> Value {
+    let number = json!({ "type": "integer", "minimum": 0, "maximum": 99 });
+    json!({
+        "type": "object",
+        "properties": {
+            "objects": { "type": "array", "items": { "type": "string" }, "maxItems": 16 },
+            "relations": {
+                "type": "array",
+                "items": { "type": "array", "prefixItems": [number, { "type": "string" }, number], "items": false },
+                "maxItems": 32
+            }
+        },
+        "required": ["objects", "relations"],
+        "additionalProperties": false
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn relation() -> Claim {
+        Claim::Relation {
+            subject: "large red ball".into(),
+            relation: "left of".into(),
+            object: "small blue cube".into(),
+        }
+    }
+
+    #[test]
+    fn answers_are_what_their_schemas_say() {
+        for (text, schema) in [
+            (verdict(true, ""), check_schema()),
+            (verdict(false, "a \"quoted\" reason"), check_schema()),
+            (edit("move the red ball"), reflect_schema()),
+        ] {
+            let answer: Value = serde_json::from_str(&text).unwrap();
+            let required = schema["required"].as_array().unwrap();
+            let keys: Vec<Value> = answer.as_object().unwrap().keys().map(|k| Value::from(k.as_str())).collect();
+            assert_eq!(&keys, required, "the keys come in the schema's order");
+        }
+        assert!(verdict(false, "x").starts_with(&format!("{VERDICT_HEAD}no")));
+    }
+
+    #[test]
+    fn only_what_failed_is_put_to_the_actor() {
+        let verdicts = [
+            Verdict { claim: Claim::Object("large red ball".into()), yes: true, p_yes: 0.9, reflection: String::new() },
+            Verdict { claim: relation(), yes: false, p_yes: 0.1, reflection: "it is right of it".into() },
+        ];
+        let text = reflect("a prompt ", &verdicts, &["move it".into()]);
+        assert_eq!(
+            text,
+            "The picture should show: a prompt\nWrong:\n- large red ball left of small blue cube (it is right of it)\n\
+             Edits so far:\n- move it\nWhat one edit makes it right? Answer in JSON with \"edit\"."
+        );
+    }
+
+    #[test]
+    fn a_claim_is_asked_for_in_the_papers_triple_form() {
+        assert!(check(&relation()).starts_with("Does the picture show \"large red ball left of small blue cube\"?"));
+    }
+}

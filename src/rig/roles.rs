@@ -1,0 +1,204 @@
+//! Who takes part in the loop: a Diffuser draws, a Checker judges, an Actor writes what to change, an Editor changes it.
+//!
+//! The paper's Inverse Diffuser is the [`Editor`]. All roles work on many pictures at once: slices in, one result for
+//! each element out, in order. What a role returns for an element must not depend on the others beside it.
+
+use anyhow::{Context, Result, anyhow, ensure};
+use candle_core::Tensor;
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
+
+/// One thing that a picture is asked to show, and that the Checker can deny.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Claim {
+    /// An object with its attributes: "large red ball".
+    Object(String),
+    /// A relation between two of them, as the paper's triples have it: "large red ball" "left of" "small blue cube".
+    Relation { subject: String, relation: String, object: String },
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Object(object) => f.write_str(object),
+            Self::Relation { subject, relation, object } => write!(f, "{subject} {relation} {object}"),
+        }
+    }
+}
+
+/// What a picture is asked to show: the words for those who draw, the claims for the one who checks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    pub prompt: String,
+    pub claims: Vec<Claim>,
+}
+
+/// The Checker's answer to one claim.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Verdict {
+    pub claim: Claim,
+    pub yes: bool,
+    /// The probability of "yes" by the Checker's logits.
+    pub p_yes: f64,
+    /// What is wrong, in a few words; empty where nothing is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reflection: String,
+}
+
+/// Turns latents into pixels, many at once.
+pub type Decode = Arc<dyn Fn(&[Tensor]) -> Result<Vec<RgbImage>> + Send + Sync>;
+
+/// A picture that keeps its latents, so that an edit of it needs no encoding; its pixels are made when someone looks.
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Picture(Arc<Inner>);
+
+struct Inner {
+    latents: Option<(Tensor, Decode)>,
+    pixels: OnceLock<RgbImage>,
+}
+
+impl Picture {
+    pub fn from_latents(latents: Tensor, decode: Decode) -> Self {
+        Self(Arc::new(Inner { latents: Some((latents, decode)), pixels: OnceLock::new() }))
+    }
+
+    pub fn from_pixels(pixels: RgbImage) -> Self {
+        Self(Arc::new(Inner { latents: None, pixels: OnceLock::from(pixels) }))
+    }
+
+    /// The latents it was made from; `None` for a picture that came as pixels.
+    pub fn latents(&self) -> Option<&Tensor> {
+        self.0.latents.as_ref().map(|(latents, _)| latents)
+    }
+
+    /// The pixels, decoded at the first look.
+    pub fn pixels(&self) -> Result<&RgbImage> {
+        Self::develop(&[self])?;
+        self.0.pixels.get().context("a picture without pixels and latents")
+    }
+
+    /// Decodes those that have no pixels yet, all of one decoder in one batch.
+    pub fn develop(pictures: &[&Self]) -> Result<()> {
+        let mut todo: Vec<&Inner> = Vec::new();
+        for picture in pictures {
+            let inner = &*picture.0;
+            if inner.pixels.get().is_none() && !todo.iter().any(|t| std::ptr::eq(*t, inner)) {
+                todo.push(inner);
+            }
+        }
+        while let Some(decode) = todo.first().and_then(|inner| inner.latents.as_ref()).map(|(_, decode)| decode.clone())
+        {
+            let same = |inner: &&Inner| inner.latents.as_ref().is_some_and(|(_, d)| Arc::ptr_eq(d, &decode));
+            let (batch, rest): (Vec<&Inner>, Vec<&Inner>) = todo.into_iter().partition(same);
+            let latents: Vec<Tensor> = batch.iter().filter_map(|i| Some(i.latents.as_ref()?.0.clone())).collect();
+            let pixels = decode(&latents)?;
+            ensure!(pixels.len() == batch.len(), "the decoder made {} of {} pictures", pixels.len(), batch.len());
+            for (inner, pixels) in batch.into_iter().zip(pixels) {
+                // Another thread may have been faster; both made the same pixels.
+                let _ = inner.pixels.set(pixels);
+            }
+            todo = rest;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Picture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let latents = self.latents().map(Tensor::dims);
+        f.debug_struct("Picture").field("latents", &latents).field("developed", &self.0.pixels.get().is_some()).finish()
+    }
+}
+
+/// A picture to draw.
+#[derive(Clone, Copy, Debug)]
+pub struct Draw<'a> {
+    pub target: &'a Target,
+    pub seed: u64,
+}
+
+/// What the Actor knows when it writes an edit.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation<'a> {
+    pub target: &'a Target,
+    pub picture: &'a Picture,
+    pub verdicts: &'a [Verdict],
+    /// The edits made so far, oldest first.
+    pub earlier: &'a [String],
+    pub seed: u64,
+    pub round: usize,
+}
+
+/// A picture to edit.
+#[derive(Clone, Copy, Debug)]
+pub struct Edit<'a> {
+    pub target: &'a Target,
+    pub picture: &'a Picture,
+    pub instruction: &'a str,
+    pub seed: u64,
+    pub round: usize,
+}
+
+/// Draws pictures of prompts.
+pub trait Diffuser {
+    fn draw(&self, jobs: &[Draw]) -> Result<Vec<Picture>>;
+}
+
+/// Says of each claim whether a picture shows it.
+pub trait Checker {
+    /// For each job one verdict for each of its claims, in their order.
+    fn check(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>>;
+}
+
+/// Reflects on what is wrong and writes the next edit.
+pub trait Actor {
+    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>>;
+}
+
+/// Carries an edit out.
+pub trait Editor {
+    fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>>;
+}
+
+/// The Checker's score of a picture: the expected share of its claims that hold. `None` if there is nothing to check.
+pub fn score(verdicts: &[Verdict]) -> Option<f64> {
+    (!verdicts.is_empty()).then(|| verdicts.iter().map(|v| v.p_yes).sum::<f64>() / verdicts.len() as f64)
+}
+
+/// Holds a role to its promise of one result for each job.
+pub fn expect_each<T>(role: &str, asked: usize, got: Vec<T>) -> Result<Vec<T>> {
+    if got.len() == asked { Ok(got) } else { Err(anyhow!("{role} answered {} of {asked} jobs", got.len())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn pixels_are_decoded_once_and_in_one_batch() {
+        static CALLS: AtomicUsize = AtomicUsize::new(0);
+        let decode: Decode = Arc::new(|latents: &[Tensor]| {
+            CALLS.fetch_add(1, Ordering::Relaxed);
+            let grey = |t: &Tensor| -> Result<RgbImage> {
+                Ok(RgbImage::from_pixel(1, 1, image::Rgb([t.to_scalar::<u8>()?; 3])))
+            };
+            latents.iter().map(grey).collect()
+        });
+        let make = |n: u8| Picture::from_latents(Tensor::new(n, &Device::Cpu).unwrap(), decode.clone());
+        let (a, b, c) = (make(1), make(2), Picture::from_pixels(RgbImage::new(1, 1)));
+        Picture::develop(&[&a, &b, &c, &a.clone()]).unwrap();
+        assert_eq!(CALLS.load(Ordering::Relaxed), 1);
+        assert_eq!(a.pixels().unwrap().get_pixel(0, 0).0, [1; 3]);
+        assert_eq!(b.pixels().unwrap().get_pixel(0, 0).0, [2; 3]);
+        assert_eq!(CALLS.load(Ordering::Relaxed), 1);
+        assert!(c.latents().is_none() && a.latents().is_some());
+    }
+}
