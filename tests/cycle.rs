@@ -2,6 +2,8 @@
 //! Diffuser places objects at random, the Checker looks where they are, the Actor writes which one to move, the Editor
 //! moves it (and, when told to be clumsy, spoils the picture).
 
+#![allow(clippy::unwrap_used)]
+
 use anyhow::{Context, Result};
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;

@@ -1,5 +1,7 @@
 //! Imports point one way; this test reads every `crate::` path of the sources and holds the rule of `lib.rs`.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     collections::BTreeSet,
     fs,
