@@ -1,16 +1,11 @@
 //! Element-wise parts of a transformer block.
 
-use candle_core::{D, Result, Tensor};
+use super::cpu;
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor};
 
 /// `x * sigmoid(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    x * (x.neg()?.exp()? + 1.0)?.recip()?
-}
-
-/// `silu(gate) * up`, where `x` holds `gate` then `up` along its last dimension: `(.., 2F)` to `(.., F)`.
-pub fn swiglu(x: &Tensor) -> Result<Tensor> {
-    let half = x.dim(D::Minus1)? / 2;
-    silu(&x.narrow(D::Minus1, 0, half)?)? * x.narrow(D::Minus1, half, half)?
+    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Unary::Silu) } else { x * (x.neg()?.exp()? + 1.0)?.recip()? }
 }
 
 /// The exact Gaussian error linear unit.
@@ -20,10 +15,184 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 /// GELU by its tanh approximation (`gelu_pytorch_tanh`).
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    x.gelu()
+    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Unary::GeluTanh) } else { x.gelu() }
+}
+
+/// `silu(gate) * up`, where `x` holds `gate` then `up` along its last dimension: `(.., 2F)` to `(.., F)`.
+pub fn swiglu(x: &Tensor) -> Result<Tensor> {
+    if cpu::fused(&[x]) {
+        return x.contiguous()?.apply_op1(Swiglu);
+    }
+    let half = x.dim(D::Minus1)? / 2;
+    silu(&x.narrow(D::Minus1, 0, half)?)? * x.narrow(D::Minus1, half, half)?
 }
 
 /// `x + gate * y`: `x` and `y` are `(B, T, D)`, `gate` is `(B, D)`.
 pub fn gate_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if cpu::fused(&[x, gate, y]) {
+        return x.contiguous()?.apply_op3(&gate.contiguous()?, &y.contiguous()?, GateResidual);
+    }
     x + y.broadcast_mul(&gate.unsqueeze(1)?)?
+}
+
+/// `silu(gate) * up` of one row.
+#[inline]
+pub(super) fn swiglu_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        *o = g * cpu::sigmoid(g) * u;
+    }
+}
+
+/// The gradients of [`swiglu_row`] with respect to `gate` and `up`.
+#[inline]
+pub(super) fn swiglu_row_backward(gate: &[f32], up: &[f32], grad: &[f32], grad_gate: &mut [f32], grad_up: &mut [f32]) {
+    for i in 0..gate.len().min(up.len()).min(grad.len()).min(grad_gate.len()).min(grad_up.len()) {
+        let s = cpu::sigmoid(gate[i]);
+        let silu = gate[i] * s;
+        grad_up[i] = grad[i] * silu;
+        grad_gate[i] = grad[i] * up[i] * (s + silu * (1.0 - s));
+    }
+}
+
+enum Unary {
+    Silu,
+    GeluTanh,
+}
+
+/// `sqrt(2 / pi)` and the cubic coefficient of the tanh approximation of GELU.
+const GELU: (f32, f32) = (0.797_884_6, 0.044_715);
+
+impl CustomOp1 for Unary {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::GeluTanh => "gelu-tanh",
+        }
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = cpu::slice(x, layout)?;
+        let y = match self {
+            Self::Silu => cpu::map(x, |x| x * cpu::sigmoid(x)),
+            // (1 + tanh(u)) / 2 = sigmoid(2u)
+            Self::GeluTanh => cpu::map(x, |x| x * cpu::sigmoid(2.0 * GELU.0 * (x + GELU.1 * x * x * x))),
+        };
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let (values, g) = (cpu::floats(x)?, cpu::floats(&grad)?);
+        let out = match self {
+            Self::Silu => cpu::map2(&values, &g, |x, g| {
+                let s = cpu::sigmoid(x);
+                g * (s + x * s * (1.0 - s))
+            }),
+            Self::GeluTanh => cpu::map2(&values, &g, |x, g| {
+                let s = cpu::sigmoid(2.0 * GELU.0 * (x + GELU.1 * x * x * x));
+                g * (s + x * s * (1.0 - s) * 2.0 * GELU.0 * (1.0 + 3.0 * GELU.1 * x * x))
+            }),
+        };
+        Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
+    }
+}
+
+struct Swiglu;
+
+impl CustomOp1 for Swiglu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut dims = layout.dims().to_vec();
+        let Some(last) = dims.last_mut().filter(|d| **d % 2 == 0 && **d > 0) else {
+            candle_core::bail!("swiglu needs an even last dimension, not {:?}", layout.shape())
+        };
+        *last /= 2;
+        let half = *last;
+        let x = cpu::slice(x, layout)?;
+        let mut y = vec![0.0; x.len() / 2];
+        cpu::rows(&mut y, half, |row, out| {
+            let (gate, up) = x[2 * half * row..][..2 * half].split_at(half);
+            swiglu_row(gate, up, out);
+        });
+        Ok((CpuStorage::F32(y), Shape::from(dims)))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let (values, g) = (cpu::floats(x)?, cpu::floats(&grad)?);
+        let half = x.dim(D::Minus1)? / 2;
+        let mut out = vec![0.0; values.len()];
+        cpu::rows(&mut out, 2 * half, |row, out| {
+            let (gate, up) = values[2 * half * row..][..2 * half].split_at(half);
+            let (grad_gate, grad_up) = out.split_at_mut(half);
+            swiglu_row_backward(gate, up, &g[half * row..][..half], grad_gate, grad_up);
+        });
+        Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
+    }
+}
+
+struct GateResidual;
+
+impl CustomOp3 for GateResidual {
+    fn name(&self) -> &'static str {
+        "gate-residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        gate: &CpuStorage,
+        gl: &Layout,
+        y: &CpuStorage,
+        yl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (b, t, d) = xl.shape().dims3()?;
+        if gl.dims() != [b, d] || yl.dims() != xl.dims() {
+            candle_core::bail!("gate-residual got {:?}, {:?} and {:?}", xl.shape(), gl.shape(), yl.shape());
+        }
+        let (x, gate, y) = (cpu::slice(x, xl)?, cpu::slice(gate, gl)?, cpu::slice(y, yl)?);
+        let mut out = vec![0.0; x.len()];
+        cpu::rows(&mut out, d, |row, out| {
+            let gate = &gate[row / t * d..][..d];
+            for (((o, &x), &g), &y) in out.iter_mut().zip(&x[row * d..]).zip(gate).zip(&y[row * d..]) {
+                *o = cpu::fma(g, y, x);
+            }
+        });
+        Ok((CpuStorage::F32(out), xl.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        gate: &Tensor,
+        y: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (b, t, d) = x.dims3()?;
+        let grad = grad.contiguous()?;
+        let (grad_gate, grad_y) = {
+            let (g, gate, y) = (cpu::floats(&grad)?, cpu::floats(gate)?, cpu::floats(y)?);
+            let mut grad_y = vec![0.0; g.len()];
+            cpu::rows(&mut grad_y, d, |row, out| {
+                for ((o, &g), &gate) in out.iter_mut().zip(&g[row * d..]).zip(&gate[row / t * d..][..d]) {
+                    *o = g * gate;
+                }
+            });
+            let mut grad_gate = vec![0.0; b * d];
+            cpu::rows(&mut grad_gate, d, |b, sum| {
+                for row in b * t..(b + 1) * t {
+                    for ((s, &g), &y) in sum.iter_mut().zip(&g[row * d..]).zip(&y[row * d..]) {
+                        *s = cpu::fma(g, y, *s);
+                    }
+                }
+            });
+            (Tensor::from_vec(grad_gate, (b, d), x.device())?, Tensor::from_vec(grad_y, (b, t, d), x.device())?)
+        };
+        Ok((Some(grad), Some(grad_gate), Some(grad_y)))
+    }
 }

@@ -8,12 +8,16 @@ pub mod rng;
 
 mod attention;
 mod conv;
+mod cpu;
 mod group_norm;
 mod linear;
 mod loss;
 mod mlp;
 mod norm;
+mod parallel_block;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 pub use attention::{Mask, attention};
 pub use conv::{conv2d, upsample2x};
@@ -22,4 +26,5 @@ pub use linear::linear;
 pub use loss::cross_entropy;
 pub use mlp::{gate_residual, gelu, gelu_tanh, silu, swiglu};
 pub use norm::{layer_norm, layer_norm_modulate, rms_norm};
-pub use rope::{Rotation, rope};
+pub use parallel_block::attention_swiglu;
+pub use rope::{Rotation, norm_rope, rope};

@@ -1,0 +1,278 @@
+//! What the CPU kernels share: access to tensors as slices, vectorisable arithmetic, and rows in parallel.
+//!
+//! Sums run over a fixed number of lanes and rows are cut into fixed pieces, so a result never depends on how many
+//! threads there are.
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
+use parking_lot::RwLockReadGuard;
+use rayon::prelude::*;
+use std::ops::{Deref, Range};
+
+/// Numbers added side by side in a sum.
+const LANES: usize = 16;
+/// Elements that one task works on at least, so that small tensors stay on one thread.
+const GRAIN: usize = 16 * 1024;
+
+/// Whether the fused kernels can serve these tensors: on the CPU and in f32.
+pub fn fused(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+}
+
+/// The elements of a contiguous operand of a `CustomOp`.
+pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("a fused operation got a strided tensor"),
+    }
+}
+
+/// The elements of a contiguous f32 tensor on the CPU, for as long as this lives.
+pub struct Floats<'a> {
+    storage: RwLockReadGuard<'a, Storage>,
+    range: Range<usize>,
+}
+
+/// Borrows the elements of `tensor`, which must be contiguous, f32 and on the CPU.
+pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("a fused operation got a strided tensor")
+    };
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(_)) => Ok(Floats { range: start..end, storage }),
+        _ => candle_core::bail!("a fused operation got a tensor that is not f32 on the CPU"),
+    }
+}
+
+impl Deref for Floats<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => &[],
+        }
+    }
+}
+
+/// A pointer that tasks may write through at places that no two of them share.
+#[derive(Clone, Copy)]
+pub struct Shared(*mut f32);
+
+// SAFETY: whoever uses it promises disjoint writes, see `Shared::at`.
+unsafe impl Send for Shared {}
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub fn new(values: &mut [f32]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// The pointer `offset` elements on.
+    ///
+    /// # Safety
+    /// The offset lies within the slice, the slice outlives the use, and no other task touches what is written.
+    pub unsafe fn at(self, offset: usize) -> *mut f32 {
+        unsafe { self.0.add(offset) }
+    }
+
+    /// `len` elements from `offset` on.
+    ///
+    /// # Safety
+    /// As for [`Shared::at`], for every element of the range.
+    pub unsafe fn slice<'a>(self, offset: usize, len: usize) -> &'a mut [f32] {
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
+    }
+}
+
+/// Calls `f(row, out_row)` for every `width` elements of `out`, in parallel.
+pub fn rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if width == 0 {
+        return;
+    }
+    let block = GRAIN.div_ceil(width);
+    out.par_chunks_mut(width * block).enumerate().for_each(|(chunk, out)| {
+        for (i, row) in out.chunks_exact_mut(width).enumerate() {
+            f(chunk * block + i, row);
+        }
+    });
+}
+
+/// `out[i] = f(x[i])` in parallel.
+pub fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(out, x)| {
+        for (o, &x) in out.iter_mut().zip(x) {
+            *o = f(x);
+        }
+    });
+    out
+}
+
+/// `out[i] = f(x[i], y[i])` in parallel.
+pub fn map2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN).zip(y.par_chunks(GRAIN))).for_each(|(out, (x, y))| {
+        for ((o, &x), &y) in out.iter_mut().zip(x).zip(y) {
+            *o = f(x, y);
+        }
+    });
+    out
+}
+
+/// Adds up `f(row)`, each of `width`, over rows `0..n`: in blocks whose sums are then added in order.
+pub fn sum_rows(n: usize, width: usize, block: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let partial: Vec<Vec<f32>> = (0..n.div_ceil(block))
+        .into_par_iter()
+        .map(|chunk| {
+            let mut sum = vec![0.0; width];
+            for row in chunk * block..((chunk + 1) * block).min(n) {
+                f(row, &mut sum);
+            }
+            sum
+        })
+        .collect();
+    let mut total = vec![0.0; width];
+    for sum in partial {
+        add(&mut total, &sum);
+    }
+    total
+}
+
+/// `a * b + c`, in one instruction where the machine has it.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// `e^x` to within two units in the last place, in a form that compilers vectorise. Below -87 it is `e^-87`, about 1e-38.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x));
+    // The minimax polynomial of Cephes' expf.
+    let p = fma(1.987_569_1e-4, r, 1.398_199_9e-3);
+    let p = fma(p, r, 8.333_452e-3);
+    let p = fma(p, r, 4.166_579_6e-2);
+    let p = fma(p, r, 0.166_666_66);
+    let p = fma(p, r, 0.5);
+    let p = fma(p * r, r, r + 1.0);
+    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+#[inline(always)]
+fn lanes(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut sums = [0f32; LANES];
+    let whole = n - n % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            *sum += f(start + lane);
+        }
+    }
+    let mut total = 0.0;
+    for sum in sums {
+        total += sum;
+    }
+    for i in whole..n {
+        total += f(i);
+    }
+    total
+}
+
+pub fn sum(x: &[f32]) -> f32 {
+    lanes(x.len(), |i| x[i])
+}
+
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let y = &y[..x.len()];
+    lanes(x.len(), |i| x[i] * y[i])
+}
+
+/// `out += x`.
+pub fn add(out: &mut [f32], x: &[f32]) {
+    for (o, x) in out.iter_mut().zip(x) {
+        *o += x;
+    }
+}
+
+/// `dst = alpha * dst + beta * lhs * rhs` for matrices given by pointer and (column, row) strides.
+///
+/// # Safety
+/// The pointers reach `m x n`, `m x k` and `k x n` elements under their strides, and nobody else writes `dst`.
+#[allow(clippy::too_many_arguments)]
+pub unsafe fn gemm(
+    [m, n, k]: [usize; 3],
+    dst: *mut f32,
+    [dst_cs, dst_rs]: [usize; 2],
+    lhs: *const f32,
+    [lhs_cs, lhs_rs]: [usize; 2],
+    rhs: *const f32,
+    [rhs_cs, rhs_rs]: [usize; 2],
+    alpha: f32,
+    beta: f32,
+    parallel: bool,
+) {
+    let parallelism =
+        if parallel { gemm::Parallelism::Rayon(rayon::current_num_threads()) } else { gemm::Parallelism::None };
+    let s = |x: usize| x as isize;
+    // SAFETY: promised by the caller.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst,
+            s(dst_cs),
+            s(dst_rs),
+            alpha != 0.0,
+            lhs,
+            s(lhs_cs),
+            s(lhs_rs),
+            rhs,
+            s(rhs_cs),
+            s(rhs_rs),
+            alpha,
+            beta,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_exact_to_rounding() {
+        for i in -8700..=8800 {
+            let x = i as f32 / 100.0;
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((got / want - 1.0).abs() < 2.5e-7, "exp({x}) = {got}, not {want}");
+        }
+        assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sums_cover_every_element() {
+        for n in [0, 1, 15, 16, 17, 100] {
+            let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let want: f32 = x.iter().sum();
+            assert_eq!(sum(&x), want);
+            assert_eq!(dot(&x, &vec![1.0; n]), want);
+            let by_rows = sum_rows(n, 1, 4, |row, out| out[0] += x[row]);
+            assert_eq!(by_rows[0], want);
+        }
+    }
+}
