@@ -1,1 +1,3 @@
 //! Training: pretraining and Reflection-GRPO.
+
+pub mod grpo;
