@@ -1,1 +1,5 @@
-//! The vision-language engine: chat templates, image preprocessing, constrained decoding.
+//! A vision-language decoder: chat templates, images, batched and constrained generation.
+
+pub mod chat;
+pub mod text_encoder;
+pub mod vocabulary;

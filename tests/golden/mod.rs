@@ -1,5 +1,8 @@
 //! Golden tensors of the reference implementations and how close we must come to them.
 
+// Each test file is a crate of its own and uses a part of this.
+#![allow(dead_code)]
+
 use candle_core::{DType, Device, Tensor, backprop::GradStore};
 use rlrig::models::Params;
 use std::{collections::HashMap, path::PathBuf};
