@@ -1,1 +1,405 @@
-//! `Flux2Transformer2DModel`.
+//! `Flux2Transformer2DModel`, the rectified-flow transformer of FLUX.2 (reference: diffusers).
+//!
+//! Text and image tokens first run in two streams that share one attention (double-stream blocks), then joined in one
+//! (single-stream blocks, where attention and MLP run side by side, as in ViT-22B). All blocks of a kind share their
+//! modulation. A reference picture is more image tokens, told apart by the first of four rotary axes (T, H, W, L).
+
+use super::{Init, Linear, Params};
+use crate::tensor::{
+    Mask, Rotation, attention, attention_swiglu, gate_residual, layer_norm_modulate, norm_rope, silu, swiglu,
+};
+use anyhow::{Result, bail};
+use candle_core::{D, DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// `transformer/config.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    #[serde(rename = "_class_name")]
+    pub class_name: String,
+    pub patch_size: usize,
+    pub in_channels: usize,
+    pub out_channels: Option<usize>,
+    pub num_layers: usize,
+    pub num_single_layers: usize,
+    pub attention_head_dim: usize,
+    pub num_attention_heads: usize,
+    pub joint_attention_dim: usize,
+    pub timestep_guidance_channels: usize,
+    pub mlp_ratio: f64,
+    pub axes_dims_rope: Vec<usize>,
+    pub rope_theta: f64,
+    pub eps: f64,
+    pub guidance_embeds: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            class_name: "Flux2Transformer2DModel".into(),
+            patch_size: 1,
+            in_channels: 128,
+            out_channels: None,
+            num_layers: 8,
+            num_single_layers: 48,
+            attention_head_dim: 128,
+            num_attention_heads: 48,
+            joint_attention_dim: 15360,
+            timestep_guidance_channels: 256,
+            mlp_ratio: 3.0,
+            axes_dims_rope: vec![32, 32, 32, 32],
+            rope_theta: 2000.0,
+            eps: 1e-6,
+            guidance_embeds: true,
+        }
+    }
+}
+
+impl Config {
+    /// The width of a token.
+    pub fn dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    fn hidden(&self) -> usize {
+        (self.dim() as f64 * self.mlp_ratio) as usize
+    }
+
+    fn check(&self) -> Result<()> {
+        let counts = [self.in_channels, self.num_attention_heads, self.attention_head_dim, self.joint_attention_dim];
+        if counts.contains(&0) || counts.iter().any(|c| *c > 1 << 20) || self.num_layers + self.num_single_layers > 4096
+        {
+            bail!("the transformer's config.json asks for impossible sizes: {self:?}");
+        }
+        if self.patch_size != 1 {
+            bail!("the transformer's config.json has patch_size {}; FLUX.2 packs its latents before", self.patch_size);
+        }
+        let rotary: usize = self.axes_dims_rope.iter().sum();
+        if rotary != self.attention_head_dim || self.axes_dims_rope.iter().any(|d| d % 2 == 1) {
+            bail!(
+                "the transformer's axes_dims_rope {:?} must be even and add up to attention_head_dim {}",
+                self.axes_dims_rope,
+                self.attention_head_dim
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The rotary position of a token: picture (0, or 10 times the number of the reference), row, column, place in the text.
+pub type Position = [u32; 4];
+
+/// The positions of `n` text tokens.
+pub fn text_positions(n: usize) -> Vec<Position> {
+    (0..n as u32).map(|l| [0, 0, 0, l]).collect()
+}
+
+/// The positions of an `h x w` picture: the drawn one is `picture` 0, references are 10, 20, ...
+pub fn image_positions(picture: u32, h: usize, w: usize) -> Vec<Position> {
+    (0..h as u32).flat_map(|y| (0..w as u32).map(move |x| [picture, y, x, 0])).collect()
+}
+
+/// Cosines and sines of the rotary angles of a whole sequence, `(T, head_dim / 2)` each.
+#[derive(Clone)]
+pub struct Angles {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+/// What a forward pass is given beside the image tokens.
+pub struct Conditioning<'a> {
+    /// The text, `(B, L, joint_attention_dim)`.
+    pub text: &'a Tensor,
+    /// Noise level in [0, 1], `(B)`.
+    pub sigma: &'a Tensor,
+    /// Guidance strength for models distilled with one, `(B)`.
+    pub guidance: Option<&'a Tensor>,
+    /// Of text and image tokens, in this order; see [`Flux2::angles`].
+    pub angles: &'a Angles,
+}
+
+/// The transformer.
+pub struct Flux2 {
+    config: Config,
+    time: TimeEmbedding,
+    guidance: Option<TimeEmbedding>,
+    modulation_image: Linear,
+    modulation_text: Linear,
+    modulation_single: Linear,
+    embed_image: Linear,
+    embed_text: Linear,
+    double: Vec<DoubleBlock>,
+    single: Vec<SingleBlock>,
+    norm_out: Linear,
+    out: Linear,
+}
+
+impl Flux2 {
+    pub fn new(config: &Config, params: &Params) -> Result<Self> {
+        config.check()?;
+        let dim = config.dim();
+        let embedding = params.at("time_guidance_embed");
+        let channels = config.timestep_guidance_channels;
+        let guidance = config
+            .guidance_embeds
+            .then(|| TimeEmbedding::new(channels, dim, &embedding.at("guidance_embedder")))
+            .transpose()?;
+        // A fresh model starts as the identity: no block adds anything until its modulation has learned to (adaLN-Zero,
+        // arXiv 2212.09748).
+        let zero = |out: usize, params: Params| Linear::with(dim, out, false, Init::Zeros, &params);
+        let modulation = |name: &str, sets: usize| zero(3 * sets * dim, params.at(name).at("linear"));
+        let out = config.out_channels.unwrap_or(config.in_channels);
+        Ok(Self {
+            time: TimeEmbedding::new(channels, dim, &embedding.at("timestep_embedder"))?,
+            guidance,
+            modulation_image: modulation("double_stream_modulation_img", 2)?,
+            modulation_text: modulation("double_stream_modulation_txt", 2)?,
+            modulation_single: modulation("single_stream_modulation", 1)?,
+            embed_image: Linear::new(config.in_channels, dim, &params.at("x_embedder"))?,
+            embed_text: Linear::new(config.joint_attention_dim, dim, &params.at("context_embedder"))?,
+            double: (0..config.num_layers)
+                .map(|i| DoubleBlock::new(config, &params.at("transformer_blocks").at(i)))
+                .collect::<Result<_>>()?,
+            single: (0..config.num_single_layers)
+                .map(|i| SingleBlock::new(config, &params.at("single_transformer_blocks").at(i)))
+                .collect::<Result<_>>()?,
+            norm_out: zero(2 * dim, params.at("norm_out").at("linear"))?,
+            out: zero(out, params.at("proj_out"))?,
+            config: config.clone(),
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The rotary angles of a sequence of `positions`, text first.
+    pub fn angles(&self, positions: &[Position], device: &Device) -> Result<Angles> {
+        let half = self.config.attention_head_dim / 2;
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in positions {
+            for (axis, &dim) in self.config.axes_dims_rope.iter().enumerate() {
+                let place = f64::from(position.get(axis).copied().unwrap_or(0));
+                for i in 0..dim / 2 {
+                    let angle = place * self.config.rope_theta.powf(-2.0 * i as f64 / dim as f64);
+                    cos.push(angle.cos() as f32);
+                    sin.push(angle.sin() as f32);
+                }
+            }
+        }
+        let shape = (positions.len(), half);
+        Ok(Angles { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+    }
+
+    /// The velocity of every image token: `image` is `(B, N, in_channels)`, the result is `(B, N, out_channels)`.
+    pub fn forward(&self, image: &Tensor, given: &Conditioning) -> Result<Tensor> {
+        let mut temb = self.time.forward(given.sigma, image.dtype())?;
+        if let (Some(guidance), Some(embedding)) = (given.guidance, &self.guidance) {
+            temb = (temb + embedding.forward(guidance, image.dtype())?)?;
+        }
+        let temb = silu(&temb)?; // (B, D)
+        let mod_image = Modulation::all(&self.modulation_image.forward(&temb)?, 2)?;
+        let mod_text = Modulation::all(&self.modulation_text.forward(&temb)?, 2)?;
+        let mod_single = Modulation::all(&self.modulation_single.forward(&temb)?, 1)?;
+
+        let mut image = self.embed_image.forward(image)?;
+        let mut text = self.embed_text.forward(given.text)?;
+        for block in &self.double {
+            (text, image) = block.forward(&text, &image, &mod_text, &mod_image, given.angles)?;
+        }
+        let (length, n) = (text.dim(1)?, image.dim(1)?);
+        let mut x = Tensor::cat(&[text, image], 1)?; // (B, L + N, D)
+        for block in &self.single {
+            x = block.forward(&x, &mod_single[0], given.angles)?;
+        }
+        let x = x.narrow(1, length, n)?;
+        let last = self.norm_out.forward(&temb)?.chunk(2, D::Minus1)?;
+        let x = layer_norm_modulate(&x, &last[1], &last[0], self.config.eps)?;
+        Ok(self.out.forward(&x)?)
+    }
+}
+
+/// Sinusoids of 1000 times a noise level (or guidance strength), then a two-layer perceptron.
+struct TimeEmbedding {
+    channels: usize,
+    first: Linear,
+    second: Linear,
+}
+
+impl TimeEmbedding {
+    fn new(channels: usize, dim: usize, params: &Params) -> Result<Self> {
+        Ok(Self {
+            channels,
+            first: Linear::new(channels, dim, &params.at("linear_1"))?,
+            second: Linear::new(dim, dim, &params.at("linear_2"))?,
+        })
+    }
+
+    fn forward(&self, value: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+        let half = self.channels / 2;
+        let frequencies: Vec<f32> = (0..half).map(|i| (-(10_000f32.ln()) * i as f32 / half as f32).exp()).collect();
+        let frequencies = Tensor::from_vec(frequencies, (1, half), value.device())?;
+        let value = (value.to_dtype(DType::F32)? * 1000.0)?.unsqueeze(1)?;
+        let angle = value.broadcast_mul(&frequencies)?;
+        let waves = Tensor::cat(&[angle.cos()?, angle.sin()?], 1)?.to_dtype(dtype)?;
+        self.second.forward(&silu(&self.first.forward(&waves)?)?)
+    }
+}
+
+/// How a noise level bends one sub-block: each `(B, D)`.
+struct Modulation {
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+}
+
+impl Modulation {
+    fn all(x: &Tensor, sets: usize) -> candle_core::Result<Vec<Self>> {
+        let dim = x.dim(1)? / (3 * sets);
+        let part = |i: usize| x.narrow(1, i * dim, dim);
+        (0..sets).map(|s| Ok(Self { shift: part(3 * s)?, scale: part(3 * s + 1)?, gate: part(3 * s + 2)? })).collect()
+    }
+}
+
+/// Query, key and value of one stream.
+struct Qkv {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    heads: usize,
+    eps: f64,
+}
+
+impl Qkv {
+    fn new(config: &Config, params: &Params, [q, k, v, q_norm, k_norm]: [&str; 5]) -> Result<Self> {
+        let (dim, head) = (config.dim(), config.attention_head_dim);
+        let norm = |name: &str| params.at(name).get("weight", &[head], Init::Ones);
+        Ok(Self {
+            q: Linear::new(dim, dim, &params.at(q))?,
+            k: Linear::new(dim, dim, &params.at(k))?,
+            v: Linear::new(dim, dim, &params.at(v))?,
+            q_norm: norm(q_norm)?,
+            k_norm: norm(k_norm)?,
+            heads: config.num_attention_heads,
+            eps: config.eps,
+        })
+    }
+
+    /// Each `(B, T, H, D/H)`, queries and keys normalised and rotated by the angles from `start` on.
+    fn forward(&self, x: &Tensor, angles: &Angles, start: usize) -> candle_core::Result<[Tensor; 3]> {
+        let (b, t, _) = x.dims3()?;
+        let split = |y: Tensor| y.reshape((b, t, self.heads, ()));
+        let (cos, sin) = (angles.cos.narrow(0, start, t)?, angles.sin.narrow(0, start, t)?);
+        let turned = |y: Tensor, norm: &Tensor| norm_rope(&y, norm, self.eps, &cos, &sin, Rotation::Interleaved);
+        Ok([
+            turned(split(self.q.forward(x)?)?, &self.q_norm)?,
+            turned(split(self.k.forward(x)?)?, &self.k_norm)?,
+            split(self.v.forward(x)?)?,
+        ])
+    }
+}
+
+struct FeedForward {
+    first: Linear,
+    second: Linear,
+}
+
+impl FeedForward {
+    fn new(config: &Config, params: &Params) -> Result<Self> {
+        let (dim, hidden) = (config.dim(), config.hidden());
+        Ok(Self {
+            first: Linear::new(dim, 2 * hidden, &params.at("linear_in"))?,
+            second: Linear::new(hidden, dim, &params.at("linear_out"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.second.forward(&swiglu(&self.first.forward(x)?)?)
+    }
+}
+
+/// Text and image, each with its own weights, in one attention.
+struct DoubleBlock {
+    image: Qkv,
+    text: Qkv,
+    image_out: Linear,
+    text_out: Linear,
+    image_mlp: FeedForward,
+    text_mlp: FeedForward,
+    eps: f64,
+}
+
+impl DoubleBlock {
+    fn new(config: &Config, params: &Params) -> Result<Self> {
+        let (dim, attn) = (config.dim(), params.at("attn"));
+        Ok(Self {
+            image: Qkv::new(config, &attn, ["to_q", "to_k", "to_v", "norm_q", "norm_k"])?,
+            text: Qkv::new(config, &attn, ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"])?,
+            image_out: Linear::new(dim, dim, &attn.at("to_out.0"))?,
+            text_out: Linear::new(dim, dim, &attn.at("to_add_out"))?,
+            image_mlp: FeedForward::new(config, &params.at("ff"))?,
+            text_mlp: FeedForward::new(config, &params.at("ff_context"))?,
+            eps: config.eps,
+        })
+    }
+
+    /// The new text `(B, L, D)` and image `(B, N, D)`.
+    fn forward(
+        &self,
+        text: &Tensor,
+        image: &Tensor,
+        mod_text: &[Modulation],
+        mod_image: &[Modulation],
+        angles: &Angles,
+    ) -> candle_core::Result<(Tensor, Tensor)> {
+        let (length, n) = (text.dim(1)?, image.dim(1)?);
+        let bend = |x: &Tensor, m: &Modulation| layer_norm_modulate(x, &m.shift, &m.scale, self.eps);
+        let of_text = self.text.forward(&bend(text, &mod_text[0])?, angles, 0)?;
+        let of_image = self.image.forward(&bend(image, &mod_image[0])?, angles, length)?;
+        let [q, k, v] = [0, 1, 2].map(|i| Tensor::cat(&[&of_text[i], &of_image[i]], 1));
+        let y = attention(&q?, &k?, &v?, &Mask::default())?.flatten_from(2)?; // (B, L + N, D)
+
+        let finish = |x: &Tensor, y: Tensor, out: &Linear, mlp: &FeedForward, m: &[Modulation]| {
+            let x = gate_residual(x, &m[0].gate, &out.forward(&y)?)?;
+            gate_residual(&x, &m[1].gate, &mlp.forward(&bend(&x, &m[1])?)?)
+        };
+        let new_text = finish(text, y.narrow(1, 0, length)?, &self.text_out, &self.text_mlp, mod_text)?;
+        let new_image = finish(image, y.narrow(1, length, n)?, &self.image_out, &self.image_mlp, mod_image)?;
+        Ok((new_text, new_image))
+    }
+}
+
+/// Attention and MLP side by side over the joined sequence.
+struct SingleBlock {
+    project: Linear,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    out: Linear,
+    heads: usize,
+    eps: f64,
+}
+
+impl SingleBlock {
+    fn new(config: &Config, params: &Params) -> Result<Self> {
+        let (dim, hidden, attn) = (config.dim(), config.hidden(), params.at("attn"));
+        let norm = |name: &str| attn.at(name).get("weight", &[config.attention_head_dim], Init::Ones);
+        Ok(Self {
+            project: Linear::new(dim, 3 * dim + 2 * hidden, &attn.at("to_qkv_mlp_proj"))?,
+            q_norm: norm("norm_q")?,
+            k_norm: norm("norm_k")?,
+            out: Linear::new(dim + hidden, dim, &attn.at("to_out"))?,
+            heads: config.num_attention_heads,
+            eps: config.eps,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, m: &Modulation, angles: &Angles) -> candle_core::Result<Tensor> {
+        let y = self.project.forward(&layer_norm_modulate(x, &m.shift, &m.scale, self.eps)?)?;
+        let (q_norm, k_norm, Angles { cos, sin }) = (&self.q_norm, &self.k_norm, angles);
+        let y = attention_swiglu(&y, q_norm, k_norm, self.eps, self.heads, cos, sin, Rotation::Interleaved)?;
+        gate_residual(x, &m.gate, &self.out.forward(&y)?)
+    }
+}
