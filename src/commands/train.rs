@@ -1,8 +1,146 @@
 //! `rlrig train`.
 
-use crate::cli::Train;
-use anyhow::{Result, bail};
+use crate::{
+    cli::{Pretrain, Train},
+    train::{
+        Metrics,
+        optim::Outcome,
+        pretrain::Request,
+        run::{End, Event, Plan},
+    },
+};
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-pub fn run(_command: &Train) -> Result<()> {
-    bail!("training is not part of this build")
+pub fn run(command: &Train) -> Result<()> {
+    match command {
+        Train::Pretrain(args) => pretrain(args),
+    }
+}
+
+fn pretrain(args: &Pretrain) -> Result<()> {
+    let request = Request {
+        config: args.config.clone(),
+        resume: args.resume.clone(),
+        out: args.out.clone(),
+        set: args.set.clone(),
+    };
+    let prepared = request.prepare()?;
+    let folder = prepared.folder.display().to_string();
+    if args.dry_run {
+        let (plan, metrics, seconds) = prepared.rehearse()?;
+        print_plan(&plan);
+        eprintln!("one step of the gradient took {seconds:.2} s: {}", listed(&metrics));
+        eprintln!("{} steps would take about {}", plan.steps, clock(seconds * plan.steps as f64));
+        return Ok(());
+    }
+    let stop = stop_on_interrupt()?;
+    let mut progress = Progress::new(&folder);
+    let end = prepared.train(&stop, &mut |event| progress.show(event))?;
+    progress.bar.finish_and_clear();
+    match end {
+        End::Done => println!("{folder}/model"),
+        End::Stopped(step) => {
+            eprintln!("stopped after step {step}; go on with: rlrig train pretrain --resume {folder}");
+        }
+    }
+    Ok(())
+}
+
+/// A flag that the first Ctrl-C sets; the second ends the process.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("finishing this step and saving; once more to quit at once");
+    })
+    .context("cannot watch for Ctrl-C")?;
+    Ok(stop)
+}
+
+/// Progress on stderr: a bar on a terminal, else a line every few seconds.
+struct Progress {
+    bar: ProgressBar,
+    folder: String,
+    start: Instant,
+    first: u64,
+    said: Instant,
+}
+
+const SECONDS_BETWEEN_LINES: u64 = 10;
+
+impl Progress {
+    fn new(folder: &str) -> Self {
+        let now = Instant::now();
+        Self { bar: ProgressBar::hidden(), folder: folder.to_owned(), start: now, first: 0, said: now }
+    }
+
+    fn show(&mut self, event: Event) {
+        match event {
+            Event::Plan(plan) => {
+                print_plan(plan);
+                eprintln!("run folder {}", self.folder);
+                self.bar = ProgressBar::new(plan.steps).with_position(plan.done);
+                if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {per_sec} {eta} left {msg}") {
+                    self.bar.set_style(style);
+                }
+                self.bar.reset_eta();
+                (self.start, self.first) = (Instant::now(), plan.done);
+            }
+            Event::Step(step, metrics) => {
+                self.bar.set_message(listed(metrics));
+                self.bar.set_position(step);
+                if self.bar.is_hidden() && self.said.elapsed() > Duration::from_secs(SECONDS_BETWEEN_LINES) {
+                    self.said = Instant::now();
+                    let length = self.bar.length().unwrap_or(step);
+                    let each = self.start.elapsed().as_secs_f64() / (step - self.first).max(1) as f64;
+                    let left = clock(each * (length - step) as f64);
+                    eprintln!("step {step}/{length} {each:.3} s a step, {left} left: {}", listed(metrics));
+                }
+            }
+            Event::Evaluated(step, metrics) => self.line(&format!("step {step} evaluation: {}", listed(metrics))),
+            Event::Skipped(step, Outcome::Spike, norm) => {
+                self.line(&format!("step {step} skipped: the gradient's norm {norm:.3} is a spike"));
+            }
+            Event::Skipped(step, _, _) => self.line(&format!("step {step} skipped: the gradient is not finite")),
+            Event::Saved(step) => self.line(&format!("step {step} saved")),
+        }
+    }
+
+    fn line(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+}
+
+fn print_plan(plan: &Plan) {
+    let millions = |n: usize| n as f64 / 1e6;
+    eprintln!(
+        "{:.2} M parameters in {} tensors ({:.2} M by Muon), {:.0} MB with gradients, moments and average, activations on top",
+        millions(plan.parameters),
+        plan.tensors,
+        millions(plan.muon),
+        millions(plan.memory),
+    );
+    eprintln!("steps {} to {} of {} samples, {} at once", plan.done, plan.steps, plan.batch, plan.micro_batch);
+}
+
+fn listed(metrics: &Metrics) -> String {
+    let number =
+        |value: f64| if value != 0.0 && value.abs() < 1e-3 { format!("{value:.2e}") } else { format!("{value:.4}") };
+    metrics.iter().map(|(name, value)| format!("{name} {}", number(*value))).collect::<Vec<_>>().join(", ")
+}
+
+fn clock(seconds: f64) -> String {
+    let seconds = seconds as u64;
+    format!("{}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
 }

@@ -1,3 +1,99 @@
 //! Training: pretraining and Reflection-GRPO.
+//!
+//! An [`Objective`] says what is learned: its variables and its loss on a batch. [`run`] drives it: optimiser, moving
+//! average, evaluation, samples, checkpoints, logs. A run is a folder and resumes exactly.
 
+pub mod checkpoint;
+pub mod ema;
 pub mod grpo;
+pub mod log;
+pub mod muon;
+pub mod optim;
+pub mod pretrain;
+pub mod run;
+pub mod schedule;
+mod slices;
+
+use anyhow::Result;
+use candle_core::{DType, Tensor, Var};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    path::Path,
+};
+
+pub use optim::{Group, Rule};
+
+/// Named numbers of a step or an evaluation, by the names that they have in `metrics.jsonl` and TensorBoard.
+pub type Metrics = Vec<(String, f64)>;
+
+/// What one call of [`Objective::loss`] works on: a part of the batch of a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Counted from 0.
+    pub step: u64,
+    /// Which of the step's samples: `0..batch`, or a part of it when the batch is worked off in micro-batches.
+    pub rows: Range<usize>,
+    /// Samples in the whole batch.
+    pub size: usize,
+}
+
+impl Batch {
+    /// The number of each sample in the endless sequence of training samples. Random draws keyed by it (and the seed)
+    /// are the same for any split into micro-batches and after any interruption.
+    pub fn indices(&self) -> Range<u64> {
+        let start = self.step * self.size as u64;
+        start + self.rows.start as u64..start + self.rows.end as u64
+    }
+}
+
+/// The loss of a batch.
+pub struct Step {
+    /// A scalar, the mean over the batch's rows.
+    pub loss: Tensor,
+    /// What else to log; means over the rows too.
+    pub metrics: Metrics,
+}
+
+/// Something to be learned.
+///
+/// All randomness is drawn from [`crate::tensor::rng::Stream`] keyed by the seed and the indices of the batch; an
+/// objective that has no other state resumes exactly without doing anything for it.
+pub trait Objective {
+    /// The trained variables by their names in the saved model, in f32.
+    fn vars(&self) -> BTreeMap<String, Var>;
+
+    /// The mean loss of `batch`; every variable must get a gradient from it.
+    fn loss(&mut self, batch: &Batch) -> Result<Step>;
+
+    /// Held-out metrics. The variables hold the moving average when it is called, as they do for `samples` and `save`.
+    fn evaluate(&mut self, step: u64) -> Result<Metrics> {
+        let _ = step;
+        Ok(Vec::new())
+    }
+
+    /// Writes pictures (`*.png`) of fixed prompts into `folder`; they appear in TensorBoard under their names.
+    fn samples(&mut self, step: u64, folder: &Path) -> Result<()> {
+        let _ = (step, folder);
+        Ok(())
+    }
+
+    /// Writes the model in the Hugging Face layout into the empty `folder`, tensors in `dtype`.
+    fn save(&self, folder: &Path, dtype: DType) -> Result<()>;
+
+    /// Which rule trains a variable; see [`optim::default_group`].
+    fn group(&self, name: &str, shape: &[usize]) -> Group {
+        optim::default_group(name, shape)
+    }
+
+    /// What a checkpoint must keep beside variables (running statistics).
+    fn state(&self) -> Result<HashMap<String, Tensor>> {
+        Ok(HashMap::new())
+    }
+
+    /// Takes back what [`Objective::state`] gave.
+    fn restore(&mut self, state: HashMap<String, Tensor>) -> Result<()> {
+        let _ = state;
+        Ok(())
+    }
+}

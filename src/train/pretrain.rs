@@ -1,0 +1,111 @@
+//! Pretraining: the config of a run, and the objectives it can name.
+
+use super::{
+    Objective,
+    optim::OptimConfig,
+    run::{self, End, Event, Hooks, TrainConfig},
+};
+use crate::{
+    config::{self, Layers},
+    usage,
+};
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
+
+/// What is pretrained; each has a section of the config by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Autoencoder,
+    Diffuser,
+    Vlm,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PretrainConfig {
+    pub objective: Kind,
+    pub seed: u64,
+    pub train: TrainConfig,
+    pub optim: OptimConfig,
+}
+
+impl Default for PretrainConfig {
+    fn default() -> Self {
+        Self { objective: Kind::Diffuser, seed: 0, train: TrainConfig::default(), optim: OptimConfig::default() }
+    }
+}
+
+/// The file in a run's folder that holds its resolved config.
+pub const CONFIG: &str = "config.toml";
+
+/// A run as asked for: a new one from a config file, or one to go on with.
+pub struct Request {
+    pub config: Option<PathBuf>,
+    pub resume: Option<PathBuf>,
+    pub out: Option<PathBuf>,
+    /// `key=value` pairs.
+    pub set: Vec<String>,
+}
+
+/// A checked request: its config and its folder.
+pub struct Prepared {
+    pub config: PretrainConfig,
+    pub folder: PathBuf,
+    objective: Box<dyn Objective>,
+}
+
+impl Request {
+    /// Resolves the config and builds the objective; writes nothing.
+    pub fn prepare(&self) -> Result<Prepared> {
+        let (file, folder) = match (&self.resume, &self.config) {
+            (Some(folder), _) => (folder.join(CONFIG), folder.clone()),
+            (None, Some(file)) => {
+                let name = file.file_stem().unwrap_or(file.as_os_str());
+                (file.clone(), self.out.clone().unwrap_or_else(|| Path::new("runs").join(name)))
+            }
+            (None, None) => usage!("give --config FILE, or --resume FOLDER"),
+        };
+        if self.resume.is_some() && !file.is_file() {
+            usage!("{} is no run's folder: it has no {CONFIG}", folder.display());
+        }
+        if self.resume.is_none() && folder.join(CONFIG).exists() {
+            usage!("{0} already holds a run; go on with --resume {0}, or choose another --out", folder.display());
+        }
+        let config = Layers::<PretrainConfig>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
+        let objective = build(&config, &Device::Cpu)?;
+        Ok(Prepared { config, folder, objective })
+    }
+}
+
+impl Prepared {
+    /// Trains until the end or until `stop` is set.
+    pub fn train(mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<End> {
+        let folder = &self.folder;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let path = folder.join(CONFIG);
+        fs::write(&path, config::to_toml(&self.config)?).with_context(|| format!("cannot write {}", path.display()))?;
+        let hooks = Hooks { stop, report };
+        run::train(&mut *self.objective, &self.config.train, &self.config.optim, folder, hooks)
+    }
+
+    /// One pass forward and backward and one evaluation, without training.
+    pub fn rehearse(mut self) -> Result<(run::Plan, super::Metrics, f64)> {
+        run::rehearse(&mut *self.objective, &self.config.train, &self.config.optim)
+    }
+}
+
+/// The objective that `config` names, on `device`.
+fn build(config: &PretrainConfig, _device: &Device) -> Result<Box<dyn Objective>> {
+    match config.objective {
+        Kind::Autoencoder => usage!("the objective autoencoder is not part of this build"),
+        Kind::Diffuser => usage!("the objective diffuser is not part of this build"),
+        Kind::Vlm => usage!("the objective vlm is not part of this build"),
+    }
+}

@@ -1,0 +1,410 @@
+//! The training loop: what happens in a step, and what a run's folder holds.
+//!
+//! ```text
+//! RUN/config.toml      the resolved config
+//!     metrics.jsonl    a line for each logged step and each evaluation
+//!     events.out.*     the same for TensorBoard, with the sample pictures
+//!     samples/STEP/    pictures of fixed prompts
+//!     checkpoints/     the last few and the best
+//!     model/           the moving average at the last checkpoint, in the Hugging Face layout
+//! ```
+//!
+//! An interrupted run (Ctrl-C, or killed at any point) that is resumed ends bit for bit as an uninterrupted one.
+
+use super::{
+    Batch, Metrics, Objective,
+    checkpoint::{self, Checkpoint},
+    ema::Ema,
+    log::Log,
+    optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
+};
+use crate::usage;
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Tensor, Var};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
+};
+
+/// The precision of saved models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Precision {
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    pub steps: u64,
+    pub batch: usize,
+    /// Samples worked on at once; 0 is the whole batch. Gradients are summed over the micro-batches.
+    pub micro_batch: usize,
+    /// Decay of the moving average.
+    pub ema: f64,
+    /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end.
+    pub log_every: u64,
+    pub evaluate_every: u64,
+    pub samples_every: u64,
+    pub checkpoint_every: u64,
+    /// Checkpoints kept beside the best.
+    pub keep: usize,
+    /// The evaluation metric that says which checkpoint is the best.
+    pub best: Option<String>,
+    pub best_is_lowest: bool,
+    pub precision: Precision,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 10_000,
+            batch: 32,
+            micro_batch: 0,
+            ema: 0.999,
+            log_every: 1,
+            evaluate_every: 500,
+            samples_every: 500,
+            checkpoint_every: 500,
+            keep: 2,
+            best: None,
+            best_is_lowest: false,
+            precision: Precision::F16,
+        }
+    }
+}
+
+/// What a run is about to do.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub tensors: usize,
+    pub parameters: usize,
+    /// Parameters trained by Muon; AdamW trains the others.
+    pub muon: usize,
+    /// Bytes of variables, gradients, moments and average; activations come on top.
+    pub memory: usize,
+    pub done: u64,
+    pub steps: u64,
+    pub batch: usize,
+    pub micro_batch: usize,
+}
+
+/// What a run tells while it goes on.
+pub enum Event<'a> {
+    Plan(&'a Plan),
+    /// A step was done; the metrics are those of this step.
+    Step(u64, &'a Metrics),
+    Evaluated(u64, &'a Metrics),
+    /// A step changed nothing, for this reason and with this gradient norm.
+    Skipped(u64, Outcome, f64),
+    Saved(u64),
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Done,
+    /// Stopped on request after this many steps.
+    Stopped(u64),
+}
+
+/// The outside world of a run.
+pub struct Hooks<'a> {
+    /// Set when the run should finish its step, save and return.
+    pub stop: &'a AtomicBool,
+    pub report: &'a mut dyn FnMut(Event),
+}
+
+/// The best evaluation so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Best {
+    step: u64,
+    value: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    optim: OptimState,
+    ema_updates: u64,
+    best: Option<Best>,
+}
+
+/// Trains `objective` in the run folder `folder`, from its last checkpoint if it has one.
+pub fn train(
+    objective: &mut dyn Objective,
+    config: &TrainConfig,
+    optim: &OptimConfig,
+    folder: &Path,
+    hooks: Hooks,
+) -> Result<End> {
+    let mut run = Run::new(objective, config, optim)?;
+    let checkpoints = folder.join("checkpoints");
+    fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
+    let lock = File::create(folder.join(".lock"))?;
+    if lock.try_lock().is_err() {
+        bail!("another process trains in {}", folder.display());
+    }
+    if let Some(path) = checkpoint::last(&checkpoints)? {
+        run.restore(Checkpoint::read(&path)?).with_context(|| format!("cannot resume from {}", path.display()))?;
+    }
+    let mut log = Log::open(folder, run.step)?;
+    (hooks.report)(Event::Plan(&run.plan()));
+    while run.step < config.steps && !hooks.stop.load(Ordering::Relaxed) {
+        let start = Instant::now();
+        let (mut metrics, norm, outcome) = run.advance()?;
+        metrics.push(("step_time".into(), start.elapsed().as_secs_f64()));
+        let due = |every: u64| run.step == config.steps || every > 0 && run.step.is_multiple_of(every);
+        if due(config.log_every) {
+            log.metrics(run.step, &metrics)?;
+        }
+        (hooks.report)(Event::Step(run.step, &metrics));
+        if outcome != Outcome::Updated {
+            (hooks.report)(Event::Skipped(run.step, outcome, norm));
+        }
+        let (evaluate, samples, save) =
+            (due(config.evaluate_every), due(config.samples_every), due(config.checkpoint_every));
+        let mut improved = false;
+        if evaluate || samples {
+            run.ema.swap(&run.vars)?;
+            if evaluate {
+                let metrics = run.objective.evaluate(run.step)?;
+                log.metrics(run.step, &metrics)?;
+                (hooks.report)(Event::Evaluated(run.step, &metrics));
+                improved = run.judge(&metrics)?;
+            }
+            if samples {
+                let folder = folder.join("samples").join(format!("{:08}", run.step));
+                fs::create_dir_all(&folder)?;
+                run.objective.samples(run.step, &folder)?;
+                log.pictures(run.step, &folder)?;
+            }
+            run.ema.swap(&run.vars)?;
+        }
+        if save || improved || hooks.stop.load(Ordering::Relaxed) {
+            log.sync()?;
+            run.save(folder, &checkpoints)?;
+            (hooks.report)(Event::Saved(run.step));
+        }
+    }
+    Ok(if run.step < config.steps { End::Stopped(run.step) } else { End::Done })
+}
+
+/// Everything but training: one forward and backward pass of a micro-batch and one evaluation.
+pub fn rehearse(
+    objective: &mut dyn Objective,
+    config: &TrainConfig,
+    optim: &OptimConfig,
+) -> Result<(Plan, Metrics, f64)> {
+    let mut run = Run::new(objective, config, optim)?;
+    let start = Instant::now();
+    let (mut metrics, gradients) = run.gradients()?;
+    run.check(&gradients)?;
+    metrics.push(("grad_norm".into(), optim::norm(&gradients)?));
+    let seconds = start.elapsed().as_secs_f64();
+    metrics.extend(run.objective.evaluate(0)?);
+    Ok((run.plan(), metrics, seconds))
+}
+
+struct Run<'a> {
+    objective: &'a mut dyn Objective,
+    config: &'a TrainConfig,
+    vars: BTreeMap<String, Var>,
+    optimizer: Optimizer,
+    schedule: &'a super::schedule::Schedule,
+    lr: f64,
+    ema: Ema,
+    best: Option<Best>,
+    /// Steps done.
+    step: u64,
+}
+
+impl<'a> Run<'a> {
+    fn new(objective: &'a mut dyn Objective, config: &'a TrainConfig, optim: &'a OptimConfig) -> Result<Self> {
+        if config.batch == 0 || config.steps == 0 {
+            usage!("train.batch and train.steps must be positive");
+        }
+        if !(0.0..1.0).contains(&config.ema) {
+            usage!("train.ema must be in [0, 1), not {}", config.ema);
+        }
+        let vars = objective.vars();
+        if vars.is_empty() {
+            bail!("the objective has nothing to train");
+        }
+        let optimizer = Optimizer::new(optim, &vars, |name, shape| objective.group(name, shape))?;
+        let ema = Ema::new(&vars, config.ema)?;
+        let (schedule, lr) = (&optim.schedule, optim.lr);
+        Ok(Self { objective, config, vars, optimizer, schedule, lr, ema, best: None, step: 0 })
+    }
+
+    fn plan(&self) -> Plan {
+        let parameters = self.vars.values().map(|v| v.elem_count()).sum();
+        let (muon, moments) = self.optimizer.sizes();
+        Plan {
+            tensors: self.vars.len(),
+            parameters,
+            muon,
+            memory: 4 * (3 * parameters + moments),
+            done: self.step,
+            steps: self.config.steps,
+            batch: self.config.batch,
+            micro_batch: self.micro_batch(),
+        }
+    }
+
+    fn micro_batch(&self) -> usize {
+        match self.config.micro_batch {
+            0 => self.config.batch,
+            size => size.min(self.config.batch),
+        }
+    }
+
+    /// The metrics and gradients of this step's batch.
+    fn gradients(&mut self) -> Result<(Metrics, Gradients)> {
+        let (size, micro) = (self.config.batch, self.micro_batch());
+        let mut metrics: Metrics = Vec::new();
+        let mut gradients = Gradients::new();
+        for start in (0..size).step_by(micro) {
+            let batch = Batch { step: self.step, rows: start..(start + micro).min(size), size };
+            let weight = batch.rows.len() as f64 / size as f64;
+            let mut part = self.objective.loss(&batch)?;
+            let loss = if weight == 1.0 { part.loss.clone() } else { (&part.loss * weight)? };
+            optim::accumulate(&mut gradients, &self.vars, loss.backward()?)?;
+            part.metrics.insert(0, ("loss".into(), f64::from(part.loss.to_scalar::<f32>()?)));
+            for (name, value) in part.metrics {
+                match metrics.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, sum)) => *sum += weight * value,
+                    None => metrics.push((name, weight * value)),
+                }
+            }
+        }
+        Ok((metrics, gradients))
+    }
+
+    /// A variable without a gradient is a mistake in the objective or a break in the graph: say so before hours go by.
+    fn check(&self, gradients: &Gradients) -> Result<()> {
+        let missing: Vec<_> = self.vars.keys().filter(|name| !gradients.contains_key(*name)).collect();
+        match missing.as_slice() {
+            [] => Ok(()),
+            [first, ..] => bail!("the loss gives {} variable(s) no gradient, the first is {first}", missing.len()),
+        }
+    }
+
+    /// One step of the optimiser.
+    fn advance(&mut self) -> Result<(Metrics, f64, Outcome)> {
+        let (mut metrics, gradients) = self.gradients()?;
+        self.check(&gradients)?;
+        let factor = self.schedule.factor(self.step, self.config.steps);
+        let (norm, outcome) = self.optimizer.step(&gradients, factor)?;
+        if outcome == Outcome::Updated {
+            self.ema.update(&self.vars)?;
+        }
+        self.step += 1;
+        metrics.push(("grad_norm".into(), norm));
+        metrics.push(("learning_rate".into(), self.lr * factor));
+        Ok((metrics, norm, outcome))
+    }
+
+    /// Whether an evaluation is the best so far.
+    fn judge(&mut self, metrics: &Metrics) -> Result<bool> {
+        let Some(name) = &self.config.best else { return Ok(false) };
+        let Some((_, value)) = metrics.iter().find(|(known, _)| known == name) else {
+            let known: Vec<_> = metrics.iter().map(|(name, _)| name.as_str()).collect();
+            usage!("train.best = {name:?} is no metric of the evaluation; it has {}", known.join(", "));
+        };
+        let sign = if self.config.best_is_lowest { -1.0 } else { 1.0 };
+        let better = value.is_finite() && self.best.is_none_or(|best| sign * value > sign * best.value);
+        if better {
+            self.best = Some(Best { step: self.step, value: *value });
+        }
+        Ok(better)
+    }
+
+    fn save(&mut self, folder: &Path, checkpoints: &Path) -> Result<()> {
+        let mut tensors = BTreeMap::new();
+        let mut add =
+            |prefix: &str, name: &str, tensor: &Tensor| tensors.insert(format!("{prefix}/{name}"), tensor.clone());
+        for (name, var) in &self.vars {
+            add("vars", name, &var.as_tensor().detach());
+        }
+        for (name, average) in &self.ema.average {
+            add("ema", name, average);
+        }
+        for (name, moment) in self.optimizer.moments() {
+            add("optim", &name, moment);
+        }
+        for (name, tensor) in self.objective.state()? {
+            add("objective", &name, &tensor);
+        }
+        let state = State { optim: self.optimizer.state.clone(), ema_updates: self.ema.updates, best: self.best };
+        Checkpoint { step: self.step, state: serde_json::to_value(state)?, tensors }.write(checkpoints)?;
+        checkpoint::prune(checkpoints, self.config.keep, self.best.map(|best| best.step))?;
+        self.ema.swap(&self.vars)?;
+        let exported = export(self.objective, folder, self.config.precision);
+        self.ema.swap(&self.vars)?;
+        exported
+    }
+
+    fn restore(&mut self, mut checkpoint: Checkpoint) -> Result<()> {
+        let state: State =
+            serde_json::from_value(checkpoint.state.take()).context("its state is of another version")?;
+        for (name, var) in &self.vars {
+            let device = var.device();
+            var.set(&checkpoint.take(&format!("vars/{name}"), var.dims())?.to_device(device)?)?;
+            let average = checkpoint.take(&format!("ema/{name}"), var.dims())?.to_device(device)?;
+            self.ema.average.insert(name.clone(), average);
+        }
+        self.ema.updates = state.ema_updates;
+        let vars = &self.vars;
+        self.optimizer.restore(state.optim, |name| {
+            let var = name.rsplit_once('.').and_then(|(var, _)| vars.get(var));
+            checkpoint.take(&format!("optim/{name}"), var.map(|v| v.dims()).unwrap_or_default())
+        })?;
+        self.best = state.best;
+        self.step = checkpoint.step;
+        let mut rest = HashMap::new();
+        for (name, tensor) in checkpoint.tensors {
+            match name.strip_prefix("objective/") {
+                Some(name) => rest.insert(name.to_owned(), tensor),
+                None => bail!("it has {name}, which the model does not have"),
+            };
+        }
+        self.objective.restore(rest)
+    }
+}
+
+/// Replaces `folder/model` by the objective's current model.
+fn export(objective: &dyn Objective, folder: &Path, precision: Precision) -> Result<()> {
+    let (new, old, model): (PathBuf, PathBuf, PathBuf) =
+        (folder.join("model.new"), folder.join("model.old"), folder.join("model"));
+    for left in [&new, &old] {
+        if left.exists() {
+            fs::remove_dir_all(left).with_context(|| format!("cannot delete {}", left.display()))?;
+        }
+    }
+    fs::create_dir(&new).with_context(|| format!("cannot create {}", new.display()))?;
+    objective.save(&new, precision.dtype())?;
+    if model.exists() {
+        fs::rename(&model, &old)?;
+    }
+    fs::rename(&new, &model)?;
+    if old.exists() {
+        fs::remove_dir_all(&old)?;
+    }
+    Ok(())
+}
