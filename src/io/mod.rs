@@ -1,2 +1,99 @@
 //! Files in and out, in the formats other tools read.
+
+pub mod html;
+pub mod png;
+pub mod sheet;
+pub mod story;
 pub mod tensorboard;
+
+use anyhow::{Context, Result};
+use std::{
+    fs,
+    io::{ErrorKind, Write},
+    path::Path,
+};
+
+/// Writes a whole file or none: to a temporary name in the same folder, synced, then renamed. Without `overwrite` a file
+/// that exists is an error and stays as it is.
+pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !overwrite && path.exists() {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".rlrig-");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any file
+        let mut file = builder.tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        if overwrite {
+            file.persist(path)?
+        } else {
+            file.persist_noclobber(path)?
+        };
+        // The name itself is only safe once the folder is synced; not every file system can do that.
+        if let Ok(folder) = fs::File::open(folder) {
+            let _ = folder.sync_all();
+        }
+        Ok(())
+    };
+    write().map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => exists(path),
+        ErrorKind::StorageFull => {
+            anyhow::Error::new(error).context(format!("no space left to write {}", path.display()))
+        }
+        _ => anyhow::Error::new(error).context(format!("cannot write {}", path.display())),
+    })
+}
+
+/// The error for a file that is in the way.
+pub fn exists(path: &Path) -> anyhow::Error {
+    anyhow::Error::new(crate::error::Usage(format!(
+        "{} exists; choose another name or give --force to overwrite it",
+        path.display()
+    )))
+}
+
+/// Reads a file of at most `limit` bytes.
+pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let shown = path.display();
+    let size = fs::metadata(path).with_context(|| format!("cannot read {shown}"))?.len();
+    anyhow::ensure!(size <= limit, "{shown} has {size} bytes, more than the {limit} that are read");
+    let mut bytes = Vec::new();
+    let file = fs::File::open(path).with_context(|| format!("cannot read {shown}"))?;
+    // `take`, because what is no plain file tells no true size.
+    std::io::Read::read_to_end(&mut std::io::Read::take(file, limit), &mut bytes)
+        .with_context(|| format!("cannot read {shown}"))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_whole_and_never_over_another_by_accident() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        write_file(&path, b"one", false).unwrap();
+        let error = write_file(&path, b"two", false).unwrap_err();
+        assert!(error.is::<crate::error::Usage>() && error.to_string().contains("--force"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        write_file(&path, b"two", true).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        let error = write_file(&folder.path().join("no/such/b.txt"), b"x", false).unwrap_err();
+        assert!(error.to_string().starts_with("cannot write"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn reading_stops_at_its_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        fs::write(&path, [0; 10]).unwrap();
+        assert_eq!(read_file(&path, 10).unwrap().len(), 10);
+        assert!(read_file(&path, 9).is_err());
+    }
+}

@@ -60,7 +60,7 @@ pub enum Action {
 }
 
 /// A job's share of the time its batch took, by stage.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seconds {
     pub reflect: f64,
     /// Drawing or editing.

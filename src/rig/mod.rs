@@ -4,4 +4,6 @@
 
 pub mod cycle;
 pub mod prompts;
+pub mod reward;
 pub mod roles;
+pub mod trajectory;
