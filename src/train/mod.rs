@@ -3,6 +3,7 @@
 //! An [`Objective`] says what is learned: its variables and its loss on a batch. [`run`] drives it: optimiser, moving
 //! average, evaluation, samples, checkpoints, logs. A run is a folder and resumes exactly.
 
+pub mod adamw;
 pub mod checkpoint;
 pub mod ema;
 pub mod grpo;

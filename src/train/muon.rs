@@ -4,8 +4,8 @@
 //! Newton-Schulz iterations `X <- a X + (b X X^T + c (X X^T)^2) X`. The factor makes the update as large as AdamW's
 //! (arXiv 2502.16982), so that one learning rate serves both. Unlike the reference, the iterations are in f32.
 
-use super::slices::CHUNK;
-use candle_core::{Result, Tensor};
+use super::slices::{CHUNK, edit, read};
+use candle_core::{Device, Result, Tensor, Var};
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
@@ -13,27 +13,61 @@ const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 const ITERATIONS: usize = 5;
 const EPSILON: f32 = 1e-7;
 
-/// The factor on the learning rate for a matrix.
-pub fn scale(rows: usize, cols: usize) -> f64 {
-    0.2 * (rows.max(cols) as f64).sqrt()
+/// Muon with one step's numbers.
+pub struct Muon {
+    /// Factor on the gradient.
+    pub clip: f64,
+    pub lr: f64,
+    pub decay: f64,
+    pub momentum: f64,
 }
 
-/// Takes the gradient `scaled` by a factor into the momentum and returns what is to be made orthogonal.
-pub fn momentum(buffer: &mut [f32], gradient: &[f32], scaled: f32, mu: f32) -> Vec<f32> {
-    let mut update = vec![0.0; buffer.len()];
-    let chunks = (update.par_chunks_mut(CHUNK), buffer.par_chunks_mut(CHUNK), gradient.par_chunks(CHUNK));
-    chunks.into_par_iter().for_each(|(update, buffer, gradient)| {
-        for ((update, buffer), gradient) in update.iter_mut().zip(buffer).zip(gradient) {
-            let gradient = gradient * scaled;
-            *buffer += (1.0 - mu) * (gradient - *buffer);
-            *update = gradient + mu * (*buffer - gradient);
+impl Muon {
+    /// Updates `var`, of which all dimensions but the first count as columns, and its momentum.
+    pub fn update(&self, var: &Var, buffer: &mut Tensor, gradient: &Tensor) -> Result<()> {
+        if !matches!(var.device(), Device::Cpu) {
+            return self.composed(var, buffer, gradient);
         }
-    });
-    update
+        let (rows, cols, rate) = self.rate(var)?;
+        let update = read(gradient, |gradient| edit(buffer, |buffer| Ok(self.accumulate(buffer, gradient))))??;
+        let update = orthogonal(update, rows, cols);
+        edit(var, |weight| Ok(apply(weight, &update, rate as f32, self.decay as f32)))
+    }
+
+    fn rate(&self, var: &Var) -> Result<(usize, usize, f64)> {
+        let rows = var.dim(0)?;
+        let cols = var.elem_count() / rows.max(1);
+        Ok((rows, cols, self.lr * 0.2 * (rows.max(cols) as f64).sqrt()))
+    }
+
+    /// Takes the gradient into the momentum and returns what is to be made orthogonal.
+    fn accumulate(&self, buffer: &mut [f32], gradient: &[f32]) -> Vec<f32> {
+        let (clip, mu) = (self.clip as f32, self.momentum as f32);
+        let mut update = vec![0.0; buffer.len()];
+        let chunks = (update.par_chunks_mut(CHUNK), buffer.par_chunks_mut(CHUNK), gradient.par_chunks(CHUNK));
+        chunks.into_par_iter().for_each(|(update, buffer, gradient)| {
+            for ((update, buffer), gradient) in update.iter_mut().zip(buffer).zip(gradient) {
+                let gradient = gradient * clip;
+                *buffer += (1.0 - mu) * (gradient - *buffer);
+                *update = gradient + mu * (*buffer - gradient);
+            }
+        });
+        update
+    }
+
+    /// The same by candle's operations.
+    fn composed(&self, var: &Var, buffer: &mut Tensor, gradient: &Tensor) -> Result<()> {
+        let (_, _, rate) = self.rate(var)?;
+        let (gradient, mu) = ((gradient * self.clip)?, self.momentum);
+        *buffer = ((&*buffer * mu)? + (&gradient * (1.0 - mu))?)?;
+        let update = ((&gradient * (1.0 - mu))? + (&*buffer * mu)?)?;
+        let update = orthogonal_composed(&update.flatten_from(1)?)?.reshape(var.dims())?;
+        var.set(&((var.as_tensor().detach() * (1.0 - self.decay))? - (update * rate)?)?)
+    }
 }
 
 /// `W <- (1 - decay) W - rate O`.
-pub fn apply(weight: &mut [f32], update: &[f32], rate: f32, decay: f32) {
+fn apply(weight: &mut [f32], update: &[f32], rate: f32, decay: f32) {
     weight.par_chunks_mut(CHUNK).zip(update.par_chunks(CHUNK)).for_each(|(weight, update)| {
         for (weight, update) in weight.iter_mut().zip(update) {
             *weight = *weight * (1.0 - decay) - rate * update;
@@ -102,7 +136,7 @@ fn multiply(out: &mut [f32], shape: View, alpha: f32, left: View, right: View, b
 }
 
 /// Newton-Schulz on a row-major matrix of `rows` by `cols`, single-threaded: matrices are worked on side by side.
-pub fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
+fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     if x.is_empty() {
         return x;
     }
@@ -131,8 +165,8 @@ pub fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     x
 }
 
-/// The same by candle's operations, for other devices.
-pub fn orthogonal_tensor(x: &Tensor) -> Result<Tensor> {
+/// The same by candle's operations.
+fn orthogonal_composed(x: &Tensor) -> Result<Tensor> {
     let (rows, cols) = x.dims2()?;
     let mut x = if rows > cols { x.t()?.contiguous()? } else { x.clone() };
     let (a, b, c) = COEFFICIENTS;
@@ -144,4 +178,46 @@ pub fn orthogonal_tensor(x: &Tensor) -> Result<Tensor> {
         x = ((&x * f64::from(a))? + poly.matmul(&x)?)?;
     }
     if rows > cols { x.t()?.contiguous() } else { Ok(x) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::rng::Stream;
+
+    fn matrix(rows: usize, cols: usize, index: u64) -> Tensor {
+        Stream::new(0, "muon", index).normal(&[rows, cols], &Device::Cpu).unwrap()
+    }
+
+    fn distance(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn singular_values_come_near_one() {
+        for (rows, cols) in [(40, 40), (16, 90), (90, 16), (1, 50), (50, 1)] {
+            let x = matrix(rows, cols, 0).flatten_all().unwrap().to_vec1().unwrap();
+            let o = Tensor::from_vec(orthogonal(x, rows, cols), (rows, cols), &Device::Cpu).unwrap();
+            let o = if rows > cols { o.t().unwrap() } else { o };
+            // The trace of O O^T is the sum of the squared singular values; the iterations leave them within 0.68 and 1.14.
+            let trace = o.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+            let mean = (trace / rows.min(cols) as f32).sqrt();
+            assert!((0.68..1.14).contains(&mean), "{rows} x {cols}: {mean}");
+        }
+    }
+
+    #[test]
+    fn the_fused_loops_equal_candles_operations() {
+        let muon = Muon { clip: 0.5, lr: 0.01, decay: 0.1, momentum: 0.95 };
+        for (rows, cols) in [(5, 9), (9, 5)] {
+            let start = || Var::from_tensor(&matrix(rows, cols, 0)).unwrap();
+            let (a, b) = (start(), start());
+            let (mut ma, mut mb) = (a.zeros_like().unwrap(), b.zeros_like().unwrap());
+            for step in 1..5 {
+                muon.update(&a, &mut ma, &matrix(rows, cols, step)).unwrap();
+                muon.composed(&b, &mut mb, &matrix(rows, cols, step)).unwrap();
+            }
+            assert!(distance(&a, &b) < 1e-5 && distance(&ma, &mb) < 1e-5);
+        }
+    }
 }

@@ -5,9 +5,10 @@
 //! threads. Other devices use candle's operations.
 
 use super::{
-    muon,
+    adamw::AdamW,
+    muon::Muon,
     schedule::Schedule,
-    slices::{CHUNK, edit, read},
+    slices::{CHUNK, read},
 };
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
@@ -210,90 +211,18 @@ impl Param {
         let lr = base * factor * self.group.lr;
         let decay = lr * config.weight_decay * self.group.decay;
         match self.group.rule {
-            Rule::Muon => self.muon(gradient, clip, lr, decay, config.momentum),
-            Rule::AdamW => self.adamw(gradient, &AdamW::new(config, clip, lr, decay, updates)),
-        }
-    }
-
-    fn muon(&mut self, gradient: &Tensor, clip: f64, lr: f64, decay: f64, mu: f64) -> Result<()> {
-        let rows = self.var.dim(0)?;
-        let cols = self.var.elem_count() / rows.max(1);
-        let rate = lr * muon::scale(rows, cols);
-        let buffer = &mut self.moments[0];
-        if matches!(self.var.device(), Device::Cpu) {
-            let update =
-                read(gradient, |g| edit(buffer, |buffer| Ok(muon::momentum(buffer, g, clip as f32, mu as f32))))??;
-            let update = muon::orthogonal(update, rows, cols);
-            edit(&self.var, |weight| Ok(muon::apply(weight, &update, rate as f32, decay as f32)))?;
-        } else {
-            let gradient = (gradient * clip)?;
-            *buffer = ((&*buffer * mu)? + (&gradient * (1.0 - mu))?)?;
-            let update = ((&gradient * (1.0 - mu))? + (&*buffer * mu)?)?;
-            let update = muon::orthogonal_tensor(&update.reshape((rows, cols))?)?.reshape(self.var.dims())?;
-            self.var.set(&((self.var.as_tensor().detach() * (1.0 - decay))? - (update * rate)?)?)?;
-        }
-        Ok(())
-    }
-
-    fn adamw(&mut self, gradient: &Tensor, rule: &AdamW) -> Result<()> {
-        let [first, second] = self.moments.as_mut_slice() else { bail!("AdamW keeps two moments") };
-        if matches!(self.var.device(), Device::Cpu) {
-            read(gradient, |g| edit(&self.var, |w| edit(first, |m| edit(second, |v| Ok(rule.slices(w, m, v, g))))))??;
-        } else {
-            let gradient = (gradient * f64::from(rule.clip))?;
-            let (b1, b2) = (f64::from(rule.beta1), f64::from(rule.beta2));
-            *first = ((&*first * b1)? + (&gradient * (1.0 - b1))?)?;
-            *second = ((&*second * b2)? + (gradient.sqr()? * (1.0 - b2))?)?;
-            let scale = ((second.sqrt()? * f64::from(rule.second))? + f64::from(rule.eps))?;
-            let update = ((&*first / scale)? * f64::from(rule.rate))?;
-            self.var.set(&((self.var.as_tensor().detach() * (1.0 - f64::from(rule.decay)))? - update)?)?;
-        }
-        Ok(())
-    }
-}
-
-/// AdamW (arXiv 1711.05101) with this step's numbers: `w <- (1 - decay) w - rate m / (sqrt(v) second + eps)`.
-struct AdamW {
-    clip: f32,
-    beta1: f32,
-    beta2: f32,
-    /// The learning rate over the first moment's bias correction.
-    rate: f32,
-    /// `1 / sqrt(1 - beta2^t)`.
-    second: f32,
-    eps: f32,
-    decay: f32,
-}
-
-impl AdamW {
-    fn new(config: &OptimConfig, clip: f64, lr: f64, decay: f64, updates: u64) -> Self {
-        let corrections = |beta: f64| 1.0 - beta.powf(updates as f64);
-        Self {
-            clip: clip as f32,
-            beta1: config.betas.0 as f32,
-            beta2: config.betas.1 as f32,
-            rate: (lr / corrections(config.betas.0)) as f32,
-            second: (1.0 / corrections(config.betas.1).sqrt()) as f32,
-            eps: config.eps as f32,
-            decay: decay as f32,
-        }
-    }
-
-    fn slices(&self, weight: &mut [f32], first: &mut [f32], second: &mut [f32], gradient: &[f32]) {
-        let chunks = (
-            weight.par_chunks_mut(CHUNK),
-            first.par_chunks_mut(CHUNK),
-            second.par_chunks_mut(CHUNK),
-            gradient.par_chunks(CHUNK),
-        );
-        chunks.into_par_iter().for_each(|(weight, first, second, gradient)| {
-            for (((w, m), v), g) in weight.iter_mut().zip(first).zip(second).zip(gradient) {
-                let g = g * self.clip;
-                *m += (1.0 - self.beta1) * (g - *m);
-                *v = self.beta2 * *v + (1.0 - self.beta2) * g * g;
-                *w = *w * (1.0 - self.decay) - self.rate * *m / (v.sqrt() * self.second + self.eps);
+            Rule::Muon => {
+                Muon { clip, lr, decay, momentum: config.momentum }.update(&self.var, &mut self.moments[0], gradient)?
             }
-        });
+            Rule::AdamW => {
+                AdamW::new(config.betas, config.eps, clip, lr, decay, updates).update(
+                    &self.var,
+                    &mut self.moments,
+                    gradient,
+                )?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -325,4 +254,149 @@ pub fn accumulate(total: &mut Gradients, vars: &BTreeMap<String, Var>, mut store
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain() -> OptimConfig {
+        OptimConfig { lr: 3e-2, weight_decay: 0.1, clip: 0.0, spike: 0.0, ..OptimConfig::default() }
+    }
+
+    fn one(values: &[f32], shape: &[usize]) -> BTreeMap<String, Var> {
+        BTreeMap::from([("w".to_owned(), Var::from_slice(values, shape, &Device::Cpu).unwrap())])
+    }
+
+    fn gradient(values: &[f32], shape: &[usize]) -> Gradients {
+        BTreeMap::from([("w".to_owned(), Tensor::from_slice(values, shape, &Device::Cpu).unwrap())])
+    }
+
+    fn everything(rule: Rule) -> impl Fn(&str, &[usize]) -> Group {
+        move |_, _| Group { rule, lr: 1.0, decay: 1.0 }
+    }
+
+    fn values(vars: &BTreeMap<String, Var>) -> Vec<f32> {
+        vars["w"].flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn the_rules_follow_pytorch() {
+        #[derive(Deserialize)]
+        struct Case {
+            shape: Vec<usize>,
+            start: Vec<f32>,
+            gradients: Vec<Vec<f32>>,
+            weights: Vec<Vec<f32>>,
+        }
+        let cases: BTreeMap<String, Case> =
+            serde_json::from_str(include_str!("../../tests/fixtures/optim.json")).unwrap();
+        assert_eq!(cases.len(), 3);
+        for (name, case) in cases {
+            let rule = if name == "adamw" { Rule::AdamW } else { Rule::Muon };
+            let vars = one(&case.start, &case.shape);
+            let mut optimizer = Optimizer::new(&plain(), &vars, everything(rule)).unwrap();
+            for (step, (g, expected)) in case.gradients.iter().zip(&case.weights).enumerate() {
+                optimizer.step(&gradient(g, &case.shape), 1.0).unwrap();
+                for (got, expected) in values(&vars).iter().zip(expected) {
+                    assert!((got - expected).abs() < 1e-5, "{name}, step {step}: {got} is not {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_of_more_dimensions_are_matrices_to_muon() {
+        let g = crate::tensor::rng::Stream::new(0, "kernel", 0).normals(4 * 3 * 9);
+        let (kernel, matrix) = (one(&[0.0; 108], &[4, 3, 3, 3]), one(&[0.0; 108], &[4, 27]));
+        for (vars, shape) in [(&kernel, &[4, 3, 3, 3][..]), (&matrix, &[4, 27])] {
+            let mut optimizer = Optimizer::new(&plain(), vars, everything(Rule::Muon)).unwrap();
+            optimizer.step(&gradient(&g, shape), 1.0).unwrap();
+        }
+        assert_eq!(values(&kernel), values(&matrix));
+    }
+
+    #[test]
+    fn threads_do_not_change_the_result() {
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let draw = |purpose: &str, n| crate::tensor::rng::Stream::new(0, purpose, 0).normals(n);
+                let shapes = [("a", vec![300, 200]), ("b", vec![200, 300]), ("c", vec![50_000]), ("d", vec![64, 1000])];
+                let tensor = |purpose: &str, shape: &[usize]| {
+                    Tensor::from_vec(draw(purpose, shape.iter().product()), shape, &Device::Cpu).unwrap()
+                };
+                let vars: BTreeMap<_, _> = shapes
+                    .iter()
+                    .map(|(name, shape)| ((*name).to_owned(), Var::from_tensor(&tensor(name, shape)).unwrap()))
+                    .collect();
+                let config = OptimConfig { clip: 1.0, ..plain() };
+                let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
+                let mut norms = Vec::new();
+                for step in 0..3 {
+                    let gradients = shapes
+                        .iter()
+                        .map(|(name, shape)| ((*name).to_owned(), tensor(&format!("{name} gradient {step}"), shape)));
+                    norms.push(optimizer.step(&gradients.collect(), 1.0).unwrap().0.to_bits());
+                }
+                let bits = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                (norms, vars.values().map(bits).collect::<Vec<_>>())
+            })
+        };
+        let single = run(1);
+        for threads in [2, 3] {
+            assert!(run(threads) == single, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn the_global_norm_is_clipped() {
+        // The first AdamW update has the size of the learning rate whatever the gradient; so look at the moment.
+        let vars = one(&[0.0, 0.0], &[2]);
+        let config = OptimConfig { clip: 1.0, ..plain() };
+        let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
+        let (norm, outcome) = optimizer.step(&gradient(&[30.0, 40.0], &[2]), 1.0).unwrap();
+        assert_eq!((norm, outcome), (50.0, Outcome::Updated));
+        let first = optimizer.moments().next().unwrap().1.to_vec1::<f32>().unwrap();
+        assert!((first[0] - 0.06).abs() < 1e-6 && (first[1] - 0.08).abs() < 1e-6, "{first:?}");
+    }
+
+    #[test]
+    fn spikes_are_skipped_until_they_are_the_rule() {
+        let vars = one(&[0.0], &[1]);
+        let config = OptimConfig { spike: 5.0, ..plain() };
+        let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
+        for _ in 0..NORM_WARMUP {
+            assert_eq!(optimizer.step(&gradient(&[1.0], &[1]), 1.0).unwrap().1, Outcome::Updated);
+        }
+        let before = values(&vars);
+        assert_eq!(optimizer.step(&gradient(&[100.0], &[1]), 1.0).unwrap().1, Outcome::Spike);
+        assert_eq!((values(&vars), optimizer.state.spikes), (before, 1));
+        let outcomes: Vec<_> = (0..60).map(|_| optimizer.step(&gradient(&[100.0], &[1]), 1.0).unwrap().1).collect();
+        assert_eq!(outcomes.last(), Some(&Outcome::Updated));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_change_nothing_and_end_the_run_if_they_stay() {
+        let vars = one(&[1.0], &[1]);
+        let config = OptimConfig { max_bad_steps: 3, ..plain() };
+        let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(optimizer.step(&gradient(&[bad], &[1]), 1.0).unwrap().1, Outcome::NotFinite);
+        }
+        assert_eq!(values(&vars), [1.0]);
+        let error = optimizer.step(&gradient(&[f32::NAN], &[1]), 1.0).unwrap_err().to_string();
+        assert!(error.contains("4 steps in a row"), "{error}");
+    }
+
+    #[test]
+    fn groups_follow_names_and_shapes() {
+        let rule = |name: &str, shape: &[usize]| default_group(name, shape).rule;
+        assert_eq!(rule("transformer_blocks.0.attn.to_q.weight", &[8, 8]), Rule::Muon);
+        for (name, shape) in [("embed_tokens.weight", &[9, 4][..]), ("proj_out.weight", &[4, 4]), ("norm.weight", &[4])]
+        {
+            assert_eq!(rule(name, shape), Rule::AdamW);
+        }
+        assert_eq!(default_group("norm.weight", &[4]).decay, 0.0);
+    }
 }
