@@ -1,1 +1,11 @@
 //! Scene graphs, their grammar and geometry, and the tabletop world.
+//!
+//! A [`graph::SceneGraph`] is what a prompt asks for; [`relation`] says when a spatial relation holds between two
+//! objects; [`parse`] turns text into a graph; [`tabletop`] is the world whose pictures have exact truth.
+
+pub mod graph;
+pub mod laion_sg;
+pub mod parse;
+pub mod relation;
+pub mod tabletop;
+mod words;

@@ -1,0 +1,159 @@
+//! Scene graphs: objects with attributes, and relations between them.
+//!
+//! General on purpose: labels, attributes and predicates are free text, so one type serves LAION-SG's records
+//! (arXiv 2412.08580), prompts parsed from a user's words and the tabletop world alike.
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+
+/// One object: a label and its attributes in the order they are said (`large`, `red`).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Object {
+    pub label: String,
+    #[serde(default)]
+    pub attributes: Vec<String>,
+}
+
+impl Object {
+    pub fn new(label: impl Into<String>, attributes: Vec<String>) -> Self {
+        Self { label: label.into(), attributes }
+    }
+
+    /// The object's phrase: attributes, then the label (`large red ball`).
+    pub fn phrase(&self) -> String {
+        let mut words: Vec<&str> = self.attributes.iter().map(String::as_str).collect();
+        words.push(&self.label);
+        words.join(" ")
+    }
+}
+
+/// `subject predicate object`, by index into [`SceneGraph::objects`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Relation {
+    pub subject: usize,
+    pub predicate: String,
+    pub object: usize,
+}
+
+/// What a picture should show, or does show.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SceneGraph {
+    pub objects: Vec<Object>,
+    #[serde(default)]
+    pub relations: Vec<Relation>,
+}
+
+impl SceneGraph {
+    /// An error that names the first relation with an index out of range, or the first empty label.
+    pub fn validate(&self) -> Result<()> {
+        if let Some(i) = self.objects.iter().position(|o| o.label.trim().is_empty()) {
+            bail!("object {i} of the scene graph has no label");
+        }
+        for (i, r) in self.relations.iter().enumerate() {
+            let n = self.objects.len();
+            if r.subject >= n || r.object >= n {
+                bail!("relation {i} ({:?}) names object {} of {n}", r.predicate, r.subject.max(r.object));
+            }
+        }
+        Ok(())
+    }
+
+    /// One relation as text: `large red ball left of small blue cube`.
+    pub fn triple(&self, relation: &Relation) -> String {
+        let phrase = |i: usize| self.objects.get(i).map_or_else(|| format!("object {i}"), Object::phrase);
+        format!("{} {} {}", phrase(relation.subject), relation.predicate, phrase(relation.object))
+    }
+
+    /// All relations as text, in order.
+    pub fn triples(&self) -> Vec<String> {
+        self.relations.iter().map(|r| self.triple(r)).collect()
+    }
+
+    /// Indices of the objects that no relation names.
+    pub fn isolated(&self) -> Vec<usize> {
+        (0..self.objects.len()).filter(|&i| !self.relations.iter().any(|r| r.subject == i || r.object == i)).collect()
+    }
+
+    /// The prompt form of the paper: triples joined by `; `, then the isolated objects' phrases.
+    pub fn triple_text(&self) -> String {
+        let mut parts = self.triples();
+        parts.extend(self.isolated().into_iter().map(|i| self.objects[i].phrase()));
+        parts.join("; ")
+    }
+
+    /// The same graph with its objects in the order of first mention: by the relations, then those without one.
+    pub fn canonical(&self) -> Self {
+        let mut order: Vec<usize> = Vec::with_capacity(self.objects.len());
+        for i in self.relations.iter().flat_map(|r| [r.subject, r.object]).chain(0..self.objects.len()) {
+            if i < self.objects.len() && !order.contains(&i) {
+                order.push(i);
+            }
+        }
+        let at = |i: usize| order.iter().position(|&o| o == i).unwrap_or(i);
+        Self {
+            objects: order.iter().map(|&i| self.objects[i].clone()).collect(),
+            relations: self
+                .relations
+                .iter()
+                .map(|r| Relation { subject: at(r.subject), predicate: r.predicate.clone(), object: at(r.object) })
+                .collect(),
+        }
+    }
+
+    /// What must hold, counted: one requirement for each object and each relation.
+    pub fn requirements(&self) -> usize {
+        self.objects.len() + self.relations.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn graph() -> SceneGraph {
+        let object =
+            |label: &str, attributes: &[&str]| Object::new(label, attributes.iter().map(ToString::to_string).collect());
+        SceneGraph {
+            objects: vec![object("ball", &["large", "red"]), object("cube", &["blue"]), object("star", &[])],
+            relations: vec![Relation { subject: 0, predicate: "left of".into(), object: 1 }],
+        }
+    }
+
+    #[test]
+    fn triples_read_as_the_paper_writes_them() {
+        assert_eq!(graph().triples(), ["large red ball left of blue cube"]);
+        assert_eq!(graph().triple_text(), "large red ball left of blue cube; star");
+        assert_eq!(graph().isolated(), [2]);
+        assert_eq!(graph().requirements(), 4);
+    }
+
+    #[test]
+    fn canonical_order_is_that_of_first_mention() {
+        let mut g = graph();
+        g.relations = vec![Relation { subject: 2, predicate: "above".into(), object: 0 }];
+        let canonical = g.canonical();
+        let labels: Vec<&str> = canonical.objects.iter().map(|o| o.label.as_str()).collect();
+        assert_eq!(labels, ["star", "ball", "cube"]);
+        assert_eq!(canonical.triple_text(), g.triple_text());
+        assert_eq!(canonical.canonical(), canonical);
+    }
+
+    #[test]
+    fn validation_names_what_is_wrong() {
+        assert!(graph().validate().is_ok());
+        let mut dangling = graph();
+        dangling.relations[0].object = 9;
+        assert!(dangling.validate().unwrap_err().to_string().contains("object 9 of 3"));
+        let mut unnamed = graph();
+        unnamed.objects[1].label = " ".into();
+        assert!(unnamed.validate().unwrap_err().to_string().contains("object 1"));
+    }
+
+    #[test]
+    fn json_round_trips_and_may_leave_out_empty_lists() {
+        let text = serde_json::to_string(&graph()).unwrap();
+        assert_eq!(serde_json::from_str::<SceneGraph>(&text).unwrap(), graph());
+        let bare: SceneGraph = serde_json::from_str(r#"{"objects": [{"label": "ball"}]}"#).unwrap();
+        assert_eq!(bare.objects[0].phrase(), "ball");
+    }
+}

@@ -1,0 +1,462 @@
+//! From words to a scene graph: the paper's triples and plain English alike.
+//!
+//! The grammar: clauses joined by commas, semicolons, full stops and "and". A clause is a noun phrase; or one related to
+//! another ("a red ball is left of a blue cube"); or the same with the relation first ("above the cube is a ring"), with
+//! "which" for the object named last, with "with ... to its left", or with a further relation of the same subject. "The"
+//! refers back to an object already named, "a" names a new one; without an article (as in triples) equal phrases are
+//! equal objects.
+
+use super::{
+    graph::{Object, Relation, SceneGraph},
+    relation::{Spatial, contradictions},
+    tabletop::world::{Colour, Shape, Size},
+    words,
+};
+
+/// Why a text has no scene graph.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParseError {
+    #[error("the prompt is empty")]
+    Empty,
+    #[error("unknown shape \"{word}\"{}", hint(.suggestion.as_deref(), Shape::ALL.iter().map(|s| s.name())))]
+    UnknownShape { word: String, suggestion: Option<String> },
+    #[error("unknown colour or size \"{word}\"{}", hint(.suggestion.as_deref(), adjectives()))]
+    UnknownAttribute { word: String, suggestion: Option<String> },
+    #[error("\"the {phrase}\" may mean more than one of the objects named before")]
+    Ambiguous { phrase: String },
+    #[error("no picture can show this: {0}")]
+    Contradiction(String),
+    #[error("more than {MAX_OBJECTS} objects")]
+    TooMany,
+    /// The words are known or not, but the sentence is not one of this grammar.
+    #[error("{0}")]
+    Grammar(String),
+}
+
+/// More objects than any table holds.
+pub const MAX_OBJECTS: usize = 24;
+
+fn adjectives() -> impl Iterator<Item = &'static str> {
+    Size::ALL.iter().map(|s| s.name()).chain(Colour::ALL.iter().map(|c| c.name()))
+}
+
+fn hint(suggestion: Option<&str>, known: impl Iterator<Item = &'static str>) -> String {
+    match suggestion {
+        Some(word) => format!("; did you mean \"{word}\"?"),
+        None => format!("; known are {}", known.collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// Parses a prompt into a scene graph in canonical order, or says why there is none.
+pub fn parse(text: &str) -> Result<SceneGraph, ParseError> {
+    let mut parser = Parser::new(text);
+    parser.prompt()?;
+    let graph = parser.graph.canonical();
+    match contradictions(&graph).into_iter().next() {
+        Some(why) => Err(ParseError::Contradiction(why)),
+        None => Ok(graph),
+    }
+}
+
+/// Lower-case words, and the punctuation that separates clauses.
+pub(super) fn tokens(text: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    let mut word = String::new();
+    for c in text.chars().flat_map(char::to_lowercase) {
+        if c.is_alphanumeric() || c == '-' || c == '\'' {
+            word.push(c);
+            continue;
+        }
+        if !word.is_empty() {
+            out.push(std::mem::take(&mut word));
+        }
+        match c {
+            ',' | ';' => out.push(c.to_string()),
+            '.' | '!' | '?' | ':' | '\n' => out.push(".".into()),
+            _ => {}
+        }
+    }
+    if !word.is_empty() {
+        out.push(word);
+    }
+    out
+}
+
+/// How an object was named in one place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Mention {
+    pub article: Article,
+    pub object: Object,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Article {
+    None,
+    A,
+    The,
+}
+
+/// A reader over tokens, shared by prompts and edit instructions.
+pub(super) struct Cursor {
+    tokens: Vec<String>,
+    at: usize,
+}
+
+impl Cursor {
+    pub fn new(text: &str) -> Self {
+        Self { tokens: tokens(text), at: 0 }
+    }
+
+    pub fn peek(&self) -> Option<&str> {
+        self.tokens.get(self.at).map(String::as_str)
+    }
+
+    /// Takes the next token.
+    pub fn next(&mut self) -> Option<String> {
+        let token = self.tokens.get(self.at).cloned();
+        self.at += 1;
+        token
+    }
+
+    pub fn done(&self) -> bool {
+        self.at >= self.tokens.len()
+    }
+
+    /// Skips `phrase` (words separated by blanks) if it is next.
+    pub fn eat(&mut self, phrase: &str) -> bool {
+        let mut end = self.at;
+        for word in phrase.split(' ') {
+            if self.tokens.get(end).map(String::as_str) != Some(word) {
+                return false;
+            }
+            end += 1;
+        }
+        self.at = end;
+        true
+    }
+
+    /// Skips as many of these words as follow.
+    pub fn skip(&mut self, words: &[&str]) -> bool {
+        let start = self.at;
+        while self.peek().is_some_and(|w| words.contains(&w)) {
+            self.at += 1;
+        }
+        self.at > start
+    }
+
+    pub fn eat_relation(&mut self) -> Option<Spatial> {
+        let start = self.at;
+        self.skip(&["directly", "just", "exactly"]);
+        let found = words::RELATIONS.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r);
+        if found.is_none() {
+            self.at = start;
+        }
+        found
+    }
+
+    fn eat_relation_to_it(&mut self) -> Option<Spatial> {
+        words::RELATIONS_TO_IT.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r)
+    }
+
+    /// A noun phrase: article, size and colour in any order, shape.
+    pub fn mention(&mut self) -> Result<Mention, ParseError> {
+        let article = match self.peek() {
+            Some("a" | "an" | "one" | "another") => Article::A,
+            Some("the") => Article::The,
+            _ => Article::None,
+        };
+        if article != Article::None {
+            self.at += 1;
+        }
+        let (mut size, mut colour) = (None::<Size>, None::<Colour>);
+        loop {
+            let Some(word) = self.peek().map(str::to_string) else {
+                return Err(ParseError::Grammar("the prompt ends where an object should be named".into()));
+            };
+            self.at += 1;
+            if let Some(shape) = words::shape(&word) {
+                let attributes = size.map(|s| s.name().to_string()).into_iter();
+                let attributes = attributes.chain(colour.map(|c| c.name().to_string())).collect();
+                return Ok(Mention { article, object: Object::new(shape.name(), attributes) });
+            }
+            let clash = if let Some(s) = words::size(&word) {
+                size.replace(s).filter(|old| *old != s).map(|old| (old.name(), s.name()))
+            } else if let Some(c) = words::colour(&word) {
+                colour.replace(c).filter(|old| *old != c).map(|old| (old.name(), c.name()))
+            } else {
+                return Err(self.unknown(word));
+            };
+            if let Some((old, new)) = clash {
+                return Err(ParseError::Grammar(format!("one object cannot be both {old} and {new}")));
+            }
+        }
+    }
+
+    /// An unknown word: an attribute if a shape or another attribute follows, else a shape.
+    fn unknown(&self, word: String) -> ParseError {
+        if word.len() == 1 && !word.chars().all(char::is_alphanumeric) {
+            return ParseError::Grammar(format!("\"{word}\" where an object should be named"));
+        }
+        let known = |w: &str| words::shape(w).is_some() || words::colour(w).is_some() || words::size(w).is_some();
+        if self.peek().is_some_and(known) {
+            let suggestion = words::nearest(&word, adjectives()).map(str::to_string);
+            ParseError::UnknownAttribute { word, suggestion }
+        } else {
+            let suggestion = words::nearest(&word, Shape::ALL.iter().map(|s| s.name())).map(str::to_string);
+            ParseError::UnknownShape { word, suggestion }
+        }
+    }
+}
+
+/// Words between a subject and its relation.
+const COPULA: &[&str] = &[
+    "is",
+    "are",
+    "sits",
+    "stands",
+    "lies",
+    "rests",
+    "sitting",
+    "standing",
+    "lying",
+    "resting",
+    "placed",
+    "positioned",
+    "located",
+    "can",
+    "be",
+    "seen",
+    "that",
+];
+/// Words before a clause that say nothing about it.
+const LEAD_IN: &[&str] =
+    &["there", "is", "are", "show", "me", "draw", "paint", "generate", "create", "please", "imagine", "you", "see"];
+const SEPARATORS: &[&str] = &[",", ";", ".", "and", "while", "also", "then"];
+const PICTURES: &[&str] = &["picture", "image", "photo", "photograph", "drawing", "painting", "scene", "rendering"];
+
+struct Parser {
+    cursor: Cursor,
+    graph: SceneGraph,
+    /// Whether the text is in triple form: then equal phrases are equal objects, whatever their article.
+    triples: bool,
+    /// What a further relation without a subject belongs to.
+    subject: Option<usize>,
+    /// What "which" stands for.
+    last: Option<usize>,
+    /// What "it" stands for.
+    owner: Option<usize>,
+}
+
+impl Parser {
+    fn new(text: &str) -> Self {
+        let cursor = Cursor::new(text);
+        let triples = cursor.tokens.iter().any(|t| t == ";");
+        Self { cursor, graph: SceneGraph::default(), triples, subject: None, last: None, owner: None }
+    }
+
+    fn prompt(&mut self) -> Result<(), ParseError> {
+        loop {
+            self.cursor.skip(SEPARATORS);
+            if self.cursor.done() {
+                break;
+            }
+            self.lead_in();
+            if self.cursor.done() {
+                return Err(ParseError::Grammar("the prompt names no object".into()));
+            }
+            self.clause()?;
+        }
+        if self.graph.objects.is_empty() { Err(ParseError::Empty) } else { Ok(()) }
+    }
+
+    /// Skips "there is", "show me", "a picture of" and the like.
+    fn lead_in(&mut self) {
+        self.cursor.skip(LEAD_IN);
+        let start = self.cursor.at;
+        self.cursor.skip(&["a", "an", "the"]);
+        if self.cursor.skip(PICTURES) && self.cursor.skip(&["of", "with", "showing"]) {
+            return;
+        }
+        self.cursor.at = start;
+    }
+
+    fn clause(&mut self) -> Result<(), ParseError> {
+        if self.cursor.eat("which") {
+            self.cursor.skip(COPULA);
+            let Some(relation) = self.cursor.eat_relation() else { return Err(self.unexpected()) };
+            let Some(subject) = self.last else {
+                return Err(ParseError::Grammar("\"which\" has nothing to refer to".into()));
+            };
+            let object = self.object()?;
+            self.subject = Some(subject);
+            self.relate(subject, relation, object);
+            return Ok(());
+        }
+        if let Some(relation) = self.cursor.eat_relation() {
+            let object = self.object()?;
+            let inverted = self.cursor.skip(COPULA) | self.cursor.skip(LEAD_IN);
+            match self.subject {
+                Some(subject) if !inverted => self.relate(subject, relation, object),
+                _ => {
+                    self.cursor.skip(&[","]);
+                    let subject = self.object()?;
+                    self.subject = Some(subject);
+                    self.relate(subject, relation, object);
+                }
+            }
+            return Ok(());
+        }
+        let subject = self.object()?;
+        if let (Some(owner), Some(relation)) = (self.owner, self.cursor.eat_relation_to_it()) {
+            self.relate(subject, relation, owner);
+            return Ok(());
+        }
+        self.subject = Some(subject);
+        if self.cursor.skip(&["with", "has", "having"]) {
+            self.owner = Some(subject);
+            let other = self.object()?;
+            let Some(relation) = self.cursor.eat_relation_to_it() else { return Err(self.unexpected()) };
+            self.relate(other, relation, subject);
+            return Ok(());
+        }
+        let copula = self.cursor.skip(COPULA);
+        match self.cursor.eat_relation() {
+            Some(relation) => {
+                let object = self.object()?;
+                self.relate(subject, relation, object);
+            }
+            None if copula => return Err(self.unexpected()),
+            None => {}
+        }
+        if self.cursor.done() || self.cursor.peek().is_some_and(|w| SEPARATORS.contains(&w) || w == "which") {
+            Ok(())
+        } else {
+            Err(self.unexpected())
+        }
+    }
+
+    fn unexpected(&self) -> ParseError {
+        let what = self.cursor.peek().unwrap_or("the end");
+        ParseError::Grammar(format!(
+            "\"{what}\" where a relation (such as \"left of\", \"above\", \"inside\") should be"
+        ))
+    }
+
+    fn relate(&mut self, subject: usize, relation: Spatial, object: usize) {
+        self.last = Some(object);
+        let relation = Relation { subject, predicate: relation.name().into(), object };
+        if !self.graph.relations.contains(&relation) {
+            self.graph.relations.push(relation);
+        }
+    }
+
+    /// A noun phrase, as the object it names: a new one, or one named before.
+    fn object(&mut self) -> Result<usize, ParseError> {
+        let Mention { article, object } = self.cursor.mention()?;
+        let objects = &self.graph.objects;
+        let equal = objects.iter().position(|o| *o == object);
+        let index = match article {
+            Article::A if !self.triples => None,
+            Article::A | Article::None => equal,
+            Article::The => {
+                let means =
+                    |o: &Object| o.label == object.label && object.attributes.iter().all(|a| o.attributes.contains(a));
+                let mut candidates = (0..objects.len()).filter(|&i| means(&objects[i]));
+                match (candidates.next(), candidates.next()) {
+                    (Some(_), Some(_)) if objects.iter().filter(|o| **o == object).count() != 1 => {
+                        return Err(ParseError::Ambiguous { phrase: object.phrase() });
+                    }
+                    (Some(_), Some(_)) => equal,
+                    (only, _) => only,
+                }
+            }
+        };
+        let index = match index {
+            Some(index) => index,
+            None if objects.len() >= MAX_OBJECTS => return Err(ParseError::TooMany),
+            None => {
+                self.graph.objects.push(object);
+                self.graph.objects.len() - 1
+            }
+        };
+        self.last = Some(index);
+        Ok(index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn triples(text: &str) -> String {
+        parse(text).unwrap().triple_text()
+    }
+
+    #[test]
+    fn the_readme_prompt_parses() {
+        assert_eq!(
+            triples("a small red ball to the left of a large blue cube, and a green ring above the cube"),
+            "small red ball left of large blue cube; green ring above large blue cube"
+        );
+    }
+
+    #[test]
+    fn forms_of_one_scene_parse_alike() {
+        let want = "red ball left of blue cube; green ring above blue cube";
+        for text in [
+            want,
+            "Red ball left of blue cube; green ring above blue cube.",
+            "There is a red ball on the left of a blue cube and a green ring over the blue cube",
+            "A red ball is to the left of a blue cube. Above the cube is a green ring.",
+            "a blue cube with a red ball to its left and a green ring above it",
+            "show me a red ball placed left of a blue cube, and above the cube there is a green ring",
+            "a picture of a red ball and a blue cube, the ball is left of the cube and a green ring above the blue cube",
+            "please draw the red ball left of the blue cube, and the green ring higher than the cube",
+        ] {
+            assert_eq!(triples(text), want, "{text}");
+        }
+        assert_eq!(
+            triples("a red ball left of a blue cube and above a star, which is inside a large ring"),
+            "red ball left of blue cube; red ball above star; star inside large ring"
+        );
+        assert_eq!(triples("a tiny violet sphere"), "small purple ball");
+        assert_eq!(triples("a red ball and a red ball"), "red ball; red ball");
+        assert_eq!(triples("a yellow star, a black cone and a pink cube"), "yellow star; black cone; pink cube");
+    }
+
+    #[test]
+    fn errors_help() {
+        let error = |text: &str| parse(text).unwrap_err().to_string();
+        assert_eq!(error("a red bal left of a cube"), "unknown shape \"bal\"; did you mean \"ball\"?");
+        assert!(error("a giraffe").contains("known are ball, cube"));
+        assert_eq!(error("a bleu cube"), "unknown colour or size \"bleu\"; did you mean \"blue\"?");
+        assert!(error("a crimson ball").contains("\"crimson\""));
+        assert!(error("a red blue ball").contains("both red and blue"));
+        assert!(error("a red ball left of").contains("ends"));
+        assert!(error("a red ball beside a cube").contains("\"beside\" where a relation"));
+        assert!(error("a red ball and a red ball, the red ball is above a cube").contains("more than one"));
+        assert_eq!(parse(" \n"), Err(ParseError::Empty));
+        assert_eq!(parse("there is"), Err(ParseError::Grammar("the prompt names no object".into())));
+        assert!(matches!(
+            parse("a red ball left of a blue cube, and the blue cube left of the red ball"),
+            Err(ParseError::Contradiction(_))
+        ));
+        assert_eq!(parse(&"a ball, ".repeat(1000)), Err(ParseError::TooMany));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "[a-z,;. ]{0,60}|.{0,40}") {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn no_jumble_of_known_words_makes_the_parser_panic(
+            words in proptest::collection::vec(proptest::sample::select(vec![
+                "a", "the", "red", "small", "ball", "ring", "left of", "above it", "with", "which", "is", "and", ",", ";", "in",
+            ]), 0..20)
+        ) {
+            let _ = parse(&words.join(" "));
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Describing a scene graph in words: a grammar with variety, and phrasings kept from training.
+//!
+//! Whatever is written here parses back to the same graph ([`crate::scene::parse`]). Each relation becomes a clause in
+//! the order of the graph; objects named before are referred back to by the shortest phrase that is theirs alone.
+
+use crate::scene::{
+    graph::{Object, Relation, SceneGraph},
+    relation::Spatial,
+};
+use crate::tensor::rng::Stream;
+
+/// Which phrasings to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// The paper's form: `large red ball left of small blue cube; ...`.
+    Triples,
+    /// The phrasings of training.
+    Natural,
+    /// At least one phrasing that training never uses.
+    Paraphrase,
+}
+
+/// The most words of a caption for this many objects.
+pub fn word_limit(objects: usize) -> usize {
+    if objects <= 3 { 26 } else { 45 }
+}
+
+/// Describes the graph. Predicates must be this world's ([`Spatial`]); others are written as they are.
+pub fn caption(rng: &mut Stream, graph: &SceneGraph, style: Style) -> String {
+    if style == Style::Triples {
+        return graph.triple_text();
+    }
+    let limit = word_limit(graph.objects.len());
+    for _ in 0..12 {
+        let mut writer = Writer::new(graph, style == Style::Paraphrase, false);
+        let text = writer.write(rng);
+        let novel = style == Style::Natural || writer.paraphrased;
+        if novel && text.split(' ').count() <= limit {
+            return text;
+        }
+    }
+    Writer::new(graph, style == Style::Paraphrase, true).write(rng)
+}
+
+/// A relation's words in training, the shortest first.
+fn phrases(relation: Spatial) -> &'static [&'static str] {
+    match relation {
+        Spatial::LeftOf => &["left of", "to the left of", "on the left of"],
+        Spatial::RightOf => &["right of", "to the right of", "on the right of"],
+        Spatial::Above => &["above", "over"],
+        Spatial::Below => &["below", "under"],
+        Spatial::Inside => &["inside", "in"],
+        Spatial::InFrontOf => &["in front of"],
+        Spatial::Behind => &["behind"],
+    }
+}
+
+/// Words for a relation that training never uses, the shortest first.
+fn held_out_phrases(relation: Spatial) -> &'static [&'static str] {
+    match relation {
+        Spatial::LeftOf => &["on the left side of"],
+        Spatial::RightOf => &["on the right side of"],
+        Spatial::Above => &["higher than"],
+        Spatial::Below => &["beneath", "underneath", "lower than"],
+        Spatial::Inside => &["within"],
+        Spatial::InFrontOf | Spatial::Behind => &[],
+    }
+}
+
+/// A relation to "it", a form that training never uses.
+fn phrase_to_it(relation: Spatial) -> &'static str {
+    match relation {
+        Spatial::LeftOf => "to its left",
+        Spatial::RightOf => "to its right",
+        Spatial::Above => "above it",
+        Spatial::Below => "below it",
+        Spatial::Inside => "inside it",
+        Spatial::InFrontOf => "in front of it",
+        Spatial::Behind => "behind it",
+    }
+}
+
+const LEAD_IN: &[&str] = &["there is ", "a picture of "];
+const HELD_OUT_LEAD_IN: &[&str] = &["show me ", "draw ", "an image of "];
+const COPULA: &[&str] = &["is "];
+const HELD_OUT_COPULA: &[&str] = &["sits ", "placed ", "that is ", "can be seen "];
+
+/// The article and phrase of something new: `a large red ball`.
+pub fn indefinite(object: &Object) -> String {
+    let phrase = object.phrase();
+    let vowel = phrase.starts_with(['a', 'e', 'i', 'o', 'u']);
+    format!("{} {phrase}", if vowel { "an" } else { "a" })
+}
+
+/// The shortest name that fits this one of `objects` alone, or with some chance a longer one.
+pub fn reference(rng: &mut Stream, objects: &[Object], index: usize, shortest: bool) -> Object {
+    let object = &objects[index];
+    let fits = |attributes: &[String]| {
+        let named = |o: &Object| o.label == object.label && attributes.iter().all(|a| o.attributes.contains(a));
+        objects.iter().filter(|o| named(o)).count() == 1
+    };
+    let n = object.attributes.len();
+    // From the label alone to all attributes; attributes are dropped from the front, the size first.
+    for skip in (1..=n).rev() {
+        let attributes = &object.attributes[skip..];
+        if fits(attributes) && (shortest || rng.chance(0.55)) {
+            return Object::new(object.label.clone(), attributes.to_vec());
+        }
+    }
+    object.clone()
+}
+
+struct Writer<'a> {
+    graph: &'a SceneGraph,
+    text: String,
+    named: Vec<bool>,
+    /// Whether to use held-out phrasings, and whether one was used.
+    paraphrase: bool,
+    paraphrased: bool,
+    /// Whether to keep to the shortest forms.
+    short: bool,
+    subject: Option<usize>,
+    last: Option<usize>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(graph: &'a SceneGraph, paraphrase: bool, short: bool) -> Self {
+        let named = vec![false; graph.objects.len()];
+        Self { graph, text: String::new(), named, paraphrase, paraphrased: false, short, subject: None, last: None }
+    }
+
+    fn write(&mut self, rng: &mut Stream) -> String {
+        let single = self.graph.objects.len() == 1;
+        if !self.short && rng.chance(if self.paraphrase { 0.3 } else { 0.15 }) || self.paraphrase && single {
+            self.paraphrased |= self.paraphrase;
+            self.text += *rng.choose(if self.paraphrase { HELD_OUT_LEAD_IN } else { LEAD_IN });
+        }
+        for (k, relation) in self.graph.relations.iter().enumerate() {
+            match Spatial::from_name(&relation.predicate) {
+                Some(spatial) => self.clause(rng, k, relation, spatial),
+                None => {
+                    self.join(rng, k);
+                    self.text += &self.graph.triple(relation);
+                }
+            }
+        }
+        for i in (0..self.named.len()).filter(|&i| !self.named[i]).collect::<Vec<_>>() {
+            let first = self.named.iter().all(|n| !n);
+            self.join(rng, usize::from(!first));
+            let phrase = self.mention(rng, i);
+            self.text += &phrase;
+        }
+        std::mem::take(&mut self.text)
+    }
+
+    fn join(&mut self, rng: &mut Stream, clause: usize) {
+        if clause > 0 {
+            self.text += if self.short { " and " } else { *rng.choose(&[", and ", " and ", ", "]) };
+        }
+    }
+
+    /// The object as it is to be called here.
+    fn mention(&mut self, rng: &mut Stream, index: usize) -> String {
+        self.last = Some(index);
+        if std::mem::replace(&mut self.named[index], true) {
+            format!("the {}", reference(rng, &self.graph.objects, index, self.short).phrase())
+        } else {
+            indefinite(&self.graph.objects[index])
+        }
+    }
+
+    fn relation(&mut self, rng: &mut Stream, relation: Spatial) -> &'static str {
+        let held_out = held_out_phrases(relation);
+        if self.paraphrase && !held_out.is_empty() && (self.short || rng.chance(0.7)) {
+            self.paraphrased = true;
+            return if self.short { held_out[0] } else { *rng.choose(held_out) };
+        }
+        if self.short { phrases(relation)[0] } else { *rng.choose(phrases(relation)) }
+    }
+
+    fn copula(&mut self, rng: &mut Stream) -> &'static str {
+        if self.paraphrase && (self.short || rng.chance(0.6)) {
+            self.paraphrased = true;
+            return *rng.choose(HELD_OUT_COPULA);
+        }
+        if !self.short && rng.chance(0.4) { *rng.choose(COPULA) } else { "" }
+    }
+
+    fn clause(&mut self, rng: &mut Stream, k: usize, relation: &Relation, spatial: Spatial) {
+        let (subject, object) = (relation.subject, relation.object);
+        // "..., which is above a star": only right after the subject was named.
+        if k > 0 && self.last == Some(subject) && self.subject != Some(subject) && !self.short && rng.chance(0.3) {
+            let words = self.relation(rng, spatial);
+            let object = self.mention(rng, object);
+            self.text += &format!(", which is {words} {object}");
+            self.subject = Some(subject);
+            return;
+        }
+        self.join(rng, k);
+        // "... and above a star": the same subject goes on.
+        if k > 0 && self.subject == Some(subject) && (self.short || rng.chance(0.4)) {
+            let words = self.relation(rng, spatial);
+            let object = self.mention(rng, object);
+            self.text += &format!("{words} {object}");
+            return;
+        }
+        if self.paraphrase && !self.named[subject] && !self.named[object] && rng.chance(0.35) {
+            // "a blue cube with a red ball to its left"
+            self.paraphrased = true;
+            let object = self.mention(rng, object);
+            let subject_phrase = self.mention(rng, subject);
+            self.text += &format!("{object} with {subject_phrase} {}", phrase_to_it(spatial));
+            (self.subject, self.last) = (None, None);
+            return;
+        }
+        if !self.short && self.text.ends_with(|c| c != 'f') && k > 0 && rng.chance(0.12) {
+            // "above the cube is a star"
+            let words = self.relation(rng, spatial);
+            let object = self.mention(rng, object);
+            let subject_phrase = self.mention(rng, subject);
+            self.text += &format!("{words} {object} is {subject_phrase}");
+        } else {
+            let subject_phrase = self.mention(rng, subject);
+            let copula = self.copula(rng);
+            let words = self.relation(rng, spatial);
+            let object = self.mention(rng, object);
+            self.text += &format!("{subject_phrase} {copula}{words} {object}");
+        }
+        self.subject = Some(subject);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scene::{
+        parse::parse,
+        tabletop::{sample, split::Split},
+    };
+
+    #[test]
+    fn captions_parse_back_exactly_and_stay_short() {
+        let mut longest = [0; 2];
+        for index in 0..6000u64 {
+            let split = Split::ALL[index as usize % Split::ALL.len()];
+            let rng = &mut Stream::new(11, "captions", index);
+            let (_, graph) = sample::draw(rng, split, 1, 5);
+            for style in [Style::Triples, Style::Natural, Style::Paraphrase] {
+                let text = caption(rng, &graph, style);
+                let parsed = parse(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
+                assert_eq!(parsed, graph, "{style:?}: {text}");
+                if style != Style::Triples {
+                    let words = text.split(' ').count();
+                    let many = usize::from(graph.objects.len() > 3);
+                    longest[many] = longest[many].max(words);
+                }
+            }
+        }
+        assert!(longest[0] <= 26 && longest[1] <= 45, "{longest:?}");
+    }
+
+    #[test]
+    fn paraphrases_use_words_or_forms_that_training_does_not() {
+        for index in 0..500u64 {
+            let rng = &mut Stream::new(5, "paraphrases", index);
+            let (_, graph) = sample::draw(rng, Split::TestParaphrase, 1, 3);
+            let text = caption(rng, &graph, Style::Paraphrase);
+            let marks = [HELD_OUT_LEAD_IN, HELD_OUT_COPULA, &["on the left side of", "on the right side of"]].concat();
+            let more = ["higher than", "beneath", "lower than", "underneath", "within", " it", "with "];
+            let novel = |t: &str| marks.iter().chain(&more).any(|m| t.contains(m.trim_end()));
+            assert!(novel(&text), "{text}");
+            let trained = caption(rng, &graph, Style::Natural);
+            assert!(!novel(&trained.replace("within", "")), "{trained}");
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! Edits of a scene: what an Actor may ask for, in words and carried out.
+//!
+//! An edit names objects as one would say them ("the red ball"); it can be written as an instruction, parsed back, and
+//! applied to a scene. Applying leaves the background and every object that the edit does not name as they are.
+
+use super::{
+    caption::indefinite,
+    sample,
+    world::{Colour, Item, Scene, Shape, Size},
+};
+use crate::scene::{
+    graph::Object,
+    parse::{Article, Cursor, Mention, ParseError},
+    relation::Spatial,
+    words,
+};
+use crate::tensor::rng::Stream;
+use serde::{Deserialize, Serialize};
+
+/// The seven kinds of edits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Move,
+    Swap,
+    Add,
+    Remove,
+    Recolour,
+    Resize,
+    Replace,
+}
+
+impl Kind {
+    pub const ALL: [Self; 7] =
+        [Self::Move, Self::Swap, Self::Add, Self::Remove, Self::Recolour, Self::Resize, Self::Replace];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Move => "move",
+            Self::Swap => "swap",
+            Self::Add => "add",
+            Self::Remove => "remove",
+            Self::Recolour => "recolour",
+            Self::Resize => "resize",
+            Self::Replace => "replace",
+        }
+    }
+}
+
+/// One edit. Objects are references: a label and as many attributes as it takes to tell them apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Edit {
+    Move { what: Object, relation: Spatial, anchor: Object },
+    Swap { first: Object, second: Object },
+    Add { what: Object, place: Option<(Spatial, Object)> },
+    Remove { what: Object },
+    Recolour { what: Object, colour: Colour },
+    Resize { what: Object, size: Size },
+    Replace { what: Object, by: Object },
+}
+
+impl Edit {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Move { .. } => Kind::Move,
+            Self::Swap { .. } => Kind::Swap,
+            Self::Add { .. } => Kind::Add,
+            Self::Remove { .. } => Kind::Remove,
+            Self::Recolour { .. } => Kind::Recolour,
+            Self::Resize { .. } => Kind::Resize,
+            Self::Replace { .. } => Kind::Replace,
+        }
+    }
+
+    /// The edit in words.
+    pub fn instruction(&self, rng: &mut Stream) -> String {
+        let the = |o: &Object| format!("the {}", o.phrase());
+        match self {
+            Self::Move { what, relation, anchor } => {
+                let verb = rng.choose(&["move", "move", "put"]);
+                format!("{verb} {} {} {}", the(what), where_to(*relation), the(anchor))
+            }
+            Self::Swap { first, second } => {
+                let verb = rng.choose(&["swap", "exchange"]);
+                format!("{verb} {} and {}", the(first), the(second))
+            }
+            Self::Add { what, place: Some((relation, anchor)) } => {
+                format!("add {} {} {}", indefinite(what), where_to(*relation), the(anchor))
+            }
+            Self::Add { what, place: None } => format!("add {}", indefinite(what)),
+            Self::Remove { what } => format!("{} {}", rng.choose(&["remove", "remove", "delete"]), the(what)),
+            Self::Recolour { what, colour } => match rng.below(3) {
+                0 => format!("change the colour of {} to {}", the(what), colour.name()),
+                _ => format!("make {} {}", the(what), colour.name()),
+            },
+            Self::Resize { what, size: Size::Large } => {
+                format!("make {} {}", the(what), rng.choose(&["larger", "large"]))
+            }
+            Self::Resize { what, size: Size::Small } => {
+                format!("make {} {}", the(what), rng.choose(&["smaller", "small"]))
+            }
+            Self::Replace { what, by } => format!("replace {} with {}", the(what), indefinite(by)),
+        }
+    }
+
+    /// Reads an instruction back.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        let mut cursor = Cursor::new(text);
+        cursor.skip(&["please", "now", "then"]);
+        let edit = Self::parse_verb(&mut cursor)?;
+        cursor.skip(&["."]);
+        match cursor.peek() {
+            None => Ok(edit),
+            Some(word) => Err(ParseError::Grammar(format!("\"{word}\" after the end of the edit"))),
+        }
+    }
+
+    fn parse_verb(cursor: &mut Cursor) -> Result<Self, ParseError> {
+        if cursor.skip(&["move", "put", "place", "shift"]) {
+            let what = cursor.mention()?.object;
+            let (relation, anchor) = place(cursor)?.ok_or_else(|| missing(cursor, "a relation"))?;
+            return Ok(Self::Move { what, relation, anchor });
+        }
+        if cursor.skip(&["swap", "exchange", "switch"]) {
+            let first = cursor.mention()?.object;
+            if !cursor.skip(&["and", "with"]) {
+                return Err(missing(cursor, "\"and\""));
+            }
+            return Ok(Self::Swap { first, second: cursor.mention()?.object });
+        }
+        if cursor.skip(&["add", "draw"]) {
+            let Mention { article, object: what } = cursor.mention()?;
+            if article == Article::The {
+                return Err(ParseError::Grammar(format!("\"add the {}\" adds nothing new", what.phrase())));
+            }
+            return Ok(Self::Add { what, place: place(cursor)? });
+        }
+        if cursor.skip(&["remove", "delete", "erase"]) {
+            return Ok(Self::Remove { what: cursor.mention()?.object });
+        }
+        if cursor.skip(&["replace"]) {
+            let what = cursor.mention()?.object;
+            if !cursor.skip(&["with", "by"]) {
+                return Err(missing(cursor, "\"with\""));
+            }
+            return Ok(Self::Replace { what, by: cursor.mention()?.object });
+        }
+        if cursor.eat("change the colour of") || cursor.eat("change the color of") {
+            let what = cursor.mention()?.object;
+            let colour = cursor.eat("to").then(|| cursor.next().and_then(|w| words::colour(&w))).flatten();
+            return colour.map(|colour| Self::Recolour { what, colour }).ok_or_else(|| missing(cursor, "a colour"));
+        }
+        if cursor.skip(&["make", "paint", "colour"]) {
+            let what = cursor.mention()?.object;
+            let word = cursor.next().unwrap_or_default();
+            let size = match word.as_str() {
+                "larger" | "bigger" => Some(Size::Large),
+                "smaller" => Some(Size::Small),
+                other => words::size(other),
+            };
+            return match (size, words::colour(&word)) {
+                (Some(size), _) => Ok(Self::Resize { what, size }),
+                (None, Some(colour)) => Ok(Self::Recolour { what, colour }),
+                (None, None) => Err(ParseError::Grammar(format!("\"{word}\" where a colour or a size should be"))),
+            };
+        }
+        let known: Vec<&str> = vec!["move", "swap", "add", "remove", "make", "replace"];
+        Err(ParseError::Grammar(format!("an edit begins with one of {}", known.join(", "))))
+    }
+
+    /// Carries the edit out, or None if an object it names is not there (or is not the only one), nothing would change,
+    /// or no place is found. Where the words leave something open it is drawn from `rng`.
+    pub fn apply(&self, rng: &mut Stream, scene: &Scene) -> Option<Scene> {
+        let mut edited = scene.clone();
+        match self {
+            Self::Move { what, relation, anchor } => {
+                let (i, j) = (find(scene, what)?, find(scene, anchor)?);
+                if i == j || scene.view().holds(i, *relation, j) {
+                    return None;
+                }
+                return put(rng, edited, i, Some((*relation, j)));
+            }
+            Self::Swap { first, second } => {
+                let (i, j) = (find(scene, first)?, find(scene, second)?);
+                if i == j {
+                    return None;
+                }
+                let (a, b) = (scene.items[i], scene.items[j]);
+                (edited.items[i].x, edited.items[i].y) = (b.x, b.y);
+                (edited.items[j].x, edited.items[j].y) = (a.x, a.y);
+            }
+            Self::Add { what, place } => {
+                let (shape, size, colour) = attributes(what)?;
+                let size = size.unwrap_or(*rng.choose(Size::ALL));
+                let (colour, radius) = (colour?, sample::radius(rng, size));
+                let anchor = match place {
+                    Some((relation, anchor)) => Some((*relation, find(scene, anchor)?)),
+                    None => None,
+                };
+                let depth = scene.top_depth();
+                edited.items.push(Item { shape, colour, size, x: 0.0, y: 0.0, radius, depth });
+                return put(rng, edited, scene.items.len(), anchor);
+            }
+            Self::Remove { what } => {
+                edited.items.remove(find(scene, what)?);
+            }
+            Self::Recolour { what, colour } => {
+                let item = &mut edited.items[find(scene, what)?];
+                if item.colour == *colour {
+                    return None;
+                }
+                item.colour = *colour;
+            }
+            Self::Resize { what, size } => {
+                let item = &mut edited.items[find(scene, what)?];
+                if item.size == *size {
+                    return None;
+                }
+                (item.size, item.radius) = (*size, sample::radius(rng, *size));
+            }
+            Self::Replace { what, by } => {
+                let item = &mut edited.items[find(scene, what)?];
+                let (shape, size, colour) = attributes(by)?;
+                if (shape, colour?) == (item.shape, item.colour) && size.is_none_or(|s| s == item.size) {
+                    return None;
+                }
+                if let Some(size) = size.filter(|s| *s != item.size) {
+                    (item.size, item.radius) = (size, sample::radius(rng, size));
+                }
+                (item.shape, item.colour) = (shape, colour?);
+            }
+        }
+        sample::valid(&edited).then_some(edited)
+    }
+}
+
+fn place(cursor: &mut Cursor) -> Result<Option<(Spatial, Object)>, ParseError> {
+    match cursor.eat_relation() {
+        Some(relation) => Ok(Some((relation, cursor.mention()?.object))),
+        None => Ok(None),
+    }
+}
+
+fn missing(cursor: &Cursor, what: &str) -> ParseError {
+    ParseError::Grammar(format!("\"{}\" where {what} should be", cursor.peek().unwrap_or("the end")))
+}
+
+fn where_to(relation: Spatial) -> &'static str {
+    match relation {
+        Spatial::LeftOf => "to the left of",
+        Spatial::RightOf => "to the right of",
+        other => other.name(),
+    }
+}
+
+/// The one item that the reference fits.
+pub fn find(scene: &Scene, reference: &Object) -> Option<usize> {
+    let fits = |item: &Item| {
+        let object = item.object();
+        object.label == reference.label && reference.attributes.iter().all(|a| object.attributes.contains(a))
+    };
+    let mut found = (0..scene.items.len()).filter(|&i| fits(&scene.items[i]));
+    found.next().filter(|_| found.next().is_none())
+}
+
+fn attributes(object: &Object) -> Option<(Shape, Option<Size>, Option<Colour>)> {
+    let size = object.attributes.iter().find_map(|a| Size::from_name(a));
+    let colour = object.attributes.iter().find_map(|a| Colour::from_name(a));
+    Some((Shape::from_name(&object.label)?, size, colour))
+}
+
+/// Finds a valid place for item `i`, with the relation to another item if one is asked for.
+fn put(rng: &mut Stream, mut scene: Scene, i: usize, anchor: Option<(Spatial, usize)>) -> Option<Scene> {
+    match anchor {
+        Some((Spatial::Inside, j)) => {
+            let free = scene.items[j].shape == Shape::Ring && scene.items[j].size == Size::Large;
+            if !free || scene.items[i].size == Size::Large {
+                return None;
+            }
+            // Only the smallest of the small fit into a ring.
+            scene.items[i].radius = rng.range(9.4, 10.2) as f32;
+        }
+        Some((Spatial::InFrontOf, _)) => scene.items[i].depth = scene.top_depth(),
+        Some((Spatial::Behind, _)) => scene.items[i].depth = scene.bottom_depth(),
+        _ => {}
+    }
+    for _ in 0..60 {
+        let item = &scene.items[i];
+        let (x, y) = match anchor {
+            Some((Spatial::Inside, j)) => near(rng, &scene.items[j], (0.0, 1.5)),
+            Some((Spatial::InFrontOf | Spatial::Behind, j)) => {
+                let reach = item.radius + scene.items[j].radius;
+                near(rng, &scene.items[j], (0.55 * reach, 0.95 * reach))
+            }
+            _ => sample::position(rng, item.shape, item.radius),
+        };
+        (scene.items[i].x, scene.items[i].y) = (x, y);
+        let holds = |(r, j): (Spatial, usize)| scene.view().certainty(i, r, j) >= sample::MARGIN;
+        // A direction is asked for beside the other thing, not within or over it.
+        let apart = match anchor {
+            Some((r, j)) if r.is_direction() => sample::apart(&scene.items[i], &scene.items[j]),
+            _ => true,
+        };
+        if apart && anchor.is_none_or(holds) && sample::valid(&scene) {
+            return Some(scene);
+        }
+    }
+    None
+}
+
+fn near(rng: &mut Stream, item: &Item, distance: (f32, f32)) -> (f32, f32) {
+    let angle = rng.range(0.0, std::f64::consts::TAU) as f32;
+    let distance = rng.range(f64::from(distance.0), f64::from(distance.1)) as f32;
+    (item.x + distance * angle.cos(), item.y + distance * angle.sin())
+}

@@ -1,0 +1,379 @@
+//! Endless training samples with exact truth, each a function of (seed, split, index) alone.
+//!
+//! [`text_to_image`] and [`edit`] teach the Diffuser and the Editor, [`check`] the Checker (a picture and a graph that
+//! may be wrong about it), [`act`] the Actor (a picture that misses something, and an edit that mends it).
+
+use super::{
+    caption::{self, Style, caption, reference},
+    edit::{Edit, Kind},
+    plan,
+    sample::{self, MARGIN},
+    split::{self, Split},
+    view::{Judgement, View},
+    world::{Colour, Scene, Shape, Size},
+};
+use crate::scene::{
+    graph::{Object, Relation, SceneGraph},
+    relation::Spatial,
+};
+use crate::tensor::rng::Stream;
+
+/// A prompt and a scene it describes.
+#[derive(Debug, Clone)]
+pub struct TextToImage {
+    pub prompt: String,
+    pub scene: Scene,
+    pub graph: SceneGraph,
+}
+
+/// A scene, an instruction, and the scene after it.
+#[derive(Debug, Clone)]
+pub struct EditSample {
+    pub source: Scene,
+    pub target: Scene,
+    pub edit: Edit,
+    pub instruction: String,
+    pub kind: Kind,
+    /// Describes the source.
+    pub before: SceneGraph,
+    /// Describes the target.
+    pub after: SceneGraph,
+}
+
+/// A picture, and a graph that may be wrong about it.
+#[derive(Debug, Clone)]
+pub struct CheckSample {
+    pub scene: Scene,
+    pub graph: SceneGraph,
+    pub truth: Judgement,
+}
+
+/// One thing a graph says of a picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    Object(Object),
+    Relation { subject: Object, predicate: String, object: Object },
+}
+
+/// A picture that does not meet its prompt, and an edit that brings it nearer.
+#[derive(Debug, Clone)]
+pub struct ActSample {
+    pub scene: Scene,
+    pub prompt: String,
+    pub graph: SceneGraph,
+    pub truth: Judgement,
+    pub edit: Edit,
+    pub instruction: String,
+    /// The scene after the edit.
+    pub target: Scene,
+}
+
+impl CheckSample {
+    /// All that the graph says, and whether it is true.
+    pub fn claims(&self) -> Vec<(Claim, bool)> {
+        let objects = self.graph.objects.iter().cloned().map(Claim::Object).zip(self.truth.objects.iter().copied());
+        let relation = |r: &Relation| Claim::Relation {
+            subject: self.graph.objects[r.subject].clone(),
+            predicate: r.predicate.clone(),
+            object: self.graph.objects[r.object].clone(),
+        };
+        let relations = self.graph.relations.iter().map(relation).zip(self.truth.relations.iter().copied());
+        objects.chain(relations).collect()
+    }
+}
+
+fn stream(task: &str, seed: u64, split: Split, index: u64) -> Stream {
+    Stream::new(seed, &format!("tabletop {task} {}", split.name()), index)
+}
+
+/// Natural language mostly, triples often; the paraphrase split has its own phrasings.
+fn style(rng: &mut Stream, split: Split) -> Style {
+    match split {
+        Split::TestParaphrase => Style::Paraphrase,
+        _ if rng.chance(0.25) => Style::Triples,
+        _ => Style::Natural,
+    }
+}
+
+/// A scene of `min..=max` objects (within what the split has) and a prompt for it.
+pub fn text_to_image(seed: u64, split: Split, index: u64, min: usize, max: usize) -> TextToImage {
+    let rng = &mut stream("text to image", seed, split, index);
+    let (scene, graph) = sample::draw(rng, split, min, max);
+    let style = style(rng, split);
+    TextToImage { prompt: caption(rng, &graph, style), scene, graph }
+}
+
+/// A scene of `min..=max` objects and an edit of it, of a kind drawn evenly.
+pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> EditSample {
+    let rng = &mut stream("edit", seed, split, index);
+    loop {
+        let kind = *rng.choose(&Kind::ALL);
+        let least = if matches!(kind, Kind::Move | Kind::Swap) { min.max(2) } else { min };
+        let (source, before) = sample::draw(rng, split, least, max);
+        for _ in 0..8 {
+            let Some(edit) = propose(rng, &source, kind) else { break };
+            let Some(target) = edit.apply(rng, &source) else { continue };
+            let after = described_after(&before, &edit, &source, &target);
+            let allowed = match split {
+                Split::Train => sample::trainable(&target) && sample::admissible(split, &after) && !novel(&edit),
+                Split::TestUnseen => sample::admissible(split, &after),
+                _ => !novel(&edit),
+            };
+            if allowed {
+                let instruction = edit.instruction(rng);
+                return EditSample { source, target, edit, instruction, kind, before, after };
+            }
+        }
+    }
+}
+
+/// Whether the instruction itself names a relation that training never names.
+fn novel(edit: &Edit) -> bool {
+    match edit {
+        Edit::Move { what, relation, anchor } | Edit::Add { what, place: Some((relation, anchor)) } => {
+            split::held_out(what, *relation, anchor)
+        }
+        _ => false,
+    }
+}
+
+/// A random edit of this kind that the scene's objects allow; whether there is room for it is found by applying it.
+fn propose(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Edit> {
+    let objects = scene.objects();
+    let n = objects.len();
+    if n == 0 || (n == 1 && matches!(kind, Kind::Move | Kind::Swap | Kind::Remove)) {
+        return None;
+    }
+    let i = rng.below(n);
+    let j = (i + 1 + rng.below((n - 1).max(1))) % n;
+    let item = scene.items[i];
+    let what = reference(rng, &objects, i, false);
+    Some(match kind {
+        Kind::Move => {
+            let anchor = reference(rng, &objects, j, false);
+            Edit::Move { what, relation: relation_to(rng, scene.items[j].shape), anchor }
+        }
+        Kind::Swap => Edit::Swap { first: what, second: reference(rng, &objects, j, false) },
+        Kind::Add => {
+            let what = new_object(rng, scene, None)?;
+            let place = rng.chance(0.8).then(|| {
+                let anchor = reference(rng, &objects, i, false);
+                (relation_to(rng, item.shape), anchor)
+            });
+            Edit::Add { what, place }
+        }
+        Kind::Remove => Edit::Remove { what },
+        Kind::Recolour => {
+            let colour = *rng.choose(Colour::ALL);
+            Edit::Recolour { what, colour }
+        }
+        Kind::Resize => Edit::Resize { what, size: item.size.other() },
+        Kind::Replace => Edit::Replace { what, by: new_object(rng, scene, Some(i))? },
+    })
+}
+
+/// A relation to something of this shape: a direction mostly; inside only of rings.
+fn relation_to(rng: &mut Stream, anchor: Shape) -> Spatial {
+    match rng.uniform() {
+        u if u < 0.76 => *rng.choose(&Spatial::DIRECTIONS),
+        u if u < 0.88 || anchor != Shape::Ring => *rng.choose(&[Spatial::InFrontOf, Spatial::Behind]),
+        _ => Spatial::Inside,
+    }
+}
+
+/// Something that is not in the scene; in place of item `instead` it has another shape.
+fn new_object(rng: &mut Stream, scene: &Scene, instead: Option<usize>) -> Option<Object> {
+    for _ in 0..20 {
+        let (shape, colour) = (*rng.choose(Shape::ALL), *rng.choose(Colour::ALL));
+        let taken = scene.items.iter().any(|i| (i.shape, i.colour) == (shape, colour));
+        if taken || instead.is_some_and(|i| scene.items[i].shape == shape) {
+            continue;
+        }
+        let mut attributes = Vec::new();
+        if rng.chance(0.5) {
+            let size = *rng.choose(Size::ALL);
+            // A replacement keeps its size unless another is said.
+            attributes.push(instead.map_or(size, |i| scene.items[i].size).name().to_string());
+        }
+        attributes.push(colour.name().to_string());
+        return Some(Object::new(shape.name(), attributes));
+    }
+    None
+}
+
+/// The description after an edit: objects renamed, added or removed, and of the relations those that still hold, with
+/// the one that the edit asked for.
+fn described_after(before: &SceneGraph, edit: &Edit, source: &Scene, target: &Scene) -> SceneGraph {
+    let mut graph = before.clone();
+    let find = |scene: &Scene, reference: &Object| super::edit::find(scene, reference);
+    let add = |graph: &mut SceneGraph, subject: usize, relation: Spatial, anchor: &Object| {
+        if let Some(object) = find(source, anchor) {
+            graph.relations.push(Relation { subject, predicate: relation.name().into(), object });
+        }
+    };
+    match edit {
+        Edit::Add { what, place } => {
+            graph.objects.push(what.clone());
+            if let Some((relation, anchor)) = place {
+                add(&mut graph, before.objects.len(), *relation, anchor);
+            }
+        }
+        Edit::Remove { what } => {
+            if let Some(gone) = find(source, what) {
+                graph.objects.remove(gone);
+                graph.relations.retain(|r| r.subject != gone && r.object != gone);
+                for r in &mut graph.relations {
+                    r.subject -= usize::from(r.subject > gone);
+                    r.object -= usize::from(r.object > gone);
+                }
+            }
+        }
+        Edit::Move { what, relation, anchor } => {
+            if let Some(subject) = find(source, what) {
+                add(&mut graph, subject, *relation, anchor);
+            }
+        }
+        Edit::Recolour { what, .. } | Edit::Resize { what, .. } | Edit::Replace { what, .. } => {
+            if let Some(i) = find(source, what) {
+                let object = target.items[i].object();
+                let sized = before.objects[i].attributes.iter().any(|a| Size::from_name(a).is_some());
+                let kept = if sized { 0 } else { 1 };
+                graph.objects[i] = Object::new(object.label, object.attributes[kept..].to_vec());
+            }
+        }
+        Edit::Swap { .. } => {}
+    }
+    let view = target.view();
+    graph
+        .relations
+        .retain(|r| Spatial::from_name(&r.predicate).is_some_and(|s| view.certainty(r.subject, s, r.object) >= MARGIN));
+    let mut seen = Vec::new();
+    graph.relations.retain(|r| !seen.contains(r) && (seen.push(r.clone()), true).1);
+    graph
+}
+
+/// A scene that a graph describes, changed by up to `most` edits so that it may no longer.
+fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene, SceneGraph) {
+    let (mut scene, graph) = sample::draw(rng, split, 1, max);
+    for _ in 0..most {
+        let kind = *rng.choose(&[
+            Kind::Move,
+            Kind::Move,
+            Kind::Swap,
+            Kind::Swap,
+            Kind::Add,
+            Kind::Remove,
+            Kind::Recolour,
+            Kind::Recolour,
+            Kind::Resize,
+            Kind::Replace,
+        ]);
+        let edited = propose(rng, &scene, kind).and_then(|e| e.apply(rng, &scene));
+        // Where the split belongs to training, so must whatever is shown.
+        if let Some(edited) = edited.filter(|s| split != Split::Train || sample::trainable(s)) {
+            scene = edited;
+        }
+    }
+    (scene, graph)
+}
+
+/// A picture and a graph about it: right, or made wrong by changing the picture or the graph; about half of all claims
+/// are false, and the false ones are near misses.
+pub fn check(seed: u64, split: Split, index: u64, max: usize) -> CheckSample {
+    let rng = &mut stream("check", seed, split, index);
+    loop {
+        let (scene, graph) = match rng.uniform() {
+            u if u < 0.25 => sample::draw(rng, split, 1, max),
+            u if u < 0.65 => {
+                let most = 1 + rng.below(3);
+                disturbed(rng, split, max, most)
+            }
+            _ => {
+                let (scene, graph) = sample::draw(rng, split, 1, max);
+                let graph = corrupted(rng, &scene.view(), graph);
+                (scene, graph)
+            }
+        };
+        if split != Split::Train || sample::admissible(split, &graph) {
+            let truth = scene.view().judge(&graph);
+            return CheckSample { scene, graph, truth };
+        }
+    }
+}
+
+/// The graph with some of its claims turned into near misses.
+fn corrupted(rng: &mut Stream, view: &View, mut graph: SceneGraph) -> SceneGraph {
+    for i in 0..graph.objects.len() {
+        if rng.chance(0.35) {
+            let object = graph.objects[i].clone();
+            let mut wrong = object.clone();
+            match rng.below(3) {
+                0 => wrong.label = rng.choose(Shape::ALL).name().into(),
+                1 => {
+                    for a in &mut wrong.attributes {
+                        if Colour::from_name(a).is_some() {
+                            // Often the colour of something else in the picture.
+                            let seen = view.objects[rng.below(view.objects.len())].colour;
+                            let other = if rng.chance(0.5) { seen } else { *rng.choose(Colour::ALL) };
+                            *a = other.name().into();
+                        }
+                    }
+                }
+                _ => {
+                    for a in &mut wrong.attributes {
+                        if let Some(size) = Size::from_name(a) {
+                            *a = size.other().name().into();
+                        }
+                    }
+                }
+            }
+            let label_and_colour = |o: &Object| {
+                let colour = o.attributes.iter().find(|a| Colour::from_name(a).is_some()).cloned();
+                (o.label.clone(), colour)
+            };
+            let taken = |(j, o): (usize, &Object)| j != i && label_and_colour(o) == label_and_colour(&wrong);
+            if !graph.objects.iter().enumerate().any(taken) {
+                graph.objects[i] = wrong;
+            }
+        }
+    }
+    for r in &mut graph.relations {
+        if rng.chance(0.5) {
+            let Some(spatial) = Spatial::from_name(&r.predicate) else { continue };
+            let inverse = spatial.inverse().filter(|_| rng.chance(0.4));
+            let other = inverse.unwrap_or(*rng.choose(&Spatial::ALL));
+            if view.certainty(r.subject, other, r.object) <= -MARGIN {
+                r.predicate = other.name().into();
+            }
+        }
+    }
+    graph
+}
+
+/// A picture that misses something of its prompt, what is missed, and an edit that mends one of these things.
+pub fn act(seed: u64, split: Split, index: u64, max: usize) -> ActSample {
+    let rng = &mut stream("act", seed, split, index);
+    loop {
+        let most = 1 + rng.below(2);
+        let (scene, graph) = disturbed(rng, split, max, most);
+        let view = scene.view();
+        let truth = view.judge(&graph);
+        if truth.perfect() {
+            continue;
+        }
+        let mut edits = plan::edits(rng, &view, &graph);
+        rng.shuffle(&mut edits);
+        for edit in edits {
+            let Some(target) = edit.apply(rng, &scene) else { continue };
+            let after = target.view().judge(&graph);
+            let better = after.satisfied() > truth.satisfied()
+                || (after.satisfied() == truth.satisfied() && after.extra < truth.extra);
+            if better && !(split == Split::Train && novel(&edit)) {
+                let style = style(rng, split);
+                let prompt = caption::caption(rng, &graph, style);
+                let instruction = edit.instruction(rng);
+                return ActSample { scene, prompt, graph, truth, edit, instruction, target };
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! What is true of a picture: its objects, where they are, and which lies in front of which.
+//!
+//! A scene has a view by construction; the oracle makes one from pixels. Both are judged by the same rules, so "does
+//! this relation hold" has one definition.
+
+use super::world::{Colour, Scene, Shape, Size};
+use crate::scene::{
+    graph::{Object, SceneGraph},
+    relation::{BoundingBox, Spatial, direction_score, inside},
+};
+use serde::{Deserialize, Serialize};
+
+/// An object in a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Seen {
+    pub shape: Shape,
+    pub colour: Colour,
+    pub size: Size,
+    #[serde(rename = "box")]
+    pub bounds: BoundingBox,
+}
+
+impl Seen {
+    /// What it is called in full: `large red ball`.
+    pub fn object(&self) -> Object {
+        Object::new(self.shape.name(), vec![self.size.name().into(), self.colour.name().into()])
+    }
+
+    /// Whether this can be called `object` (an attribute left out is free). With `strict` false the size is ignored.
+    fn is(&self, object: &Object, strict: bool) -> bool {
+        object.label == self.shape.name()
+            && object.attributes.iter().all(|a| {
+                *a == self.colour.name() || *a == self.size.name() || (!strict && Size::from_name(a).is_some())
+            })
+    }
+}
+
+/// All objects of a picture.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct View {
+    pub objects: Vec<Seen>,
+    /// Pairs `(a, b)`: `a` overlaps `b` and lies in front of it.
+    pub in_front: Vec<(usize, usize)>,
+}
+
+/// Which requirements of a graph a picture meets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// One truth for each object of the graph.
+    pub objects: Vec<bool>,
+    /// One truth for each relation of the graph.
+    pub relations: Vec<bool>,
+    /// Objects in the picture that the graph does not ask for.
+    pub extra: usize,
+}
+
+impl Judgement {
+    /// Every requirement met, and nothing else in the picture.
+    pub fn perfect(&self) -> bool {
+        self.extra == 0 && self.satisfied() == self.objects.len() + self.relations.len()
+    }
+
+    /// How many requirements are met.
+    pub fn satisfied(&self) -> usize {
+        self.objects.iter().chain(&self.relations).filter(|&&ok| ok).count()
+    }
+
+    /// The fraction of the requirements that are met.
+    pub fn score(&self) -> f64 {
+        self.satisfied() as f64 / (self.objects.len() + self.relations.len()).max(1) as f64
+    }
+}
+
+impl View {
+    /// Whether `a relation b` holds.
+    pub fn holds(&self, a: usize, relation: Spatial, b: usize) -> bool {
+        self.certainty(a, relation, b) > 0.0
+    }
+
+    /// How far `a relation b` is from the border between true and false: positive if it holds, in -1..1. Directions
+    /// give their distance from GenEval's threshold; the others are all or nothing.
+    pub fn certainty(&self, a: usize, relation: Spatial, b: usize) -> f32 {
+        let (Some(first), Some(second)) = (self.objects.get(a), self.objects.get(b)) else { return -1.0 };
+        let sure = |yes: bool| if yes { 1.0 } else { -1.0 };
+        match relation {
+            Spatial::Inside => sure(second.shape == Shape::Ring && inside(&first.bounds, &second.bounds)),
+            Spatial::InFrontOf => sure(self.in_front.contains(&(a, b))),
+            Spatial::Behind => sure(self.in_front.contains(&(b, a))),
+            direction => direction_score(&first.bounds, direction, &second.bounds).map_or(-1.0, |s| s - 0.5),
+        }
+    }
+
+    /// Whether every direction between any two objects clearly holds or clearly does not.
+    pub fn unambiguous(&self, margin: f32) -> bool {
+        let n = self.objects.len();
+        (0..n).all(|a| (0..a).all(|b| Spatial::DIRECTIONS.iter().all(|&r| self.certainty(a, r, b).abs() >= margin)))
+    }
+
+    /// The whole truth about the picture as a graph: every object in full, every relation that holds.
+    pub fn graph(&self) -> SceneGraph {
+        let objects = self.objects.iter().map(Seen::object).collect();
+        let mut relations = Vec::new();
+        for subject in 0..self.objects.len() {
+            for object in (0..self.objects.len()).filter(|&o| o != subject) {
+                let held = Spatial::ALL.into_iter().filter(|&r| self.holds(subject, r, object));
+                relations.extend(held.map(|r| crate::scene::graph::Relation {
+                    subject,
+                    predicate: r.name().into(),
+                    object,
+                }));
+            }
+        }
+        SceneGraph { objects, relations }
+    }
+
+    /// Which of the graph's objects and relations this picture shows, and how many objects are left over.
+    ///
+    /// Objects are assigned one to one so that as many requirements as possible are met. An object is right if label
+    /// and all attributes are; a relation is right if it holds between the objects with the right label and colour
+    /// (a wrong size fails the object alone).
+    pub fn judge(&self, graph: &SceneGraph) -> Judgement {
+        self.judge_assigned(graph, &self.matching(graph))
+    }
+
+    /// The seen object that each of the graph's objects is assigned to by [`Self::judge`]: right label and colour.
+    pub fn matching(&self, graph: &SceneGraph) -> Vec<Option<usize>> {
+        let mut best = (0, vec![None; graph.objects.len()]);
+        let mut chosen = best.1.clone();
+        self.assign(graph, 0, &mut chosen, &mut best, &mut 20_000);
+        best.1
+    }
+
+    /// Tries every assignment of seen objects to the graph's objects from `next` on; only equal names branch, so the
+    /// search is short, and `budget` bounds it for graphs that repeat a name many times.
+    fn assign(
+        &self,
+        graph: &SceneGraph,
+        next: usize,
+        chosen: &mut Vec<Option<usize>>,
+        best: &mut (usize, Vec<Option<usize>>),
+        budget: &mut usize,
+    ) {
+        let Some(object) = graph.objects.get(next) else {
+            // An assigned object is worth something even if its size is wrong, less than any requirement.
+            let assigned = chosen.iter().flatten().count();
+            let score = self.judge_assigned(graph, chosen).satisfied() * (chosen.len() + 1) + assigned;
+            if score > best.0 {
+                *best = (score, chosen.clone());
+            }
+            return;
+        };
+        let mut any = false;
+        for i in 0..self.objects.len() {
+            if self.objects[i].is(object, false) && !chosen.contains(&Some(i)) && *budget > 0 {
+                *budget -= 1;
+                any = true;
+                chosen[next] = Some(i);
+                self.assign(graph, next + 1, chosen, best, budget);
+                chosen[next] = None;
+            }
+        }
+        if !any {
+            self.assign(graph, next + 1, chosen, best, budget);
+        }
+    }
+
+    fn judge_assigned(&self, graph: &SceneGraph, chosen: &[Option<usize>]) -> Judgement {
+        let objects = graph.objects.iter().zip(chosen);
+        let objects = objects.map(|(o, &c)| c.is_some_and(|i| self.objects[i].is(o, true))).collect();
+        let relation = |r: &crate::scene::graph::Relation| {
+            let at = |i: usize| chosen.get(i).copied().flatten();
+            let (Some(a), Some(b), Some(spatial)) = (at(r.subject), at(r.object), Spatial::from_name(&r.predicate))
+            else {
+                return false;
+            };
+            self.holds(a, spatial, b)
+        };
+        let relations = graph.relations.iter().map(relation).collect();
+        Judgement { objects, relations, extra: self.objects.len() - chosen.iter().flatten().count() }
+    }
+}
+
+impl Scene {
+    /// The scene as it is seen: exact boxes, and who covers whom.
+    pub fn view(&self) -> View {
+        let seen =
+            |i: &super::world::Item| Seen { shape: i.shape, colour: i.colour, size: i.size, bounds: i.bounding_box() };
+        let mut in_front = Vec::new();
+        for (a, first) in self.items.iter().enumerate() {
+            for (b, second) in self.items.iter().enumerate() {
+                if first.depth > second.depth && super::sample::overlap(first, second) >= super::sample::MIN_OVERLAP {
+                    in_front.push((a, b));
+                }
+            }
+        }
+        View { objects: self.items.iter().map(seen).collect(), in_front }
+    }
+}

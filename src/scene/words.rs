@@ -1,0 +1,141 @@
+//! The words of the tabletop grammar: what they mean, and which is nearest to a word that means nothing.
+
+use super::{
+    relation::Spatial::{self, Above, Behind, Below, InFrontOf, Inside, LeftOf, RightOf},
+    tabletop::world::{Colour, Shape, Size},
+};
+
+/// Every phrase that means a relation, the longest first where one begins another.
+pub const RELATIONS: &[(&str, Spatial)] = &[
+    ("to the left side of", LeftOf),
+    ("on the left side of", LeftOf),
+    ("to the right side of", RightOf),
+    ("on the right side of", RightOf),
+    ("to the left of", LeftOf),
+    ("on the left of", LeftOf),
+    ("to the right of", RightOf),
+    ("on the right of", RightOf),
+    ("in the middle of", Inside),
+    ("left of", LeftOf),
+    ("right of", RightOf),
+    ("in front of", InFrontOf),
+    ("on top of", Above),
+    ("higher than", Above),
+    ("lower than", Below),
+    ("inside of", Inside),
+    ("inside", Inside),
+    ("within", Inside),
+    ("in", Inside),
+    ("above", Above),
+    ("over", Above),
+    ("below", Below),
+    ("beneath", Below),
+    ("underneath", Below),
+    ("under", Below),
+    ("behind", Behind),
+];
+
+/// Phrases that relate something to what "it" stands for.
+pub const RELATIONS_TO_IT: &[(&str, Spatial)] = &[
+    ("to its left", LeftOf),
+    ("on its left", LeftOf),
+    ("to its right", RightOf),
+    ("on its right", RightOf),
+    ("in front of it", InFrontOf),
+    ("inside it", Inside),
+    ("within it", Inside),
+    ("in it", Inside),
+    ("above it", Above),
+    ("over it", Above),
+    ("below it", Below),
+    ("beneath it", Below),
+    ("under it", Below),
+    ("behind it", Behind),
+];
+
+const SHAPES: &[(&str, Shape)] = &[
+    ("sphere", Shape::Ball),
+    ("block", Shape::Cube),
+    ("box", Shape::Cube),
+    ("pyramid", Shape::Cone),
+    ("hoop", Shape::Ring),
+    ("donut", Shape::Ring),
+    ("torus", Shape::Ring),
+    ("tube", Shape::Cylinder),
+    ("can", Shape::Cylinder),
+];
+
+const COLOURS: &[(&str, Colour)] =
+    &[("violet", Colour::Purple), ("magenta", Colour::Pink), ("turquoise", Colour::Cyan), ("golden", Colour::Yellow)];
+
+const SIZES: &[(&str, Size)] =
+    &[("big", Size::Large), ("huge", Size::Large), ("little", Size::Small), ("tiny", Size::Small)];
+
+fn lookup<T: Copy>(word: &str, synonyms: &[(&str, T)]) -> Option<T> {
+    synonyms.iter().find(|(s, _)| *s == word).map(|(_, t)| *t)
+}
+
+pub fn shape(word: &str) -> Option<Shape> {
+    Shape::from_name(word).or_else(|| lookup(word, SHAPES))
+}
+
+pub fn colour(word: &str) -> Option<Colour> {
+    Colour::from_name(word).or_else(|| lookup(word, COLOURS))
+}
+
+pub fn size(word: &str) -> Option<Size> {
+    Size::from_name(word).or_else(|| lookup(word, SIZES))
+}
+
+/// The nearest of `known` to `word` by edit distance, if it is near enough to be a slip.
+pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let limit = if word.chars().count() <= 4 { 1 } else { 2 };
+    let length = word.chars().count();
+    let near = known.filter(|k| k.len().abs_diff(length) <= limit);
+    near.map(|k| (edit_distance(word, k), k)).filter(|(d, _)| *d <= limit).min().map(|(_, k)| k)
+}
+
+/// Levenshtein's distance, with the swap of two neighbours counted as one slip.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            rows[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let replaced = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+                let mut best = replaced.min(rows[i - 1][j] + 1).min(rows[i][j - 1] + 1);
+                if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                    best = best.min(rows[i - 2][j - 2] + 1);
+                }
+                best
+            };
+        }
+    }
+    rows[a.len()][b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nearest_forgives_slips_only() {
+        let shapes = || Shape::ALL.iter().map(|s| s.name());
+        assert_eq!(nearest("bal", shapes()), Some("ball"));
+        assert_eq!(nearest("cilinder", shapes()), Some("cylinder"));
+        assert_eq!(nearest("giraffe", shapes()), None);
+        assert_eq!((edit_distance("kitten", "sitting"), edit_distance("bleu", "blue")), (3, 1));
+    }
+
+    #[test]
+    fn no_phrase_hides_a_longer_one() {
+        for table in [RELATIONS, RELATIONS_TO_IT] {
+            for (i, (phrase, _)) in table.iter().enumerate() {
+                let hidden = table[i + 1..].iter().find(|(later, _)| later.starts_with(&format!("{phrase} ")));
+                assert!(hidden.is_none(), "{phrase} hides {hidden:?}");
+            }
+        }
+    }
+}
