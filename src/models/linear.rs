@@ -1,7 +1,7 @@
 //! A linear layer, with the low-rank adapters that its name asks for.
 
 use super::{Init, Params};
-use crate::tensor::linear;
+use crate::tensor::{Precision, linear, linear_in};
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 use std::{
@@ -133,6 +133,7 @@ struct Low {
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    precision: Precision,
     low: Vec<Low>,
 }
 
@@ -154,12 +155,12 @@ impl Linear {
         for adapter in params.adapters() {
             low.extend(adapter.factors(params.path(), inner, out, params)?);
         }
-        Ok(Self { weight, bias, low })
+        Ok(Self { weight, bias, precision: params.precision(), low })
     }
 
     /// `(.., in)` to `(.., out)`.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mut y = linear(x, &self.weight, self.bias.as_ref())?;
+        let mut y = linear_in(self.precision, x, &self.weight, self.bias.as_ref())?;
         for Low { a, b, adapter } in &self.low {
             if adapter.0.enabled.load(Ordering::Relaxed) {
                 let scale = adapter.0.strength * adapter.0.alpha / adapter.0.rank as f64;

@@ -4,7 +4,7 @@
 //! finds in another shape, is an error; so is, in [`Params::finish`], a tensor of the file that it never asked for.
 
 use super::{Adapter, Folder};
-use crate::tensor::rng::Stream;
+use crate::tensor::{Precision, rng::Stream};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, safetensors::MmapedSafetensors};
 use std::{
@@ -36,6 +36,7 @@ struct Shared {
     dtype: DType,
     device: Device,
     trained: bool,
+    precision: Precision,
     taken: Mutex<BTreeMap<String, Tensor>>,
     vars: Mutex<BTreeMap<String, Var>>,
     adapters: Vec<Adapter>,
@@ -56,6 +57,7 @@ impl Params {
             dtype,
             device: device.clone(),
             trained,
+            precision: Precision::F32,
             taken: Mutex::default(),
             vars: Mutex::default(),
             adapters: Vec::new(),
@@ -132,6 +134,12 @@ impl Params {
         self
     }
 
+    /// Lets the model's linear layers multiply in `precision`. Call before the model is built.
+    pub fn multiplied_in(mut self, precision: Precision) -> Self {
+        self.unique("multiplied_in").precision = precision;
+        self
+    }
+
     fn unique(&mut self, what: &str) -> &mut Shared {
         match Arc::get_mut(&mut self.shared) {
             Some(shared) => shared,
@@ -155,6 +163,10 @@ impl Params {
 
     pub fn dtype(&self) -> DType {
         self.shared.dtype
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.shared.precision
     }
 
     pub fn adapters(&self) -> &[Adapter] {

@@ -204,6 +204,34 @@ pub fn add(out: &mut [f32], x: &[f32]) {
     }
 }
 
+/// A matrix by its first element and the distance between neighbours in a row and in a column.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub values: &'a [f32],
+    pub col: usize,
+    pub row: usize,
+}
+
+impl View<'_> {
+    /// Checks that an `rows x cols` matrix lies within the slice.
+    pub fn holds(&self, rows: usize, cols: usize) -> bool {
+        rows == 0 || cols == 0 || (rows - 1) * self.row + (cols - 1) * self.col < self.values.len()
+    }
+}
+
+/// `lhs (m, k) * rhs (k, n)` as a dense `(m, n)`.
+pub fn product([m, n, k]: [usize; 3], lhs: View, rhs: View) -> Vec<f32> {
+    assert!(lhs.holds(m, k) && rhs.holds(k, n), "a matrix reaches beyond its memory");
+    let mut out = vec![0.0; m * n];
+    let (a, b) = (lhs.values.as_ptr(), rhs.values.as_ptr());
+    // SAFETY: the factors were checked; `out` is ours.
+    unsafe {
+        let out = out.as_mut_ptr();
+        gemm([m, n, k], out, [1, n], a, [lhs.col, lhs.row], b, [rhs.col, rhs.row], 0.0, 1.0, true);
+    }
+    out
+}
+
 /// `dst = alpha * dst + beta * lhs * rhs` for matrices given by pointer and (column, row) strides.
 ///
 /// # Safety

@@ -1,15 +1,33 @@
 //! Matrix products of a layer.
 
-use super::cpu;
+use super::{
+    bf16,
+    cpu::{self, View},
+};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+
+/// How a layer multiplies f32 matrices on the CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    F32,
+    /// Factors rounded to bfloat16, sums in f32, forward and backward: mixed precision as on accelerators.
+    Bf16,
+}
 
 /// `x W^T + b`: `x` is `(.., in)`, `weight` is `(out, in)`, `bias` is `(out)`; the result is `(.., out)`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    linear_in(Precision::F32, x, weight, bias)
+}
+
+/// [`linear`] in a precision of choice.
+pub fn linear_in(precision: Precision, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     if cpu::fused(&[x, weight]) {
         let (x, weight) = (x.contiguous()?, weight.contiguous()?);
         return match bias {
-            Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Fused),
-            None => x.apply_op2(&weight, Fused),
+            Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Fused(precision)),
+            None => x.apply_op2(&weight, Fused(precision)),
         };
     }
     let (out, inner) = weight.dims2()?;
@@ -29,51 +47,60 @@ fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
     dims
 }
 
-struct Fused;
+struct Fused(Precision);
+
+/// A dense row-major matrix of rows of `width`, as it is.
+fn plain(values: &[f32], width: usize) -> View<'_> {
+    View { values, col: 1, row: width }
+}
+
+/// The same, transposed.
+fn transposed(values: &[f32], width: usize) -> View<'_> {
+    View { values, col: width, row: 1 }
+}
 
 impl Fused {
-    fn forward(x: &[f32], xl: &Layout, w: &[f32], wl: &Layout, b: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+    /// `lhs (m, k) * rhs (k, n)`, dense.
+    fn product(&self, [m, n, k]: [usize; 3], lhs: View, rhs: View) -> Vec<f32> {
+        match self.0 {
+            Precision::F32 => cpu::product([m, n, k], lhs, rhs),
+            Precision::Bf16 => bf16::product([m, n, k], lhs, rhs),
+        }
+    }
+
+    fn forward(
+        &self,
+        x: &[f32],
+        xl: &Layout,
+        w: &[f32],
+        wl: &Layout,
+        b: Option<&[f32]>,
+    ) -> Result<(CpuStorage, Shape)> {
         let (n, k) = wl.shape().dims2()?;
         let dims = xl.dims();
         if dims.last() != Some(&k) || b.is_some_and(|b| b.len() != n) {
             candle_core::bail!("linear layer {n} x {k} got an input of {dims:?}");
         }
-        let m = x.len() / k;
-        let mut y = match b {
-            Some(b) => b.repeat(m),
-            None => vec![0.0; m * n],
-        };
-        let keep = if b.is_some() { 1.0 } else { 0.0 };
-        // SAFETY: the sizes were checked; `y` is ours.
-        unsafe {
-            cpu::gemm([m, n, k], y.as_mut_ptr(), [1, n], x.as_ptr(), [1, k], w.as_ptr(), [k, 1], keep, 1.0, true);
+        let mut y = self.product([x.len() / k, n, k], plain(x, k), transposed(w, k));
+        if let Some(b) = b {
+            cpu::rows(&mut y, n, |_, y| cpu::add(y, b));
         }
         Ok((CpuStorage::F32(y), Shape::from(with_last(dims, n))))
     }
 
-    fn backward(x: &Tensor, w: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn backward(&self, x: &Tensor, w: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (n, k) = w.dims2()?;
         let grad = grad.contiguous()?;
         let g = cpu::floats(&grad)?;
         let m = g.len() / n;
         let grad_x = if x.track_op() {
-            let w = cpu::floats(w)?;
-            let mut out = vec![0.0; m * k];
-            // SAFETY: (m, n) times (n, k) into the (m, k) of `out`.
-            unsafe {
-                cpu::gemm([m, k, n], out.as_mut_ptr(), [1, k], g.as_ptr(), [1, n], w.as_ptr(), [1, k], 0.0, 1.0, true);
-            }
+            let out = self.product([m, k, n], plain(&g, n), plain(&*cpu::floats(w)?, k));
             Some(Tensor::from_vec(out, x.shape(), x.device())?)
         } else {
             None
         };
         let grad_w = if w.track_op() {
-            let x = cpu::floats(x)?;
-            let mut out = vec![0.0; n * k];
-            // SAFETY: (n, m) times (m, k) into the (n, k) of `out`.
-            unsafe {
-                cpu::gemm([n, k, m], out.as_mut_ptr(), [1, k], g.as_ptr(), [n, 1], x.as_ptr(), [1, k], 0.0, 1.0, true);
-            }
+            let out = self.product([n, k, m], transposed(&g, n), plain(&*cpu::floats(x)?, k));
             Some(Tensor::from_vec(out, (n, k), w.device())?)
         } else {
             None
@@ -88,11 +115,11 @@ impl CustomOp2 for Fused {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
-        Self::forward(cpu::slice(x, xl)?, xl, cpu::slice(w, wl)?, wl, None)
+        self.forward(cpu::slice(x, xl)?, xl, cpu::slice(w, wl)?, wl, None)
     }
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Self::backward(x, w, grad)
+        self.backward(x, w, grad)
     }
 }
 
@@ -110,7 +137,7 @@ impl CustomOp3 for Fused {
         b: &CpuStorage,
         bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::forward(cpu::slice(x, xl)?, xl, cpu::slice(w, wl)?, wl, Some(cpu::slice(b, bl)?))
+        self.forward(cpu::slice(x, xl)?, xl, cpu::slice(w, wl)?, wl, Some(cpu::slice(b, bl)?))
     }
 
     fn bwd(
@@ -121,7 +148,7 @@ impl CustomOp3 for Fused {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (grad_x, grad_w) = Self::backward(x, w, grad)?;
+        let (grad_x, grad_w) = self.backward(x, w, grad)?;
         let grad_b = if b.track_op() {
             let grad = grad.contiguous()?;
             let g = cpu::floats(&grad)?;

@@ -7,6 +7,7 @@
 pub mod rng;
 
 mod attention;
+mod bf16;
 mod conv;
 mod cpu;
 mod group_norm;
@@ -22,7 +23,7 @@ mod tests;
 pub use attention::{Mask, attention};
 pub use conv::{conv2d, upsample2x};
 pub use group_norm::group_norm;
-pub use linear::linear;
+pub use linear::{Precision, linear, linear_in};
 pub use loss::cross_entropy;
 pub use mlp::{gate_residual, gelu, gelu_tanh, silu, swiglu};
 pub use norm::{layer_norm, layer_norm_modulate, rms_norm};
