@@ -1,7 +1,7 @@
 //! rlrig: text-to-image generation that gets spatial relations right, and trains itself to do it better.
 //!
 //! Imports point one way; a test holds the rule:
-//! `tensor, scene, io <- models <- flow, vlm <- rig's implementations <- train, eval <- commands <- main`, and
+//! `tensor, scene, io <- models <- vlm <- flow <- rig's implementations <- train, eval <- commands <- main`, and
 //! `rig::roles` and `rig::cycle` import only `scene`.
 
 pub mod cli;

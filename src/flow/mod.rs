@@ -5,12 +5,20 @@
 //! from `sigma` to `next` and has the length `d = next - sigma`, negative while sampling. States and log-probabilities are
 //! f32 whatever the network computes in; sigmas and coefficients are f64 on the host.
 
+pub mod draw;
+pub mod field;
 pub mod inversion;
+pub mod pipeline;
 pub mod policy;
 pub mod sampler;
 pub mod schedule;
+pub mod watch;
 
+pub use draw::{Change, Job, Method, Options};
+pub use field::Field;
 pub use inversion::{FlowEdit, Inversion, RfInversion};
+pub use pipeline::{Klein, Parts, PromptEmbedding};
 pub use policy::{KlForm, Policy};
 pub use sampler::{Counted, Velocity, euler, fireflow, midpoint, rf_solver};
 pub use schedule::{Schedule, empirical_mu};
+pub use watch::{Cancelled, Unwatched, Watch};

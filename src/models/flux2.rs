@@ -111,7 +111,8 @@ pub struct Angles {
 pub struct Conditioning<'a> {
     /// The text, `(B, L, joint_attention_dim)`.
     pub text: &'a Tensor,
-    /// Noise level in [0, 1], `(B)`.
+    /// Noise level in [0, 1], `(B)`; or `(1)` where all rows have the same, so that what is computed of it does not depend
+    /// on the size of the batch to the last bit.
     pub sigma: &'a Tensor,
     /// Guidance strength for models distilled with one, `(B)`.
     pub guidance: Option<&'a Tensor>,
@@ -199,9 +200,14 @@ impl Flux2 {
             temb = (temb + embedding.forward(guidance, image.dtype())?)?;
         }
         let temb = silu(&temb)?; // (B, D)
-        let mod_image = Modulation::all(&self.modulation_image.forward(&temb)?, 2)?;
-        let mod_text = Modulation::all(&self.modulation_text.forward(&temb)?, 2)?;
-        let mod_single = Modulation::all(&self.modulation_single.forward(&temb)?, 1)?;
+        let rows = image.dim(0)?;
+        let modulation = |layer: &Linear| -> candle_core::Result<Tensor> {
+            let x = layer.forward(&temb)?;
+            if x.dim(0)? == rows { Ok(x) } else { x.broadcast_as((rows, x.dim(1)?))?.contiguous() }
+        };
+        let mod_image = Modulation::all(&modulation(&self.modulation_image)?, 2)?;
+        let mod_text = Modulation::all(&modulation(&self.modulation_text)?, 2)?;
+        let mod_single = Modulation::all(&modulation(&self.modulation_single)?, 1)?;
 
         let mut image = self.embed_image.forward(image)?;
         let mut text = self.embed_text.forward(given.text)?;
@@ -214,7 +220,7 @@ impl Flux2 {
             x = block.forward(&x, &mod_single[0], given.angles)?;
         }
         let x = x.narrow(1, length, n)?;
-        let last = self.norm_out.forward(&temb)?.chunk(2, D::Minus1)?;
+        let last = modulation(&self.norm_out)?.chunk(2, D::Minus1)?;
         let x = layer_norm_modulate(&x, &last[1], &last[0], self.config.eps)?;
         Ok(self.out.forward(&x)?)
     }

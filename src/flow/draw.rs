@@ -1,0 +1,173 @@
+//! What the pipeline does with pictures of many jobs at once: drawing, reference editing, and editing by way of noise.
+
+use super::{
+    field::{pack, unpack},
+    inversion::{FlowEdit, Inversion},
+    pipeline::Klein,
+    sampler::euler,
+    watch::{Progress, Watch},
+};
+use crate::{tensor::rng::Stream, usage};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Tensor;
+
+/// How pictures are drawn.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    pub steps: usize,
+    /// Strength of guidance; 1 and less, and any strength with a distilled model, are none.
+    pub guidance: f64,
+    /// How many pictures run through the network together, at most.
+    pub batch: usize,
+    pub watch: &'a dyn Watch,
+}
+
+impl Options<'_> {
+    fn check(&self) -> Result<()> {
+        if self.steps == 0 || self.steps > 1000 {
+            usage!("the number of steps is 1 to 1000, not {}", self.steps);
+        }
+        if !self.guidance.is_finite() || self.guidance < 0.0 {
+            usage!("the guidance is a number from 0 on, not {}", self.guidance);
+        }
+        ensure!(self.batch > 0, "a batch has at least one picture");
+        Ok(())
+    }
+}
+
+/// A picture to draw: a prompt, or an instruction and the latents of the pictures that it speaks of.
+#[derive(Clone)]
+pub struct Job<'a> {
+    pub prompt: &'a str,
+    /// Where it begins, `(C, h, w)`: see [`Klein::noise`]. Its size is the picture's.
+    pub noise: Tensor,
+    pub references: Vec<Tensor>,
+}
+
+/// A picture to change by way of its noise.
+#[derive(Clone)]
+pub struct Change<'a> {
+    /// Latents `(C, h, w)`.
+    pub source: Tensor,
+    /// What the picture shows, and what it is to show.
+    pub source_prompt: &'a str,
+    pub prompt: &'a str,
+    /// Of the noise it needs.
+    pub seed: u64,
+}
+
+/// The method of a [`Change`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    Inversion(Inversion),
+    /// With the strength of guidance of the source's prompt.
+    FlowEdit(FlowEdit, f64),
+}
+
+impl Klein {
+    /// Draws pictures; the latents `(C, h, w)` of each, in the order of `jobs`.
+    pub fn draw(&self, jobs: &[Job], options: &Options) -> Result<Vec<Tensor>> {
+        options.check()?;
+        let shape = |job: &Job| [&job.noise].into_iter().chain(&job.references).map(|t| t.dims().to_vec()).collect();
+        self.in_batches(jobs, options, options.steps, shape, |progress, batch| {
+            let (_, h, w) = batch[0].noise.dims3()?;
+            let prompts: Vec<&str> = batch.iter().map(|j| j.prompt).collect();
+            let references: Vec<Vec<Tensor>> = batch.iter().map(|j| j.references.clone()).collect();
+            let noise = stack(batch.iter().map(|j| &j.noise))?;
+            let sigmas = self.schedule.sigmas(options.steps, h * w);
+            let field = self.field(&prompts, &references, (h, w), options.guidance)?;
+            progress.finish(euler(&field.watched(progress), &noise, &sigmas))
+        })
+    }
+
+    /// Changes pictures by way of their noise; the latents of each, in the order of `jobs`.
+    pub fn change(&self, jobs: &[Change], method: Method, options: &Options) -> Result<Vec<Tensor>> {
+        options.check()?;
+        let steps = options.steps;
+        let evaluations = match method {
+            Method::Inversion(Inversion::RfInversion) => 2 * steps,
+            Method::Inversion(Inversion::RfSolver) => 4 * steps,
+            Method::Inversion(Inversion::FireFlow) => 2 * (steps + 1),
+            Method::FlowEdit(edit, _) => {
+                edit.check(steps)?;
+                2 * edit.n_avg * (edit.n_max - edit.n_min) + edit.n_min
+            }
+        };
+        let shape = |job: &Change| vec![job.source.dims().to_vec()];
+        self.in_batches(jobs, options, evaluations, shape, |progress, batch| {
+            let (_, h, w) = batch[0].source.dims3()?;
+            let sigmas = self.schedule.sigmas(steps, h * w);
+            let source = stack(batch.iter().map(|j| &j.source))?;
+            let prompts: Vec<&str> = batch.iter().map(|j| j.prompt).collect();
+            let sources: Vec<&str> = batch.iter().map(|j| j.source_prompt).collect();
+            let none = vec![Vec::new(); batch.len()];
+            let field = |prompts: &[&str], guidance: f64| self.field(prompts, &none, (h, w), guidance);
+            let noise = |index: u64| -> candle_core::Result<Tensor> {
+                let draw =
+                    |j: &&Change| Stream::new(j.seed, "change", index).normals(source.elem_count() / batch.len());
+                Tensor::from_vec(batch.iter().flat_map(draw).collect::<Vec<_>>(), source.dims(), self.device())
+            };
+            let target = field(&prompts, options.guidance)?.watched(progress);
+            match method {
+                Method::Inversion(inversion) => {
+                    let up = match inversion {
+                        Inversion::RfInversion => field(&vec![""; batch.len()], 1.0)?,
+                        _ => field(&sources, 1.0)?,
+                    };
+                    let up = up.watched(progress);
+                    progress.finish(inversion.edit(&up, &target, &source, &noise(0)?, &sigmas))
+                }
+                Method::FlowEdit(edit, guidance) => {
+                    let from = field(&sources, guidance)?.watched(progress);
+                    let noise = |step: usize, k: usize| noise((step * edit.n_avg + k) as u64);
+                    progress.finish(edit.run(&from, &target, &source, &sigmas, noise))
+                }
+            }
+        })
+    }
+
+    /// Runs `jobs` in batches of equal shape, and brings the results into their order. A batch's result is `(B, h w, C)`.
+    fn in_batches<J>(
+        &self,
+        jobs: &[J],
+        options: &Options,
+        evaluations: usize,
+        shape: impl Fn(&J) -> Vec<Vec<usize>>,
+        run: impl Fn(&Progress, &[&J]) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let mut groups: Vec<(Vec<Vec<usize>>, Vec<usize>)> = Vec::new();
+        for (i, job) in jobs.iter().enumerate() {
+            let shape = shape(job);
+            match groups.iter_mut().find(|(s, _)| *s == shape) {
+                Some((_, members)) => members.push(i),
+                None => groups.push((shape, vec![i])),
+            }
+        }
+        let batches: Vec<(&[usize], &[usize])> = groups
+            .iter()
+            .flat_map(|(shape, members)| members.chunks(options.batch).map(|m| (&shape[0][..], m)))
+            .collect();
+        let progress = Progress::new(options.watch, batches.len() * evaluations);
+        let mut results: Vec<Option<Tensor>> = vec![None; jobs.len()];
+        for (shape, members) in batches {
+            let &[channels, h, w] = shape else { bail!("latents are (C, h, w), not {shape:?}") };
+            ensure!(channels == self.transformer.config().in_channels, "latents of another model: {shape:?}");
+            let batch: Vec<&J> = members.iter().map(|i| &jobs[*i]).collect();
+            let tokens = run(&progress, &batch)?;
+            if !tokens.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                bail!(
+                    "the transformer gave numbers that are not finite: its weights are broken, or --dtype is too narrow"
+                );
+            }
+            for (row, i) in members.iter().enumerate() {
+                results[*i] = Some(unpack(&tokens.get(row)?, h, w)?);
+            }
+        }
+        results.into_iter().collect::<Option<_>>().context("a picture was not drawn")
+    }
+}
+
+/// `(C, h, w)` latents of one size as tokens `(B, h w, C)`.
+fn stack<'a>(latents: impl Iterator<Item = &'a Tensor>) -> candle_core::Result<Tensor> {
+    Tensor::stack(&latents.map(pack).collect::<candle_core::Result<Vec<_>>>()?, 0)
+}

@@ -1,0 +1,322 @@
+//! FLUX.2-klein: prompts to pictures, and pictures to edited pictures; `Flux2KleinPipeline` of diffusers.
+//!
+//! A folder has `model_index.json`, `transformer/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`. Two numbers that
+//! diffusers takes as arguments of each call are properties of the model: the length that prompts are padded to and the text
+//! encoder's layers whose states are used. They are read from an extra key of `text_encoder/config.json`,
+//!
+//! ```json
+//! "prompt_embedding": {"max_length": 48, "layers": [1, 2, 3]}
+//! ```
+//!
+//! which transformers keeps as an attribute of its config, so the folder still loads with `from_pretrained`; klein's own
+//! (512; 9, 18, 27) hold where it is absent. A picture's size is `sample_size` of the autoencoder unless asked otherwise.
+//!
+//! Pictures are latents here, `(C, h, w)` in f32 as the transformer sees them: an edit needs no encoding of what was drawn,
+//! and pixels are made when someone looks. Every picture begins with noise of its own stream and is the same alone or in any
+//! batch.
+
+use super::{
+    field::{Field, Given, unpack},
+    schedule::Schedule,
+};
+use crate::{
+    models::{Adapter, Folder, Params, autoencoder, flux2},
+    tensor::rng::Stream,
+    usage,
+    vlm::text_encoder::TextEncoder,
+};
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use image::{RgbImage, imageops};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// How prompts become embeddings; the defaults are klein's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromptEmbedding {
+    /// Prompts are padded or cut to this many tokens.
+    pub max_length: usize,
+    /// The hidden states that are used, as transformers numbers them.
+    pub layers: Vec<usize>,
+}
+
+impl Default for PromptEmbedding {
+    fn default() -> Self {
+        Self { max_length: 512, layers: vec![9, 18, 27] }
+    }
+}
+
+/// Prompt embeddings made before, the oldest of them dropped first.
+#[derive(Default)]
+struct Embeddings {
+    made: HashMap<String, Tensor>,
+    order: VecDeque<String>,
+}
+
+/// How many prompt embeddings are kept.
+const KEPT_EMBEDDINGS: usize = 64;
+/// How many pixels are decoded together, which bounds the memory that takes.
+const DECODED_PIXELS: usize = 1 << 20;
+/// A reference with more pixels than this is scaled down to it, as klein does.
+const REFERENCE_PIXELS: u32 = 1 << 20;
+
+/// The pipeline.
+pub struct Klein {
+    pub transformer: flux2::Flux2,
+    pub autoencoder: autoencoder::Autoencoder,
+    pub text: TextEncoder,
+    pub schedule: Schedule,
+    pub prompt_embedding: PromptEmbedding,
+    /// Whether guidance is distilled into the weights.
+    pub distilled: bool,
+    /// What the transformer computes in.
+    dtype: DType,
+    device: Device,
+    embeddings: Mutex<Embeddings>,
+    evaluations: AtomicU64,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    #[serde(rename = "_class_name")]
+    class_name: String,
+    #[serde(default)]
+    is_distilled: bool,
+}
+
+#[derive(Deserialize)]
+struct TextConfig {
+    #[serde(default)]
+    prompt_embedding: PromptEmbedding,
+}
+
+impl Klein {
+    /// Opens a pipeline's folder. `adapters` are for the transformer.
+    pub fn open(folder: &Folder, dtype: DType, device: &Device, adapters: Vec<Adapter>) -> Result<Self> {
+        let index: Index = folder.json("model_index.json")?;
+        ensure!(
+            index.class_name == "Flux2KleinPipeline",
+            "{} is a {}, but only Flux2KleinPipeline is supported",
+            folder.name(),
+            index.class_name
+        );
+        let part = |name: &str| folder.require(name);
+        let stem = "diffusion_pytorch_model";
+        let params = Params::open(&part("transformer")?, stem, dtype, device)?.adapted(adapters);
+        let transformer = flux2::Flux2::new(&part("transformer")?.json("config.json")?, &params)?;
+        params.finish(|_| false)?;
+        // The autoencoder is small, and half precision shows in its pictures.
+        let params = Params::open(&part("vae")?, stem, DType::F32, device)?;
+        let autoencoder = autoencoder::Autoencoder::new(&part("vae")?.json("config.json")?, &params)?;
+        let text = TextEncoder::open(&part("text_encoder")?, &part("tokenizer")?, dtype, device)?;
+        let TextConfig { prompt_embedding } = part("text_encoder")?.json("config.json")?;
+        let schedule = Schedule::open(&part("scheduler")?)?;
+        let parts = Parts { transformer, autoencoder, text, schedule, prompt_embedding, distilled: index.is_distilled };
+        Self::new(parts, dtype, device).with_context(|| format!("the parts of {} do not fit together", folder.name()))
+    }
+
+    /// A pipeline of parts at hand, such as those that are being trained. `dtype` is what the transformer computes in.
+    pub fn new(parts: Parts, dtype: DType, device: &Device) -> Result<Self> {
+        let Parts { transformer, autoencoder, text, schedule, prompt_embedding, distilled } = parts;
+        let config = transformer.config();
+        let (got, want) = (config.in_channels, autoencoder.config.token_channels());
+        ensure!(
+            got == want,
+            "the transformer's in_channels is {got}, but the autoencoder's tokens have {want} channels"
+        );
+        let states = text.model.decoder.config();
+        let (got, want) = (config.joint_attention_dim, states.hidden_size * prompt_embedding.layers.len());
+        ensure!(got == want, "the transformer's joint_attention_dim is {got}, but prompts have {want} channels");
+        ensure!(
+            prompt_embedding.layers.iter().all(|l| *l <= states.num_hidden_layers) && prompt_embedding.max_length > 0,
+            "the text encoder has no states {prompt_embedding:?}"
+        );
+        Ok(Self {
+            transformer,
+            autoencoder,
+            text,
+            schedule,
+            prompt_embedding,
+            distilled,
+            dtype,
+            device: device.clone(),
+            embeddings: Mutex::default(),
+            evaluations: AtomicU64::new(0),
+        })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Evaluations of the transformer so far, counted for each picture and each branch of guidance.
+    pub fn evaluations(&self) -> u64 {
+        self.evaluations.load(Ordering::Relaxed)
+    }
+
+    /// Width and height that a picture has unless asked otherwise.
+    pub fn default_size(&self) -> (u32, u32) {
+        (self.autoencoder.config.sample_size as u32, self.autoencoder.config.sample_size as u32)
+    }
+
+    /// Tokens `(h, w)` of a picture of `width x height` pixels; what is not a whole token is cut off.
+    pub fn tokens(&self, width: u32, height: u32) -> Result<(usize, usize)> {
+        let side = self.autoencoder.config.pixels_per_token() as u32;
+        if width < side || height < side || width > 1 << 14 || height > 1 << 14 {
+            usage!("a picture of this model has sides of {side} to {} pixels, not {width}x{height}", 1 << 14);
+        }
+        Ok(((height / side) as usize, (width / side) as usize))
+    }
+
+    /// The noise `(C, h, w)` that picture `index` of `seed` begins with.
+    pub fn noise(&self, seed: u64, index: u64, (h, w): (usize, usize)) -> candle_core::Result<Tensor> {
+        Stream::new(seed, "noise", index).normal(&[self.transformer.config().in_channels, h, w], &self.device)
+    }
+
+    /// Noise from a file, one `(C, h, w)` for each picture: `(B, C, h, w)`, the `latents` of diffusers' pipelines, or packed
+    /// into tokens `(B, h w, C)`, for pictures of `size` tokens. The first dimension may lack where one picture is meant.
+    pub fn given_noise(&self, noise: &Tensor, size: (usize, usize)) -> Result<Vec<Tensor>> {
+        let channels = self.transformer.config().in_channels;
+        let (h, w) = size;
+        let noise = noise.to_dtype(DType::F32)?.to_device(&self.device)?;
+        let all = match *noise.dims() {
+            [c, y, x] if (c, y, x) == (channels, h, w) => vec![noise.clone()],
+            [n, c] if (n, c) == (h * w, channels) => vec![unpack(&noise, h, w)?],
+            [b, c, y, x] if (c, y, x) == (channels, h, w) => (0..b).map(|i| noise.get(i)).collect::<Result<_, _>>()?,
+            [b, n, c] if (n, c) == (h * w, channels) => {
+                (0..b).map(|i| unpack(&noise.get(i)?, h, w)).collect::<Result<_, _>>()?
+            }
+            ref other => usage!(
+                "noise for pictures of {h}x{w} tokens is (B, {channels}, {h}, {w}) or (B, {}, {channels}), not {other:?}",
+                h * w
+            ),
+        };
+        let sum = noise.sqr()?.sum_all()?.to_scalar::<f32>()?;
+        if !sum.is_finite() {
+            usage!("the given noise holds numbers that are not finite");
+        }
+        Ok(all)
+    }
+
+    /// The embeddings `(L, D)` of prompts, without gradients; those of prompts seen lately are kept.
+    pub fn embed(&self, prompts: &[&str]) -> Result<Vec<Tensor>> {
+        let mut store = self.embeddings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found: HashMap<&str, Tensor> = HashMap::new();
+        let mut new: Vec<&str> = Vec::new();
+        for prompt in prompts {
+            match store.made.get(*prompt) {
+                Some(embedding) => {
+                    found.insert(prompt, embedding.clone());
+                }
+                None if new.contains(prompt) => {}
+                None => new.push(prompt),
+            }
+        }
+        if !new.is_empty() {
+            let PromptEmbedding { max_length, layers } = &self.prompt_embedding;
+            for prompt in &new {
+                if self.text.prompt_ids(prompt, max_length + 1)?.len() > *max_length {
+                    let start: String = prompt.chars().take(60).collect();
+                    tracing::warn!("the prompt \"{start}...\" is cut: the model reads {max_length} tokens");
+                }
+            }
+            let made = self.text.prompt_embeds(&new, *max_length, layers)?.detach();
+            for (i, prompt) in new.into_iter().enumerate() {
+                let embedding = made.get(i)?;
+                found.insert(prompt, embedding.clone());
+                store.order.push_back(prompt.to_owned());
+                store.made.insert(prompt.to_owned(), embedding);
+            }
+            while store.order.len() > KEPT_EMBEDDINGS {
+                if let Some(oldest) = store.order.pop_front() {
+                    store.made.remove(&oldest);
+                }
+            }
+        }
+        prompts.iter().map(|p| found.get(p).cloned().context("a prompt without an embedding")).collect()
+    }
+
+    /// Forgets all embeddings: the text encoder has changed.
+    pub fn forget(&self) {
+        *self.embeddings.lock().unwrap_or_else(PoisonError::into_inner) = Embeddings::default();
+    }
+
+    /// Whether guidance of this strength does anything.
+    fn guided(&self, guidance: f64) -> bool {
+        guidance > 1.0 && !self.distilled
+    }
+
+    /// The velocity field of pictures of `size` tokens under prompts, with references for each; it counts into
+    /// [`Klein::evaluations`]. Its states are `(B, h w, C)`.
+    pub fn field(
+        &self,
+        prompts: &[&str],
+        references: &[Vec<Tensor>],
+        size: (usize, usize),
+        guidance: f64,
+    ) -> Result<Field<'_>> {
+        let text = self.embed(prompts)?;
+        let negative = if self.guided(guidance) { self.embed(&[""])?.pop() } else { None };
+        let given = Given { text: &text, guidance: negative.as_ref().map(|n| (n, guidance)), references, size };
+        Field::new(&self.transformer, (self.dtype, &self.device), &given, &self.evaluations)
+    }
+
+    /// The latents `(C, h, w)` of a picture, which is cut to whole tokens around its middle; larger pictures than klein reads
+    /// are scaled down first.
+    pub fn encode(&self, picture: &RgbImage) -> Result<Tensor> {
+        let (width, height) = picture.dimensions();
+        let (mut width, mut height, mut scaled) = (width, height, None);
+        if u64::from(width) * u64::from(height) > u64::from(REFERENCE_PIXELS) {
+            let scale = (f64::from(REFERENCE_PIXELS) / (f64::from(width) * f64::from(height))).sqrt();
+            (width, height) = ((f64::from(width) * scale) as u32, (f64::from(height) * scale) as u32);
+            scaled = Some(imageops::resize(picture, width.max(1), height.max(1), imageops::FilterType::Lanczos3));
+        }
+        let (h, w) = self.tokens(width, height)?;
+        let side = self.autoencoder.config.pixels_per_token();
+        let (w, h) = ((w * side) as u32, (h * side) as u32);
+        let picture = scaled.as_ref().unwrap_or(picture);
+        let cut = imageops::crop_imm(picture, (width - w) / 2, (height - h) / 2, w, h).to_image();
+        let pixels: Vec<f32> = cut.as_raw().iter().map(|p| f32::from(*p) / 127.5 - 1.0).collect();
+        let pixels = Tensor::from_vec(pixels, (h as usize, w as usize, 3), &self.device)?;
+        let pixels = pixels.permute((2, 0, 1))?.unsqueeze(0)?.contiguous()?; // (1, 3, H, W)
+        Ok(self.autoencoder.latents(&pixels)?.squeeze(0)?)
+    }
+
+    /// The pixels of latents `(C, h, w)`, decoded together where their sizes agree.
+    pub fn decode(&self, latents: &[Tensor]) -> Result<Vec<RgbImage>> {
+        let mut pictures = Vec::with_capacity(latents.len());
+        let side = self.autoencoder.config.pixels_per_token();
+        for same in latents.chunk_by(|a, b| a.dims() == b.dims()) {
+            let (_, h, w) = same[0].dims3()?;
+            let together = (DECODED_PIXELS / (h * w * side * side)).max(1);
+            for batch in same.chunks(together) {
+                let pixels = self.autoencoder.pixels(&Tensor::stack(batch, 0)?)?; // (B, 3, H, W)
+                let pixels = pixels.clamp(-1f32, 1f32)?.affine(127.5, 127.5)?.round()?.to_dtype(DType::U8)?;
+                let pixels = pixels.permute((0, 2, 3, 1))?.contiguous()?; // (B, H, W, 3)
+                for i in 0..batch.len() {
+                    let bytes = pixels.get(i)?.flatten_all()?.to_vec1()?;
+                    let picture = RgbImage::from_raw((w * side) as u32, (h * side) as u32, bytes);
+                    pictures.push(picture.context("the autoencoder made pictures of another size")?);
+                }
+            }
+        }
+        Ok(pictures)
+    }
+}
+
+/// The parts of a pipeline.
+pub struct Parts {
+    pub transformer: flux2::Flux2,
+    pub autoencoder: autoencoder::Autoencoder,
+    pub text: TextEncoder,
+    pub schedule: Schedule,
+    pub prompt_embedding: PromptEmbedding,
+    pub distilled: bool,
+}
