@@ -4,13 +4,13 @@
 use super::{rng::Stream, *};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-fn draw(name: &str, shape: &[usize]) -> Tensor {
+pub(super) fn draw(name: &str, shape: &[usize]) -> Tensor {
     Stream::new(1, name, 0).normal(shape, &Device::Cpu).unwrap()
 }
 
 /// Runs `f` in f32 (fused) and in f64 (composed of candle's operations), and compares values and all gradients of a
 /// random projection of the result.
-fn agrees(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+pub(super) fn agrees(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let run = |dtype: DType| -> Result<(Tensor, Vec<Tensor>)> {
         let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(dtype)?)).collect::<Result<_>>()?;
         let y = f(&vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>())?;
