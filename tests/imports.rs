@@ -43,16 +43,14 @@ fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
 /// What follows every `crate::` (and `super::` from a file of a folder's top) in code, comments and tests apart.
 fn named(text: &str) -> BTreeSet<String> {
     let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let code: String =
+        code.lines().filter(|l| !l.trim_start().starts_with("//")).map(|l| l.to_owned() + "\n").collect();
     let mut names = BTreeSet::new();
-    for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
-        for rest in line.split("crate::").skip(1) {
-            if let Some(list) = rest.strip_prefix('{') {
-                // `use crate::{a::b, c::{d, e}}`: names at depth 0 of the list, which may run over several lines.
-                let at = code.find(rest).unwrap_or_default();
-                names.extend(top_level(if at > 0 { &code[at + 1..] } else { list }));
-            } else {
-                names.insert(word(rest));
-            }
+    for rest in code.split("crate::").skip(1) {
+        // `use crate::{a::b, c::{d, e}}` names what is at depth 0 of the list.
+        match rest.strip_prefix('{') {
+            Some(list) => names.extend(top_level(list)),
+            None => drop(names.insert(word(rest))),
         }
     }
     names.remove("");

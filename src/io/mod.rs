@@ -1,6 +1,7 @@
 //! Files in and out, in the formats other tools read.
 
 pub mod html;
+pub mod hub;
 pub mod png;
 pub mod sheet;
 pub mod story;

@@ -31,7 +31,7 @@ pub fn sheet(story: &Story) -> RgbImage {
     let width = MARGIN + columns * (CELL + MARGIN);
     let mut head = wrap(&story.title, width - 2 * MARGIN, FontWeight::Bold, INK);
     let facts: Vec<String> = story.facts.iter().map(|(name, value)| format!("{name} {value}")).collect();
-    head.extend(wrap(&facts.join("  "), width - 2 * MARGIN, FontWeight::Regular, FAINT));
+    head.extend(wrap(&facts.join(" \u{b7} "), width - 2 * MARGIN, FontWeight::Regular, FAINT));
     let cells: Vec<Cell> = story.cards.iter().map(Cell::new).collect();
 
     let rows: Vec<&[Cell]> = cells.chunks(columns as usize).collect();
@@ -63,10 +63,13 @@ impl Cell {
         let mut below = Vec::new();
         for finding in &card.findings {
             let (mark, colour) = if finding.yes { ("yes", YES) } else { ("no ", NO) };
-            let text = format!("{mark} {:.2} {}", finding.p_yes, finding.text);
-            below.extend(wrap(&text, CELL, FontWeight::Regular, colour));
+            let mut lines = wrap(&format!("         {}", finding.text), CELL, FontWeight::Regular, colour);
+            if let Some(first) = lines.first_mut() {
+                first.text = format!("{mark} {:.2} {}", finding.p_yes, first.text.trim_start());
+            }
+            below.extend(lines);
             if !finding.note.is_empty() {
-                below.extend(wrap(&format!("    {}", finding.note), CELL, FontWeight::Regular, FAINT));
+                below.extend(wrap(&format!("         {}", finding.note), CELL, FontWeight::Regular, FAINT));
             }
         }
         below.extend(wrap(&card.footer, CELL, FontWeight::Regular, FAINT));

@@ -1,0 +1,188 @@
+//! Fetching models, against a hub on this machine.
+
+#![allow(clippy::unwrap_used)]
+
+use rlrig::{
+    error::Usage,
+    io::hub::{Hub, Local},
+};
+use sha2::{Digest, Sha256};
+use std::{
+    fs,
+    path::Path,
+    sync::{Arc, Mutex},
+    thread,
+};
+use tiny_http::{Header, Request, Response, Server};
+
+const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A hub with `org/tiny`, a gated and a broken model. It keeps the log of what was asked.
+struct FakeHub {
+    url: String,
+    log: Arc<Mutex<Vec<String>>>,
+    server: Arc<Server>,
+}
+
+fn weights() -> Vec<u8> {
+    (0..5000u32).map(|i| (i * 7 % 251) as u8).collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn header(name: &str, value: &str) -> Header {
+    Header::from_bytes(name, value).unwrap()
+}
+
+impl FakeHub {
+    fn start() -> Self {
+        let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
+        let url = format!("http://{}", server.server_addr().to_ip().unwrap());
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (served, logged) = (server.clone(), log.clone());
+        thread::spawn(move || {
+            for request in served.incoming_requests() {
+                let token = find(&request, "authorization").unwrap_or_default();
+                let range = find(&request, "range").unwrap_or_default();
+                logged.lock().unwrap().push(format!("{} {range} {token}", request.url()));
+                answer(request, &range, &token);
+            }
+        });
+        Self { url, log, server }
+    }
+
+    fn locate(&self, cache: &Path, name: &str, vars: &[(&str, &str)]) -> anyhow::Result<Local> {
+        let var = |asked: &str| match asked {
+            "HF_HOME" => Some(cache.display().to_string()),
+            "HF_ENDPOINT" => Some(self.url.clone()),
+            other => vars.iter().find(|(name, _)| *name == other).map(|(_, value)| (*value).to_owned()),
+        };
+        Hub::from_vars(var).unwrap().locate(name, &|_, _, _| ())
+    }
+
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut *self.log.lock().unwrap())
+    }
+}
+
+impl Drop for FakeHub {
+    fn drop(&mut self) {
+        self.server.unblock();
+    }
+}
+
+fn find(request: &Request, name: &str) -> Option<String> {
+    request.headers().iter().find(|h| h.field.to_string().eq_ignore_ascii_case(name)).map(|h| h.value.to_string())
+}
+
+fn answer(request: Request, range: &str, token: &str) {
+    let url = request.url().to_owned();
+    let json = |files: &[&str]| {
+        let siblings: Vec<_> = files.iter().map(|f| serde_json::json!({ "rfilename": f })).collect();
+        Response::from_string(serde_json::json!({ "sha": SHA, "siblings": siblings }).to_string())
+    };
+    let answered = match url.as_str() {
+        "/api/models/org/tiny/revision/main" => {
+            request.respond(json(&["README.md", "config.json", "sub/model.safetensors"]))
+        }
+        "/api/models/org/broken/revision/main" => request.respond(json(&["model.safetensors"])),
+        "/api/models/org/hostile/revision/main" => request.respond(json(&["../../../../escaped.json"])),
+        "/api/models/org/gated/revision/main" => {
+            request.respond(Response::empty(if token == "Bearer good" { 403 } else { 401 }))
+        }
+        "/org/tiny/resolve/main/config.json" => file(request, range, b"{\"a\": 1}", "abc"),
+        "/org/tiny/resolve/main/sub/model.safetensors" => file(request, range, &weights(), &hex(&weights())),
+        "/org/broken/resolve/main/model.safetensors" => file(request, range, &weights(), &hex(b"other")),
+        _ => request.respond(Response::empty(404)),
+    };
+    answered.unwrap();
+}
+
+fn file(request: Request, range: &str, content: &[u8], etag: &str) -> std::io::Result<()> {
+    let range = range.strip_prefix("bytes=").unwrap_or("0-");
+    let (from, to) = range.split_once('-').unwrap();
+    let from: usize = from.parse().unwrap();
+    let to = to.parse().map_or(content.len(), |to: usize| to + 1);
+    let part = content[from..to].to_vec();
+    request.respond(
+        Response::from_data(part)
+            .with_status_code(206)
+            .with_header(header("etag", &format!("\"{etag}\"")))
+            .with_header(header("x-repo-commit", SHA))
+            .with_header(header("content-range", &format!("bytes {from}-{}/{}", to - 1, content.len()))),
+    )
+}
+
+#[test]
+fn a_model_is_fetched_once_into_pythons_layout() {
+    let (hub, cache) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let local = hub.locate(cache.path(), "org/tiny", &[]).unwrap();
+    let repo = cache.path().join("hub/models--org--tiny");
+    assert_eq!(local, Local { path: repo.join("snapshots").join(SHA), revision: Some(SHA.into()) });
+    assert_eq!(fs::read(local.path.join("config.json")).unwrap(), b"{\"a\": 1}");
+    assert_eq!(fs::read(local.path.join("sub/model.safetensors")).unwrap(), weights());
+    assert_eq!(fs::read_to_string(repo.join("refs/main")).unwrap(), SHA);
+    assert_eq!(fs::read(repo.join("blobs").join(hex(&weights()))).unwrap(), weights());
+    assert!(!local.path.join("README.md").exists());
+    assert!(hub.asked().len() > 2);
+
+    assert_eq!(hub.locate(cache.path(), "org/tiny", &[]).unwrap(), local);
+    assert_eq!(hub.asked(), ["/api/models/org/tiny/revision/main  "], "the second time only the commit is asked for");
+
+    assert_eq!(hub.locate(cache.path(), "org/tiny", &[("HF_HUB_OFFLINE", "1")]).unwrap(), local);
+    assert_eq!(hub.asked(), [""; 0], "offline nothing is asked for");
+
+    let url = "http://127.0.0.1:9"; // nobody listens at the discard port
+    let var = |name: &str| match name {
+        "HF_HOME" => Some(cache.path().display().to_string()),
+        "HF_ENDPOINT" => Some(url.to_owned()),
+        _ => None,
+    };
+    assert_eq!(Hub::from_vars(var).unwrap().locate("org/tiny", &|_, _, _| ()).unwrap(), local);
+    let error = Hub::from_vars(var).unwrap().locate("org/other", &|_, _, _| ()).unwrap_err();
+    assert!(error.to_string().starts_with("cannot fetch org/other from http://127.0.0.1:9"), "{error}");
+}
+
+#[test]
+fn an_interrupted_download_goes_on_where_it_stopped() {
+    let (hub, cache) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let blobs = cache.path().join("hub/models--org--tiny/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::write(blobs.join(format!("{}.part", hex(&weights()))), &weights()[..3000]).unwrap();
+    let local = hub.locate(cache.path(), "org/tiny", &[]).unwrap();
+    assert_eq!(fs::read(local.path.join("sub/model.safetensors")).unwrap(), weights());
+    assert!(hub.asked().iter().any(|line| line.contains("bytes=3000-")));
+}
+
+#[test]
+fn a_damaged_download_is_refused_and_not_kept() {
+    let (hub, cache) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let error = hub.locate(cache.path(), "org/broken", &[]).unwrap_err();
+    assert!(error.to_string().contains("arrived damaged"), "{error}");
+    let blobs = cache.path().join("hub/models--org--broken/blobs");
+    let left: Vec<_> = fs::read_dir(blobs).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| name.to_str().unwrap().ends_with(".lock")), "{left:?}");
+}
+
+#[test]
+fn what_the_hub_refuses_is_said_with_what_to_do() {
+    let (hub, cache) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let message = |name: &str, vars: &[(&str, &str)]| hub.locate(cache.path(), name, vars).unwrap_err().to_string();
+    assert!(message("org/gated", &[]).contains("set HF_TOKEN"));
+    assert!(message("org/gated", &[("HF_TOKEN", "bad")]).contains("does not accept the token"));
+    let gated = message("org/gated", &[("HF_TOKEN", "good")]);
+    assert!(gated.contains("accept its terms at http://127.0.0.1") && gated.contains("/org/gated"), "{gated}");
+    assert!(message("org/none", &[]).contains("has no model org/none"));
+    assert!(message("org/hostile", &[]).contains("strange name"));
+    assert!(hub.locate(cache.path(), "./none", &[]).unwrap_err().is::<Usage>());
+}
+
+#[test]
+fn a_folder_is_used_as_it_is() {
+    let (hub, cache) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let name = cache.path().display().to_string();
+    assert_eq!(hub.locate(cache.path(), &name, &[]).unwrap(), Local { path: name.into(), revision: None });
+    assert_eq!(hub.asked(), [""; 0]);
+}
