@@ -5,7 +5,7 @@
 //! uses the same [`Decoder`] with three-axis positions and features added after its first layers.
 
 use super::{Folder, Init, Linear, Params};
-use crate::tensor::{Mask, Rotation, attention, rms_norm, rope, silu};
+use crate::tensor::{Mask, Rotation, attention, norm_rope, rms_norm, silu};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -150,8 +150,7 @@ impl Attention {
     ) -> candle_core::Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let heads = |y: Tensor| y.reshape((b, t, (), self.head_dim)); // (B, T, H, D)
-        let rotate =
-            |y: &Tensor, norm: &Tensor| rope(&rms_norm(y, norm, self.eps)?, &angles.cos, &angles.sin, Rotation::Half);
+        let rotate = |y: &Tensor, norm: &Tensor| norm_rope(y, norm, self.eps, &angles.cos, &angles.sin, Rotation::Half);
         let q = rotate(&heads(self.q.forward(x)?)?, &self.q_norm)?;
         let mut k = rotate(&heads(self.k.forward(x)?)?, &self.k_norm)?;
         let mut v = heads(self.v.forward(x)?)?;

@@ -1,0 +1,515 @@
+//! Decoding under a JSON schema: at each step only tokens that can still lead to a valid answer are allowed, so every
+//! answer parses.
+//!
+//! The schemas in use are closed (nothing nests without end), so their answers, written in the one way that
+//! [`crate::rig::prompts`] writes them (`", "` and `": "` between parts, properties in the schema's order), are a regular
+//! language: a nondeterministic automaton over bytes, made deterministic as it is walked. For each state the allowed
+//! tokens are found by a walk through the trie of the vocabulary, once.
+
+use super::chat::Chat;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::Value;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokenizers::Tokenizer;
+
+/// The tokens of a byte-level vocabulary by their bytes; special tokens are not among them.
+pub struct Vocabulary {
+    tokenizer: Tokenizer,
+    bytes: HashMap<u32, Vec<u8>>,
+    trie: Vec<Node>,
+}
+
+#[derive(Default)]
+struct Node {
+    children: Vec<(u8, usize)>,
+    tokens: Vec<u32>,
+}
+
+impl Vocabulary {
+    pub fn new(chat: &Chat) -> Self {
+        let tokenizer = chat.tokenizer();
+        let alphabet = byte_alphabet();
+        let special = tokenizer.get_added_tokens_decoder();
+        let mut bytes: HashMap<u32, Vec<u8>> = HashMap::new();
+        for (token, id) in tokenizer.get_vocab(false) {
+            let decoded: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
+            if let Some(decoded) = decoded.filter(|b| !b.is_empty() && !special.contains_key(&id)) {
+                bytes.insert(id, decoded);
+            }
+        }
+        let mut ids: Vec<u32> = bytes.keys().copied().collect();
+        ids.sort_unstable();
+        let mut trie = vec![Node::default()];
+        for id in ids {
+            let mut at = 0;
+            for byte in &bytes[&id] {
+                at = match trie[at].children.iter().find(|(b, _)| b == byte) {
+                    Some((_, child)) => *child,
+                    None => {
+                        trie.push(Node::default());
+                        let child = trie.len() - 1;
+                        trie[at].children.push((*byte, child));
+                        child
+                    }
+                };
+            }
+            trie[at].tokens.push(id);
+        }
+        Self { tokenizer: tokenizer.clone(), bytes, trie }
+    }
+}
+
+/// The characters by which byte-level BPE writes bytes: printable ones stand for themselves, the others are moved up
+/// behind U+0100 in order.
+fn byte_alphabet() -> HashMap<char, u8> {
+    let printable = |b: &u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let plain = (0..=255u8).filter(printable).map(|b| (char::from(b), b));
+    let moved = (0..=255u8).filter(|b| !printable(b)).zip('\u{100}'..).map(|(b, c)| (c, b));
+    plain.chain(moved).collect()
+}
+
+/// A nondeterministic automaton over bytes.
+#[derive(Default)]
+struct Automaton {
+    /// For each state the byte ranges that lead on.
+    edges: Vec<Vec<(u8, u8, usize)>>,
+    /// For each state those that are reached for nothing.
+    free: Vec<Vec<usize>>,
+}
+
+impl Automaton {
+    fn state(&mut self) -> usize {
+        self.edges.push(Vec::new());
+        self.free.push(Vec::new());
+        self.edges.len() - 1
+    }
+
+    fn range(&mut self, from: usize, low: u8, high: u8) -> usize {
+        let to = self.state();
+        self.edges[from].push((low, high, to));
+        to
+    }
+
+    fn literal(&mut self, from: usize, text: &str) -> usize {
+        text.bytes().fold(from, |at, byte| self.range(at, byte, byte))
+    }
+
+    /// One of several parts, each of which leads from the first state to the last.
+    fn any(&mut self, ends: Vec<usize>) -> usize {
+        let to = self.state();
+        for end in ends {
+            self.free[end].push(to);
+        }
+        to
+    }
+
+    /// One character of a JSON string.
+    fn character(&mut self, from: usize) -> usize {
+        const TAIL: (u8, u8) = (0x80, 0xBF);
+        // The well-formed sequences of UTF-8, without control characters, quote and backslash.
+        const SEQUENCES: [&[(u8, u8)]; 11] = [
+            &[(0x20, 0x21)],
+            &[(0x23, 0x5B)],
+            &[(0x5D, 0x7E)],
+            &[(0xC2, 0xDF), TAIL],
+            &[(0xE0, 0xE0), (0xA0, 0xBF), TAIL],
+            &[(0xE1, 0xEC), TAIL, TAIL],
+            &[(0xED, 0xED), (0x80, 0x9F), TAIL],
+            &[(0xEE, 0xEF), TAIL, TAIL],
+            &[(0xF0, 0xF0), (0x90, 0xBF), TAIL, TAIL],
+            &[(0xF1, 0xF3), TAIL, TAIL, TAIL],
+            &[(0xF4, 0xF4), (0x80, 0x8F), TAIL, TAIL],
+        ];
+        let mut ends: Vec<usize> = SEQUENCES
+            .iter()
+            .map(|sequence| sequence.iter().fold(from, |at, (low, high)| self.range(at, *low, *high)))
+            .collect();
+        let escape = self.range(from, b'\\', b'\\');
+        ends.extend(br#""\/bfnrt"#.map(|c| self.range(escape, c, c)));
+        self.any(ends)
+    }
+
+    /// The values of `schema`, beginning at `from`; the result is where they end.
+    fn schema(&mut self, schema: &Value, from: usize) -> Result<usize> {
+        if let Some(value) = schema.get("const") {
+            return Ok(self.literal(from, &value.to_string()));
+        }
+        if let Some(values) = schema.get("enum").and_then(Value::as_array) {
+            ensure!(!values.is_empty(), "an enum without values in the schema");
+            let ends = values.iter().map(|value| self.literal(from, &value.to_string())).collect();
+            return Ok(self.any(ends));
+        }
+        let count = |key: &str| schema.get(key).and_then(Value::as_u64).map(|n| n as usize);
+        match schema.get("type").and_then(Value::as_str) {
+            Some("object") => self.object(schema, from),
+            Some("array") => self.array(schema, from),
+            Some("string") => {
+                let open = self.literal(from, "\"");
+                let end = self.repeat(open, count("minLength").unwrap_or(0), count("maxLength"), |this, at, _| {
+                    Ok(this.character(at))
+                })?;
+                Ok(self.literal(end, "\""))
+            }
+            Some("integer") => {
+                let bound = |key| schema.get(key).and_then(Value::as_i64);
+                let (low, high) = bound("minimum").zip(bound("maximum")).context("an integer needs its bounds")?;
+                ensure!(low <= high && high - low < 1000, "the bounds of an integer are too far apart");
+                let ends = (low..=high).map(|n| self.literal(from, &n.to_string())).collect();
+                Ok(self.any(ends))
+            }
+            Some("boolean") => {
+                let ends = ["true", "false"].map(|word| self.literal(from, word)).to_vec();
+                Ok(self.any(ends))
+            }
+            _ => bail!("the schema {schema} is not supported"),
+        }
+    }
+
+    fn object(&mut self, schema: &Value, from: usize) -> Result<usize> {
+        let properties = schema.get("properties").and_then(Value::as_object).context("an object needs properties")?;
+        let required: Vec<&str> =
+            schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        ensure!(properties.keys().eq(&required), "all properties of an object must be required, in order");
+        let mut at = self.literal(from, "{");
+        for (i, (name, value)) in properties.iter().enumerate() {
+            let separator = if i == 0 { "" } else { ", " };
+            at = self.literal(at, &format!("{separator}{}: ", Value::from(name.as_str())));
+            at = self.schema(value, at)?;
+        }
+        Ok(self.literal(at, "}"))
+    }
+
+    fn array(&mut self, schema: &Value, from: usize) -> Result<usize> {
+        let open = self.literal(from, "[");
+        let comma = |this: &mut Self, at: usize, i: usize| if i == 0 { at } else { this.literal(at, ", ") };
+        let end = if let Some(items) = schema.get("prefixItems").and_then(Value::as_array) {
+            items.iter().enumerate().try_fold(open, |at, (i, item)| {
+                let at = comma(self, at, i);
+                self.schema(item, at)
+            })?
+        } else {
+            let items = schema.get("items").context("an array needs items")?;
+            let count = |key: &str| schema.get(key).and_then(Value::as_u64).map(|n| n as usize);
+            let most = count("maxItems").context("an array needs maxItems")?;
+            self.repeat(open, count("minItems").unwrap_or(0), Some(most), |this, at, i| {
+                let at = comma(this, at, i);
+                this.schema(items, at)
+            })?
+        };
+        Ok(self.literal(end, "]"))
+    }
+
+    /// `part` from `least` to `most` times; the closure gets the state and the number of the repetition.
+    fn repeat(
+        &mut self,
+        from: usize,
+        least: usize,
+        most: Option<usize>,
+        mut part: impl FnMut(&mut Self, usize, usize) -> Result<usize>,
+    ) -> Result<usize> {
+        let mut at = from;
+        for i in 0..least {
+            at = part(self, at, i)?;
+        }
+        let Some(most) = most else {
+            let hub = self.any(vec![at]);
+            let end = part(self, hub, least)?;
+            self.free[end].push(hub);
+            return Ok(self.any(vec![hub]));
+        };
+        ensure!(least <= most && most <= 4096, "a repetition of {least} to {most} is out of bounds");
+        let mut ends = vec![at];
+        for i in least..most {
+            at = part(self, at, i)?;
+            ends.push(at);
+        }
+        Ok(self.any(ends))
+    }
+
+    /// `states` and all that they reach for nothing, in order.
+    fn closure(&self, states: impl IntoIterator<Item = usize>) -> Vec<usize> {
+        let mut seen = BTreeSet::new();
+        let mut todo: Vec<usize> = states.into_iter().collect();
+        while let Some(state) = todo.pop() {
+            if seen.insert(state) {
+                todo.extend(&self.free[state]);
+            }
+        }
+        seen.into_iter().collect()
+    }
+
+    /// The fewest bytes from each state to `accept`.
+    fn distances(&self, accept: usize) -> Vec<usize> {
+        let mut distance = vec![usize::MAX; self.edges.len()];
+        distance[accept] = 0;
+        loop {
+            let mut changed = false;
+            // Most edges lead to states that were made later, so this settles in few rounds.
+            for state in (0..self.edges.len()).rev() {
+                let free = self.free[state].iter().map(|to| distance[*to]);
+                let paid = self.edges[state].iter().map(|(_, _, to)| distance[*to].saturating_add(1));
+                let least = free.chain(paid).min().unwrap_or(usize::MAX);
+                if least < distance[state] {
+                    distance[state] = least;
+                    changed = true;
+                }
+            }
+            if !changed {
+                return distance;
+            }
+        }
+    }
+}
+
+/// The deterministic states met so far.
+#[derive(Default)]
+struct Walked {
+    numbers: HashMap<Vec<usize>, usize>,
+    states: Vec<Vec<usize>>,
+    steps: HashMap<(usize, u8), Option<usize>>,
+    allowed: HashMap<usize, Arc<[u32]>>,
+}
+
+/// A schema compiled for a vocabulary.
+pub struct Grammar {
+    automaton: Automaton,
+    accept: usize,
+    distance: Vec<usize>,
+    vocabulary: Arc<Vocabulary>,
+    walked: Mutex<Walked>,
+}
+
+/// How far one answer has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress(usize);
+
+impl Grammar {
+    pub fn new(schema: &Value, vocabulary: Arc<Vocabulary>) -> Result<Self> {
+        let mut automaton = Automaton::default();
+        let start = automaton.state();
+        let accept = automaton.schema(schema, start)?;
+        let distance = automaton.distances(accept);
+        let grammar = Self { automaton, accept, distance, vocabulary, walked: Mutex::default() };
+        let begin = grammar.automaton.closure([start]);
+        number(&mut grammar.walked(), begin);
+        Ok(grammar)
+    }
+
+    /// The beginning of an answer.
+    pub fn begin(&self) -> Progress {
+        Progress(0)
+    }
+
+    fn walked(&self) -> MutexGuard<'_, Walked> {
+        // What is stored is only ever added to, and each entry is whole.
+        self.walked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn step(&self, walked: &mut Walked, from: usize, byte: u8) -> Option<usize> {
+        if let Some(known) = walked.steps.get(&(from, byte)) {
+            return *known;
+        }
+        let edges = walked.states[from].iter().flat_map(|state| &self.automaton.edges[*state]);
+        let reached: Vec<usize> =
+            edges.filter(|(low, high, _)| (*low..=*high).contains(&byte)).map(|(_, _, to)| *to).collect();
+        let to = (!reached.is_empty()).then(|| number(walked, self.automaton.closure(reached)));
+        walked.steps.insert((from, byte), to);
+        to
+    }
+
+    /// Whether the answer is whole and nothing may follow.
+    pub fn is_done(&self, at: Progress) -> bool {
+        self.walked().states[at.0].contains(&self.accept)
+    }
+
+    /// The tokens that may come next, in order of their ids.
+    pub fn allowed(&self, at: Progress) -> Arc<[u32]> {
+        let mut walked = self.walked();
+        if let Some(known) = walked.allowed.get(&at.0) {
+            return known.clone();
+        }
+        let mut tokens = Vec::new();
+        let mut todo = vec![(0, at.0)];
+        while let Some((node, state)) = todo.pop() {
+            let node = &self.vocabulary.trie[node];
+            tokens.extend(&node.tokens);
+            for (byte, child) in &node.children {
+                if let Some(next) = self.step(&mut walked, state, *byte) {
+                    todo.push((*child, next));
+                }
+            }
+        }
+        tokens.sort_unstable();
+        let tokens: Arc<[u32]> = tokens.into();
+        walked.allowed.insert(at.0, tokens.clone());
+        tokens
+    }
+
+    /// Those of [`Self::allowed`] that bring the answer nearest to its end: for one that has become too long.
+    pub fn closing(&self, at: Progress) -> Vec<u32> {
+        let left = |token: &u32| {
+            let state = self.after(at, *token)?;
+            self.walked().states[state.0].iter().map(|s| self.distance[*s]).min()
+        };
+        let allowed: Vec<(u32, usize)> =
+            self.allowed(at).iter().filter_map(|token| Some((*token, left(token)?))).collect();
+        let least = allowed.iter().map(|(_, left)| *left).min();
+        allowed.into_iter().filter(|(_, left)| Some(*left) == least).map(|(token, _)| token).collect()
+    }
+
+    /// The progress behind `token`, if it is allowed.
+    pub fn after(&self, at: Progress, token: u32) -> Option<Progress> {
+        let mut walked = self.walked();
+        let bytes = self.vocabulary.bytes.get(&token)?;
+        bytes.iter().try_fold(at.0, |state, byte| self.step(&mut walked, state, *byte)).map(Progress)
+    }
+
+    /// The tokens that must come next, and the progress behind them: none where the model has a choice.
+    pub fn forced(&self, at: Progress) -> Result<(Vec<u32>, Progress)> {
+        let text = self.forced_text(at);
+        let encoding = self.vocabulary.tokenizer.encode_fast(text.as_str(), false);
+        let tokens = encoding.map_err(|e| anyhow!("cannot tokenize {text:?}: {e}"))?.get_ids().to_vec();
+        let end = tokens.iter().try_fold(at, |at, token| self.after(at, *token));
+        Ok((tokens, end.context("the tokenizer does not write a forced text as it is")?))
+    }
+
+    /// The text that must come next, whatever the model wants: up to the first place with a choice. Where punctuation
+    /// could follow it, its last word is left off, because a tokenizer would have joined the two.
+    fn forced_text(&self, at: Progress) -> String {
+        let mut walked = self.walked();
+        let (mut state, mut bytes) = (at.0, Vec::new());
+        let open = loop {
+            if walked.states[state].contains(&self.accept) {
+                break false;
+            }
+            let edges: Vec<(u8, u8)> = walked.states[state]
+                .iter()
+                .flat_map(|s| self.automaton.edges[*s].iter().map(|(low, high, _)| (*low, *high)))
+                .collect();
+            match edges.as_slice() {
+                [first, rest @ ..] if first.0 == first.1 && rest.iter().all(|e| e == first) => {
+                    let Some(next) = self.step(&mut walked, state, first.0) else { break true };
+                    bytes.push(first.0);
+                    state = next;
+                }
+                edges => break edges.iter().any(|(low, high)| (*low..=*high).any(|b| !b.is_ascii_alphanumeric())),
+            }
+        };
+        let mut text = String::from_utf8(bytes).unwrap_or_default();
+        if open {
+            let keep = text.rfind(|c: char| c.is_ascii_alphanumeric()).map_or(0, |i| i + 1);
+            // A blank begins a word of its own: what is before the last one stays.
+            let keep = text[keep..].rfind(' ').map_or(keep, |i| keep + i);
+            text.truncate(keep);
+        }
+        text
+    }
+}
+
+fn number(walked: &mut Walked, states: Vec<usize>) -> usize {
+    if let Some(known) = walked.numbers.get(&states) {
+        return *known;
+    }
+    walked.states.push(states.clone());
+    walked.numbers.insert(states, walked.states.len() - 1);
+    walked.states.len() - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        models::Folder,
+        rig::prompts,
+        tensor::rng::Stream,
+        vlm::vocabulary::{self, SPECIALS},
+    };
+    use serde_json::json;
+
+    fn vocabulary() -> (Arc<Vocabulary>, Chat) {
+        let texts = [prompts::verdict(false, "the red ball is left of the cube"), prompts::edit("move the \"ball\"")];
+        let dir = tempfile::tempdir().unwrap();
+        vocabulary::train(texts.iter().cycle().take(40), 320 + SPECIALS.len()).unwrap().write(dir.path()).unwrap();
+        let chat = Chat::open(&Folder::from(dir.path())).unwrap();
+        (Arc::new(Vocabulary::new(&chat)), chat)
+    }
+
+    /// Whether the grammar takes exactly `text`.
+    fn accepts(grammar: &Grammar, text: &str) -> bool {
+        let mut walked = grammar.walked();
+        let end = text.bytes().try_fold(0, |state, byte| grammar.step(&mut walked, state, byte));
+        end.is_some_and(|state| walked.states[state].contains(&grammar.accept))
+    }
+
+    #[test]
+    fn takes_the_answers_of_the_prompts_and_no_others() {
+        let (vocabulary, _) = vocabulary();
+        let check = Grammar::new(&prompts::check_schema(), vocabulary.clone()).unwrap();
+        for good in [prompts::verdict(true, ""), prompts::verdict(false, "a \"quoted\" naïve ☃ 漢 𝄞 reason")] {
+            assert!(accepts(&check, &good), "{good}");
+        }
+        let long = prompts::verdict(false, &"x".repeat(161));
+        for bad in ["", "{}", "{\"verdict\": \"maybe\", \"reflection\": \"\"}", "{\"verdict\":\"yes\"", &long] {
+            assert!(!accepts(&check, bad), "{bad}");
+        }
+        let parse = Grammar::new(&prompts::parse_schema(), vocabulary).unwrap();
+        let graph = json!({ "objects": ["ball", "cube"], "relations": [[0, "left of", 1], [1, "x", 10]] });
+        let spaced = graph.to_string().replace(':', ": ").replace(',', ", ");
+        assert!(accepts(&parse, &spaced), "{spaced}");
+        assert!(accepts(&parse, "{\"objects\": [], \"relations\": []}"));
+        assert!(!accepts(&parse, "{\"objects\": [], \"relations\": [[0, \"left of\"]]}"));
+    }
+
+    #[test]
+    fn a_model_that_knows_nothing_still_answers_in_json() {
+        let (vocabulary, chat) = vocabulary();
+        for schema in [prompts::check_schema(), prompts::reflect_schema(), prompts::parse_schema()] {
+            let grammar = Grammar::new(&schema, vocabulary.clone()).unwrap();
+            for i in 0..20 {
+                let mut stream = Stream::new(1, "constrain", i);
+                let (mut ids, mut at) = (Vec::new(), grammar.begin());
+                while !grammar.is_done(at) {
+                    let (forced, next) = grammar.forced(at).unwrap();
+                    at = next;
+                    ids.extend(forced);
+                    if grammar.is_done(at) {
+                        break;
+                    }
+                    let closing = grammar.closing(at);
+                    let allowed = grammar.allowed(at);
+                    let token = *stream.choose(if ids.len() > 60 { &closing } else { &allowed });
+                    ids.push(token);
+                    at = grammar.after(at, token).unwrap();
+                }
+                let text = chat.decode(&ids).unwrap();
+                assert!(serde_json::from_str::<Value>(&text).is_ok(), "{text}");
+                assert!(accepts(&grammar, &text), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_forced_is_tokenized_as_in_a_whole_answer() {
+        let (vocabulary, chat) = vocabulary();
+        let grammar = Grammar::new(&prompts::check_schema(), vocabulary).unwrap();
+        for answer in [prompts::verdict(true, ""), prompts::verdict(false, "the red ball is left of the cube")] {
+            let ids = chat.encode(&answer).unwrap();
+            let (mut at, mut seen) = (grammar.begin(), 0);
+            while !grammar.is_done(at) {
+                let (forced, next) = grammar.forced(at).unwrap();
+                assert_eq!(forced, ids[seen..seen + forced.len()], "{answer}");
+                (at, seen) = (next, seen + forced.len());
+                if let Some(token) = ids.get(seen) {
+                    at = grammar.after(at, *token).unwrap();
+                    seen += 1;
+                }
+            }
+            assert_eq!(seen, ids.len());
+        }
+        let (head, _) = grammar.forced(grammar.begin()).unwrap();
+        assert_eq!(chat.decode(&head).unwrap(), prompts::VERDICT_HEAD);
+    }
+}

@@ -1,0 +1,220 @@
+//! Pictures to patches, as `Qwen2VLImageProcessor` of transformers prepares them for Qwen3-VL: resized so that both
+//! sides are whole blocks and the area is in bounds, normalised, cut into patches, each repeated in time.
+
+use crate::models::{Folder, qwen3_vl::Patches};
+use anyhow::{Result, bail, ensure};
+use candle_core::{Device, Tensor};
+use image::RgbImage;
+use serde::Deserialize;
+
+/// `preprocessor_config.json`, or the `image_processor` of `processor_config.json`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct ImageProcessor {
+    /// The least and the largest area, under names that once meant sides.
+    size: Option<Size>,
+    min_pixels: Option<usize>,
+    max_pixels: Option<usize>,
+    pub patch_size: usize,
+    pub temporal_patch_size: usize,
+    pub merge_size: usize,
+    image_mean: [f32; 3],
+    image_std: [f32; 3],
+    rescale_factor: f64,
+    do_resize: bool,
+    do_rescale: bool,
+    do_normalize: bool,
+    /// Pillow's number of the filter; 3 is bicubic.
+    resample: u8,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Size {
+    shortest_edge: usize,
+    longest_edge: usize,
+}
+
+impl Default for ImageProcessor {
+    fn default() -> Self {
+        Self {
+            size: None,
+            min_pixels: None,
+            max_pixels: None,
+            patch_size: 14,
+            temporal_patch_size: 2,
+            merge_size: 2,
+            // Those of CLIP.
+            image_mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+            image_std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
+            rescale_factor: 1.0 / 255.0,
+            do_resize: true,
+            do_rescale: true,
+            do_normalize: true,
+            resample: 3,
+        }
+    }
+}
+
+impl ImageProcessor {
+    pub fn open(folder: &Folder) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Processor {
+            image_processor: ImageProcessor,
+        }
+        let this = if folder.has("preprocessor_config.json") {
+            folder.json::<Self>("preprocessor_config.json")?
+        } else {
+            folder.json::<Processor>("processor_config.json")?.image_processor
+        };
+        ensure!(
+            this.patch_size > 0 && this.merge_size > 0 && this.temporal_patch_size > 0,
+            "{}: the image processor has patches of no size",
+            folder.name()
+        );
+        ensure!(this.resample == 3, "{}: only bicubic resampling is supported", folder.name());
+        Ok(this)
+    }
+
+    fn bounds(&self) -> (usize, usize) {
+        let size = self.size.unwrap_or(Size { shortest_edge: 56 * 56, longest_edge: 28 * 28 * 1280 });
+        (self.min_pixels.unwrap_or(size.shortest_edge), self.max_pixels.unwrap_or(size.longest_edge))
+    }
+
+    /// The size at which a picture of `width` by `height` is looked at.
+    pub fn target(&self, width: usize, height: usize) -> Result<(usize, usize)> {
+        let (long, short) = (width.max(height), width.min(height));
+        if short == 0 || long > 200 * short {
+            bail!("a picture of {width} by {height} is too narrow to be looked at");
+        }
+        if !self.do_resize {
+            return Ok((width, height));
+        }
+        let factor = self.patch_size * self.merge_size;
+        let (least, most) = self.bounds();
+        let area = (width * height) as f64;
+        // Python rounds halves to even.
+        let nearest = |side: usize| (side as f64 / factor as f64).round_ties_even() as usize * factor;
+        let (w, h) = (nearest(width), nearest(height));
+        Ok(if w * h > most {
+            let beta = (area / most as f64).sqrt();
+            let fit = |side: usize| ((side as f64 / beta / factor as f64).floor() as usize * factor).max(factor);
+            (fit(width), fit(height))
+        } else if w * h < least {
+            let beta = (least as f64 / area).sqrt();
+            let fit = |side: usize| (side as f64 * beta / factor as f64).ceil() as usize * factor;
+            (fit(width), fit(height))
+        } else {
+            (w, h)
+        })
+    }
+
+    /// The patches of `pictures`, one after the other.
+    pub fn patches<'a>(&self, pictures: impl IntoIterator<Item = &'a RgbImage>, device: &Device) -> Result<Patches> {
+        let (mut values, mut grids) = (Vec::new(), Vec::new());
+        for picture in pictures {
+            let (width, height) = (picture.width() as usize, picture.height() as usize);
+            let target = self.target(width, height)?;
+            let resized = resize(picture.as_raw(), (width, height), target);
+            grids.push(self.cut(&resized, target, &mut values)?);
+        }
+        let numbers = 3 * self.temporal_patch_size * self.patch_size.pow(2);
+        let values = Tensor::from_vec(values, (grids.iter().map(|[r, c]| r * c).sum::<usize>(), numbers), device)?;
+        Ok(Patches { values, grids })
+    }
+
+    /// Appends the patches of one picture to `out`: block by block, in each patch channel, time, row, column.
+    fn cut(&self, rgb: &[u8], (width, height): (usize, usize), out: &mut Vec<f32>) -> Result<[usize; 2]> {
+        let (p, m) = (self.patch_size, self.merge_size);
+        let (rows, columns) = (height / p, width / p);
+        ensure!(
+            rows * p == height && columns * p == width && rows % m == 0 && columns % m == 0 && rows * columns > 0,
+            "a picture of {width} by {height} does not split into blocks of {} pixels",
+            p * m
+        );
+        let scale = if self.do_rescale { self.rescale_factor as f32 } else { 1.0 };
+        let value = |channel: usize, x: usize, y: usize| {
+            let value = f32::from(rgb[(y * width + x) * 3 + channel]) * scale;
+            if self.do_normalize { (value - self.image_mean[channel]) / self.image_std[channel] } else { value }
+        };
+        let blocks = (0..rows / m).flat_map(|i| (0..columns / m).map(move |j| (i, j)));
+        for (i, j) in blocks {
+            for k in 0..m * m {
+                let (top, left) = ((i * m + k / m) * p, (j * m + k % m) * p);
+                for channel in 0..3 {
+                    let start = out.len();
+                    out.extend((0..p * p).map(|q| value(channel, left + q % p, top + q / p)));
+                    let end = out.len();
+                    for _ in 1..self.temporal_patch_size {
+                        out.extend_from_within(start..end);
+                    }
+                }
+            }
+        }
+        Ok([rows, columns])
+    }
+}
+
+/// Pillow's bicubic resampling of 8-bit RGB, bit for bit: the filter widens where the picture shrinks, weights are
+/// fixed-point numbers, and each of the two passes rounds to 8 bits.
+fn resize(rgb: &[u8], (width, height): (usize, usize), target: (usize, usize)) -> Vec<u8> {
+    let across = if width == target.0 {
+        rgb.to_vec()
+    } else {
+        let taps = taps(width, target.0);
+        let mut out = vec![0; target.0 * height * 3];
+        for (row, out) in rgb.chunks_exact(width * 3).zip(out.chunks_exact_mut(target.0 * 3)) {
+            for ((from, weights), out) in taps.iter().zip(out.chunks_exact_mut(3)) {
+                for (channel, out) in out.iter_mut().enumerate() {
+                    *out = weigh(weights, |k| row[(from + k) * 3 + channel]);
+                }
+            }
+        }
+        out
+    };
+    if height == target.1 {
+        return across;
+    }
+    let line = target.0 * 3;
+    let mut out = vec![0; line * target.1];
+    for ((from, weights), out) in taps(height, target.1).iter().zip(out.chunks_exact_mut(line)) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = weigh(weights, |k| across[(from + k) * line + i]);
+        }
+    }
+    out
+}
+
+/// The fraction bits of a weight: 32, less 8 of the pixel and 2 to spare.
+const BITS: u32 = 22;
+
+fn weigh(weights: &[i64], pixel: impl Fn(usize) -> u8) -> u8 {
+    let sum: i64 = weights.iter().enumerate().map(|(k, w)| w * i64::from(pixel(k))).sum();
+    ((sum + (1 << (BITS - 1))) >> BITS).clamp(0, 255) as u8
+}
+
+/// For each pixel of the result the first source pixel and the weights from there on.
+fn taps(from: usize, to: usize) -> Vec<(usize, Vec<i64>)> {
+    /// Keys' cubic with a = -0.5.
+    fn cubic(x: f64) -> f64 {
+        let x = x.abs();
+        match x {
+            ..1.0 => (1.5 * x - 2.5) * x * x + 1.0,
+            ..2.0 => ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0,
+            _ => 0.0,
+        }
+    }
+    let scale = from as f64 / to as f64;
+    let stretch = scale.max(1.0);
+    let support = 2.0 * stretch;
+    (0..to)
+        .map(|i| {
+            let centre = (i as f64 + 0.5) * scale;
+            let first = (centre - support + 0.5).max(0.0) as usize;
+            let end = ((centre + support + 0.5) as usize).min(from);
+            let weights: Vec<f64> = (first..end).map(|x| cubic((x as f64 - centre + 0.5) / stretch)).collect();
+            let sum: f64 = weights.iter().sum();
+            let fixed = |w: &f64| (w / sum * f64::from(1 << BITS)).round() as i64;
+            (first, weights.iter().map(fixed).collect())
+        })
+        .collect()
+}
