@@ -195,7 +195,7 @@ mod tests {
         let (mut rest, mut events) = (bytes.as_slice(), Vec::new());
         let check = |data: &[u8], stored: &[u8]| {
             let crc = crc32c(data);
-            let masked = (crc >> 15 | crc << 17).wrapping_add(0xa282_ead8);
+            let masked = crc.rotate_right(15).wrapping_add(0xa282_ead8);
             assert_eq!(masked.to_le_bytes(), stored);
         };
         while !rest.is_empty() {

@@ -9,7 +9,7 @@ pub mod rng;
 mod attention;
 mod bf16;
 mod conv;
-mod cpu;
+pub(crate) mod cpu;
 mod group_norm;
 mod linear;
 mod loss;

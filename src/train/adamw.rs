@@ -1,7 +1,8 @@
 //! AdamW (arXiv 1711.05101): `m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w <- (1 - decay) w - lr m^ / (sqrt(v^) + eps)`,
 //! where `m^` and `v^` are corrected for their beginning at zero.
 
-use super::slices::{CHUNK, edit, read};
+use super::slices::{CHUNK, edit};
+use crate::tensor::cpu::floats;
 use candle_core::{Device, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 
@@ -40,7 +41,15 @@ impl AdamW {
         if !matches!(var.device(), Device::Cpu) {
             return self.composed(var, first, second, gradient);
         }
-        read(gradient, |g| edit(var, |w| edit(first, |m| edit(second, |v| Ok(self.slices(w, m, v, g))))))?
+        let gradient = floats(gradient)?;
+        edit(var, |w| {
+            edit(first, |m| {
+                edit(second, |v| {
+                    self.slices(w, m, v, &gradient);
+                    Ok(())
+                })
+            })
+        })
     }
 
     fn slices(&self, weight: &mut [f32], first: &mut [f32], second: &mut [f32], gradient: &[f32]) {

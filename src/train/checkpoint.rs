@@ -124,7 +124,7 @@ pub fn write_safetensors(
 ) -> Result<()> {
     let temporary = path.with_extension("tmp");
     let write = || -> Result<()> {
-        safetensors::serialize_to_file(tensors.iter().map(|(k, v)| (k, v)), Some(metadata), &temporary)?;
+        safetensors::serialize_to_file(tensors, Some(metadata), &temporary)?;
         File::open(&temporary)?.sync_all()?;
         fs::rename(&temporary, path)?;
         // The new name is on the disk only once the folder is.

@@ -3,7 +3,8 @@
 //! `ema += (1 - d) (theta - ema)` with `d = min((1 + s) / (10 + s), decay)` at update `s`, so that a young average forgets
 //! its random beginning quickly.
 
-use super::slices::{CHUNK, edit, read};
+use super::slices::{CHUNK, edit};
+use crate::tensor::cpu::floats;
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -30,7 +31,11 @@ impl Ema {
         self.updates += 1;
         for (average, var) in self.average.values_mut().zip(vars.values()) {
             if matches!(var.device(), Device::Cpu) {
-                read(var, |new| edit(average, |average| Ok(blend(average, new, rate as f32))))??;
+                let new = floats(var)?;
+                edit(average, |average| {
+                    blend(average, &new, rate as f32);
+                    Ok(())
+                })?;
             } else {
                 *average = (&*average + ((var.as_tensor().detach() - &*average)? * rate)?)?;
             }
@@ -42,7 +47,12 @@ impl Ema {
     pub fn swap(&mut self, vars: &BTreeMap<String, Var>) -> Result<()> {
         for (average, var) in self.average.values_mut().zip(vars.values()) {
             if matches!(var.device(), Device::Cpu) {
-                edit(var, |new| edit(average, |average| Ok(average.swap_with_slice(new))))?;
+                edit(var, |new| {
+                    edit(average, |average| {
+                        average.swap_with_slice(new);
+                        Ok(())
+                    })
+                })?;
             } else {
                 let current = var.as_tensor().detach().copy()?;
                 var.set(average)?;

@@ -4,7 +4,8 @@
 //! Newton-Schulz iterations `X <- a X + (b X X^T + c (X X^T)^2) X`. The factor makes the update as large as AdamW's
 //! (arXiv 2502.16982), so that one learning rate serves both. Unlike the reference, the iterations are in f32.
 
-use super::slices::{CHUNK, edit, read};
+use super::slices::{CHUNK, edit};
+use crate::tensor::cpu::floats;
 use candle_core::{Device, Result, Tensor, Var};
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
@@ -29,9 +30,17 @@ impl Muon {
             return self.composed(var, buffer, gradient);
         }
         let (rows, cols, rate) = self.rate(var)?;
-        let update = read(gradient, |gradient| edit(buffer, |buffer| Ok(self.accumulate(buffer, gradient))))??;
+        let mut update = vec![0.0; rows * cols];
+        let gradient = floats(gradient)?;
+        edit(buffer, |buffer| {
+            self.accumulate(buffer, &gradient, &mut update);
+            Ok(())
+        })?;
         let update = orthogonal(update, rows, cols);
-        edit(var, |weight| Ok(apply(weight, &update, rate as f32, self.decay as f32)))
+        edit(var, |weight| {
+            apply(weight, &update, rate as f32, self.decay as f32);
+            Ok(())
+        })
     }
 
     fn rate(&self, var: &Var) -> Result<(usize, usize, f64)> {
@@ -40,10 +49,9 @@ impl Muon {
         Ok((rows, cols, self.lr * 0.2 * (rows.max(cols) as f64).sqrt()))
     }
 
-    /// Takes the gradient into the momentum and returns what is to be made orthogonal.
-    fn accumulate(&self, buffer: &mut [f32], gradient: &[f32]) -> Vec<f32> {
+    /// Takes the gradient into the momentum and writes what is to be made orthogonal into `update`.
+    fn accumulate(&self, buffer: &mut [f32], gradient: &[f32], update: &mut [f32]) {
         let (clip, mu) = (self.clip as f32, self.momentum as f32);
-        let mut update = vec![0.0; buffer.len()];
         let chunks = (update.par_chunks_mut(CHUNK), buffer.par_chunks_mut(CHUNK), gradient.par_chunks(CHUNK));
         chunks.into_par_iter().for_each(|(update, buffer, gradient)| {
             for ((update, buffer), gradient) in update.iter_mut().zip(buffer).zip(gradient) {
@@ -52,7 +60,6 @@ impl Muon {
                 *update = gradient + mu * (*buffer - gradient);
             }
         });
-        update
     }
 
     /// The same by candle's operations.

@@ -4,12 +4,8 @@
 //! On the CPU each rule is one pass over its slices, in fixed chunks: the result does not depend on the number of
 //! threads. Other devices use candle's operations.
 
-use super::{
-    adamw::AdamW,
-    muon::Muon,
-    schedule::Schedule,
-    slices::{CHUNK, read},
-};
+use super::{adamw::AdamW, muon::Muon, schedule::Schedule, slices::CHUNK};
+use crate::tensor::cpu::floats;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
@@ -231,10 +227,9 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
     let mut total = 0.0;
     for gradient in gradients.values() {
         total += if matches!(gradient.device(), Device::Cpu) {
-            read(&gradient.contiguous()?, |g| {
-                let squares = |chunk: &[f32]| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
-                g.par_chunks(CHUNK).map(squares).collect::<Vec<_>>().iter().sum::<f64>()
-            })?
+            let gradient = gradient.contiguous()?;
+            let squares = |chunk: &[f32]| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
+            floats(&gradient)?.par_chunks(CHUNK).map(squares).collect::<Vec<_>>().iter().sum::<f64>()
         } else {
             f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
         };
