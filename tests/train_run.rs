@@ -66,10 +66,13 @@ impl Objective for Mean {
         self.params.vars()
     }
 
-    fn loss(&mut self, batch: &Batch) -> Result<Step> {
+    fn loss(&self, batch: &Batch) -> Result<Step> {
         let loss = self.error(&Self::draw(batch.indices())?)?;
-        self.total += f64::from(loss.to_scalar::<f32>()?);
         Ok(Step { loss, metrics: vec![("total".into(), self.total)] })
+    }
+
+    fn observe(&mut self, metrics: &Metrics) {
+        self.total += metrics[0].1;
     }
 
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
@@ -286,7 +289,7 @@ impl Objective for Deaf {
         vars
     }
 
-    fn loss(&mut self, batch: &Batch) -> Result<Step> {
+    fn loss(&self, batch: &Batch) -> Result<Step> {
         self.0.loss(batch)
     }
 

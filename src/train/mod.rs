@@ -60,12 +60,18 @@ pub struct Step {
 ///
 /// All randomness is drawn from [`crate::tensor::rng::Stream`] keyed by the seed and the indices of the batch; an
 /// objective that has no other state resumes exactly without doing anything for it.
-pub trait Objective {
+pub trait Objective: Sync {
     /// The trained variables by their names in the saved model, in f32.
     fn vars(&self) -> BTreeMap<String, Var>;
 
-    /// The mean loss of `batch`; every variable must get a gradient from it.
-    fn loss(&mut self, batch: &Batch) -> Result<Step>;
+    /// The mean loss of `batch`. Micro-batches of one step run in parallel; together they must give every variable a
+    /// gradient.
+    fn loss(&self, batch: &Batch) -> Result<Step>;
+
+    /// Is told the metrics of each step once it is done, for running statistics.
+    fn observe(&mut self, metrics: &Metrics) {
+        let _ = metrics;
+    }
 
     /// Held-out metrics. The variables hold the moving average when it is called, as they do for `samples` and `save`.
     fn evaluate(&mut self, step: u64) -> Result<Metrics> {

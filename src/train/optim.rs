@@ -237,16 +237,19 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
     Ok(total.sqrt())
 }
 
+/// The gradients of `vars` by their names.
+pub fn named(vars: &BTreeMap<String, Var>, mut store: GradStore) -> Gradients {
+    vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect()
+}
+
 /// Adds the gradients of one micro-batch to those of the batch.
-pub fn accumulate(total: &mut Gradients, vars: &BTreeMap<String, Var>, mut store: GradStore) -> Result<()> {
-    for (name, var) in vars {
-        if let Some(gradient) = store.remove(var) {
-            let gradient = match total.remove(name) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            };
-            total.insert(name.clone(), gradient);
-        }
+pub fn add(total: &mut Gradients, part: Gradients) -> Result<()> {
+    for (name, gradient) in part {
+        let sum = match total.remove(&name) {
+            Some(sum) => (sum + gradient)?,
+            None => gradient,
+        };
+        total.insert(name, sum);
     }
     Ok(())
 }

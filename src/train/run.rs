@@ -12,7 +12,7 @@
 //! An interrupted run (Ctrl-C, or killed at any point) that is resumed ends bit for bit as an uninterrupted one.
 
 use super::{
-    Batch, Metrics, Objective,
+    Batch, Metrics, Objective, Step,
     checkpoint::{self, Checkpoint},
     ema::Ema,
     log::Log,
@@ -21,6 +21,7 @@ use super::{
 use crate::usage;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor, Var};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -211,7 +212,7 @@ pub fn rehearse(
     config: &TrainConfig,
     optim: &OptimConfig,
 ) -> Result<(Plan, Metrics, f64)> {
-    let mut run = Run::new(objective, config, optim)?;
+    let run = Run::new(objective, config, optim)?;
     let start = Instant::now();
     let (mut metrics, gradients) = run.gradients()?;
     run.check(&gradients)?;
@@ -274,26 +275,34 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The metrics and gradients of this step's batch.
-    fn gradients(&mut self) -> Result<(Metrics, Gradients)> {
+    /// The metrics and gradients of this step's batch. Micro-batches run side by side, which keeps all cores busy where one
+    /// operation alone would not; their gradients are added in order, so the result is the same on any number of threads.
+    fn gradients(&self) -> Result<(Metrics, Gradients)> {
         let (size, micro) = (self.config.batch, self.micro_batch());
-        let mut metrics: Metrics = Vec::new();
-        let mut gradients = Gradients::new();
-        for start in (0..size).step_by(micro) {
+        let (objective, vars): (&dyn Objective, _) = (&*self.objective, &self.vars);
+        let work = |start: usize| -> Result<(f64, Metrics, Gradients)> {
             let batch = Batch { step: self.step, rows: start..(start + micro).min(size), size };
             let weight = batch.rows.len() as f64 / size as f64;
-            let mut part = self.objective.loss(&batch)?;
-            let loss = if weight == 1.0 { part.loss.clone() } else { (&part.loss * weight)? };
-            optim::accumulate(&mut gradients, &self.vars, loss.backward()?)?;
-            part.metrics.insert(0, ("loss".into(), f64::from(part.loss.to_scalar::<f32>()?)));
-            for (name, value) in part.metrics {
-                match metrics.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, sum)) => *sum += weight * value,
-                    None => metrics.push((name, weight * value)),
+            let Step { loss, mut metrics } = objective.loss(&batch)?;
+            metrics.insert(0, ("loss".into(), f64::from(loss.to_scalar::<f32>()?)));
+            Ok((weight, metrics, optim::named(vars, (loss * weight)?.backward()?)))
+        };
+        let starts: Vec<usize> = (0..size).step_by(micro).collect();
+        let parts: Vec<_> = starts.into_par_iter().map(work).collect();
+        // Means over the micro-batches that have a metric: (name, sum, weight).
+        let mut means: Vec<(String, f64, f64)> = Vec::new();
+        let mut total = Gradients::new();
+        for part in parts {
+            let (weight, metrics, gradients) = part?;
+            for (name, value) in metrics {
+                match means.iter_mut().find(|(known, ..)| *known == name) {
+                    Some((_, sum, weights)) => (*sum, *weights) = (*sum + weight * value, *weights + weight),
+                    None => means.push((name, weight * value, weight)),
                 }
             }
+            optim::add(&mut total, gradients)?;
         }
-        Ok((metrics, gradients))
+        Ok((means.into_iter().map(|(name, sum, weight)| (name, sum / weight)).collect(), total))
     }
 
     /// A variable without a gradient is a mistake in the objective or a break in the graph: say so before hours go by.
@@ -315,6 +324,7 @@ impl<'a> Run<'a> {
             self.ema.update(&self.vars)?;
         }
         self.step += 1;
+        self.objective.observe(&metrics);
         metrics.push(("grad_norm".into(), norm));
         metrics.push(("learning_rate".into(), self.lr * factor));
         Ok((metrics, norm, outcome))
