@@ -1,6 +1,7 @@
 //! Model architectures, one file each, loading unmodified Hugging Face folders.
 
 pub mod autoencoder;
+pub mod built_in;
 pub mod flux2;
 pub mod folder;
 pub mod linear;

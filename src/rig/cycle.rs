@@ -138,7 +138,7 @@ pub enum Event<'a> {
 
 /// Runs the loop over `jobs`; one outcome for each, `None` if it was cancelled before its first picture was checked.
 ///
-/// `cancelled` is asked before every stage. An error of `observe` ends the run.
+/// `cancelled` is asked before every stage; a role may ask it more often and fail. An error of `observe` ends the run.
 pub fn run(
     cast: Cast,
     jobs: &[Job],
@@ -156,7 +156,11 @@ pub fn run(
         if active.is_empty() {
             return Ok(results);
         }
-        let stopped = !cycle.round(&mut active)?;
+        let stopped = match cycle.round(&mut active) {
+            Ok(whole) => !whole,
+            Err(_) if cancelled() => true, // a role that was stopped in the middle of its work
+            Err(error) => return Err(error),
+        };
         let mut left = Vec::new();
         for state in active {
             match state.ending(options, stopped) {
@@ -313,6 +317,7 @@ impl Cycle<'_> {
             .map(|(s, instruction)| Edit {
                 target: s.target,
                 picture: s.picture,
+                verdicts: s.verdicts,
                 instruction,
                 seed: s.seed,
                 round: s.round,

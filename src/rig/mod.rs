@@ -3,7 +3,9 @@
 //! [`roles`] names who takes part, [`cycle`] is the loop. Both know no model; read them first.
 
 pub mod cycle;
+pub mod klein;
 pub mod prompts;
 pub mod reward;
 pub mod roles;
 pub mod trajectory;
+pub mod vlm_roles;

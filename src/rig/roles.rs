@@ -3,6 +3,7 @@
 //! The paper's Inverse Diffuser is the [`Editor`]. All roles work on many pictures at once: slices in, one result for
 //! each element out, in order. What a role returns for an element must not depend on the others beside it.
 
+use crate::scene::graph::SceneGraph;
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::Tensor;
 use image::RgbImage;
@@ -36,6 +37,19 @@ impl fmt::Display for Claim {
 pub struct Target {
     pub prompt: String,
     pub claims: Vec<Claim>,
+}
+
+impl Target {
+    /// Claims each object of `graph`, then each relation. A relation with a missing end is left out.
+    pub fn new(prompt: impl Into<String>, graph: &SceneGraph) -> Self {
+        let phrases: Vec<String> = graph.objects.iter().map(|o| o.phrase()).collect();
+        let mut claims: Vec<Claim> = phrases.iter().cloned().map(Claim::Object).collect();
+        claims.extend(graph.relations.iter().filter_map(|r| {
+            let (subject, object) = (phrases.get(r.subject)?.clone(), phrases.get(r.object)?.clone());
+            Some(Claim::Relation { subject, relation: r.predicate.clone(), object })
+        }));
+        Self { prompt: prompt.into(), claims }
+    }
 }
 
 /// The Checker's answer to one claim.
@@ -140,6 +154,8 @@ pub struct Situation<'a> {
 pub struct Edit<'a> {
     pub target: &'a Target,
     pub picture: &'a Picture,
+    /// What the Checker found in it; nothing if it was not asked.
+    pub verdicts: &'a [Verdict],
     pub instruction: &'a str,
     pub seed: u64,
     pub round: usize,
@@ -181,6 +197,13 @@ mod tests {
     use super::*;
     use candle_core::Device;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn a_target_claims_objects_first_and_relations_in_their_order() {
+        let graph = crate::scene::parse::parse("a large red ball is left of a blue cube").unwrap();
+        let claims: Vec<String> = Target::new("p", &graph).claims.iter().map(Claim::to_string).collect();
+        assert_eq!(claims, ["large red ball", "blue cube", "large red ball left of blue cube"]);
+    }
 
     #[test]
     fn pixels_are_decoded_once_and_in_one_batch() {

@@ -1,0 +1,37 @@
+//! The models in the binary: `weights/tabletop/`, laid out as diffusers and transformers save them.
+
+use super::Folder;
+use include_dir::{Dir, include_dir};
+
+static TABLETOP: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/weights/tabletop");
+
+/// The name under which they go.
+pub const NAME: &str = "built-in";
+
+/// The folder of the pipeline, with the VLM in `vlm/`.
+pub fn tabletop() -> Folder {
+    Folder::Embedded(&TABLETOP)
+}
+
+/// What a whole set of models has and this binary lacks.
+pub fn missing(parts: &[&'static str]) -> Vec<&'static str> {
+    let folder = tabletop();
+    let there = |part: &str| match part.rsplit_once('/') {
+        None => folder.has(part),
+        Some((dir, file)) => folder.sub(dir).is_some_and(|sub| sub.has(file)),
+    };
+    parts.iter().copied().filter(|part| !there(part)).collect()
+}
+
+/// The files without which nothing is drawn.
+pub const PIPELINE: &[&str] = &[
+    "model_index.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "scheduler/scheduler_config.json",
+];
+
+/// The files without which nothing is checked.
+pub const VLM: &[&str] = &["vlm/model.safetensors", "vlm/tokenizer.json"];

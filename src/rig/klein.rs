@@ -1,0 +1,165 @@
+//! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit.
+
+use super::roles::{Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict};
+use crate::{
+    flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Watch},
+    usage,
+};
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+use std::sync::Arc;
+
+/// How a picture is edited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Editing {
+    /// The source's latents join the sequence, the instruction is the prompt (FLUX.2-klein, FLUX.1-Kontext).
+    Reference,
+    /// Up to noise and down again under the target's prompt.
+    Inversion(Inversion),
+    /// By the difference of two flows (FlowEdit).
+    FlowEdit,
+}
+
+/// How pictures are painted.
+#[derive(Clone, Debug)]
+pub struct Painting {
+    pub steps: usize,
+    pub guidance: f64,
+    pub editing: Editing,
+    /// Width and height of drawn pictures in pixels.
+    pub size: (u32, u32),
+    /// Pictures that run through the network together, at most.
+    pub batch: usize,
+}
+
+/// FlowEdit's guidance under the source's prompt (its published value for FLUX).
+const FLOWEDIT_SOURCE_GUIDANCE: f64 = 1.5;
+
+/// A FLUX.2-klein in the roles of Diffuser and Editor.
+pub struct Painter {
+    klein: Arc<Klein>,
+    painting: Painting,
+    decode: Decode,
+    watch: Box<dyn Watch>,
+    /// The noise of single seeds where a file gave it.
+    given: Vec<(u64, Tensor)>,
+}
+
+impl Painter {
+    pub fn new(klein: Arc<Klein>, painting: Painting, watch: Box<dyn Watch>) -> Self {
+        let decoder = klein.clone();
+        let decode: Decode = Arc::new(move |latents: &[Tensor]| decoder.decode(latents));
+        Self { klein, painting, decode, watch, given: Vec::new() }
+    }
+
+    /// Lets pictures of these seeds begin with noise from a file: one for each, or one for all.
+    pub fn with_noise(mut self, noise: &Tensor, seeds: &[u64]) -> Result<Self> {
+        let noise = self.klein.given_noise(noise, self.tokens()?)?;
+        if noise.len() != 1 && noise.len() != seeds.len() {
+            usage!("the file has noise for {} pictures, but {} are drawn", noise.len(), seeds.len());
+        }
+        let all = noise.iter().cycle().zip(seeds);
+        self.given = all.map(|(noise, seed)| (*seed, noise.clone())).collect();
+        Ok(self)
+    }
+
+    /// The noise `(C, h, w)` that the drawing of `seed` begins with.
+    pub fn noise(&self, seed: u64) -> Result<Tensor> {
+        match self.given.iter().find(|(s, _)| *s == seed) {
+            Some((_, noise)) => Ok(noise.clone()),
+            None => Ok(self.klein.noise(seed, 0, self.tokens()?)?),
+        }
+    }
+
+    fn tokens(&self) -> Result<(usize, usize)> {
+        self.klein.tokens(self.painting.size.0, self.painting.size.1)
+    }
+
+    fn options(&self) -> Options<'_> {
+        let Painting { steps, guidance, batch, .. } = self.painting;
+        Options { steps, guidance, batch, watch: &*self.watch }
+    }
+
+    fn pictures(&self, latents: Vec<Tensor>) -> Vec<Picture> {
+        latents.into_iter().map(|latents| Picture::from_latents(latents, self.decode.clone())).collect()
+    }
+
+    /// A picture's latents: those it was made from, or its pixels encoded.
+    fn latents(&self, picture: &Picture) -> Result<Tensor> {
+        match picture.latents() {
+            Some(latents) => Ok(latents.clone()),
+            None => self.klein.encode(picture.pixels()?).context("cannot encode the picture"),
+        }
+    }
+}
+
+impl Diffuser for Painter {
+    fn draw(&self, jobs: &[Draw]) -> Result<Vec<Picture>> {
+        let jobs: Vec<Job> = jobs
+            .iter()
+            .map(|job| Ok(Job { prompt: &job.target.prompt, noise: self.noise(job.seed)?, references: Vec::new() }))
+            .collect::<Result<_>>()?;
+        Ok(self.pictures(self.klein.draw(&jobs, &self.options())?))
+    }
+}
+
+impl Editor for Painter {
+    fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>> {
+        let sources: Vec<Tensor> = jobs.iter().map(|job| self.latents(job.picture)).collect::<Result<_>>()?;
+        let method = match self.painting.editing {
+            Editing::Reference => {
+                let jobs: Vec<Job> = jobs
+                    .iter()
+                    .zip(sources)
+                    .map(|(job, source)| {
+                        let (_, h, w) = source.dims3()?;
+                        let noise = self.klein.noise(job.seed, job.round as u64, (h, w))?;
+                        Ok(Job { prompt: job.instruction, noise, references: vec![source] })
+                    })
+                    .collect::<Result<_>>()?;
+                return Ok(self.pictures(self.klein.draw(&jobs, &self.options())?));
+            }
+            Editing::Inversion(inversion) => Method::Inversion(inversion),
+            Editing::FlowEdit => Method::FlowEdit(FlowEdit::for_steps(self.painting.steps), FLOWEDIT_SOURCE_GUIDANCE),
+        };
+        let shown: Vec<String> = jobs.iter().map(|job| shown(job.verdicts)).collect();
+        let changes: Vec<Change> = jobs
+            .iter()
+            .zip(sources)
+            .zip(&shown)
+            .map(|((job, source), shown)| Change {
+                source,
+                source_prompt: shown,
+                prompt: &job.target.prompt,
+                // Another edit of the same picture takes other noise.
+                seed: job.seed.wrapping_add(job.round as u64),
+            })
+            .collect();
+        Ok(self.pictures(self.klein.change(&changes, method, &self.options())?))
+    }
+}
+
+/// What the Checker saw, as a prompt: the claims that hold, and what holds instead of the others.
+fn shown(verdicts: &[Verdict]) -> String {
+    let said = verdicts.iter().map(|v| if v.yes { v.claim.to_string() } else { v.reflection.clone() });
+    said.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rig::roles::Claim;
+
+    #[test]
+    fn the_source_is_described_by_what_holds() {
+        let verdict = |text: &str, yes, reflection: &str| Verdict {
+            claim: Claim::Object(text.into()),
+            yes,
+            p_yes: f64::from(u8::from(yes)),
+            reflection: reflection.into(),
+        };
+        let verdicts =
+            [verdict("red ball", true, ""), verdict("green ring", false, "a blue ring"), verdict("star", false, "")];
+        assert_eq!(shown(&verdicts), "red ball; a blue ring");
+    }
+}
