@@ -4,7 +4,7 @@ use crate::{
     cli::{World, WorldExport, WorldOracle},
     scene::{
         laion_sg::Record,
-        tabletop::{render, split::Split, tasks},
+        tabletop::{oracle, render, split::Split, tasks},
     },
     usage,
 };
@@ -52,6 +52,40 @@ fn export(args: &WorldExport) -> Result<()> {
     Ok(())
 }
 
-fn oracle(_args: &WorldOracle) -> Result<()> {
-    anyhow::bail!("the oracle comes next")
+/// Prints what the oracle reads: as JSON, or as sentences.
+fn oracle(args: &WorldOracle) -> Result<()> {
+    let image = image::ImageReader::open(&args.image)
+        .with_context(|| format!("opening {}", args.image.display()))?
+        .with_guessed_format()
+        .with_context(|| format!("reading {}", args.image.display()))?
+        .decode()
+        .with_context(|| format!("{} is not a readable picture", args.image.display()))?;
+    let reading = oracle::read(&image.into_rgb8());
+    let graph = reading.view.graph();
+    if args.json {
+        let objects = reading.view.objects.iter().zip(&reading.fit);
+        let objects: Vec<serde_json::Value> = objects
+            .map(|(o, fit)| {
+                serde_json::json!({
+                    "label": o.shape, "colour": o.colour, "size": o.size, "box": o.bounds, "fit": fit,
+                })
+            })
+            .collect();
+        let document = serde_json::json!({
+            "objects": objects, "relations": graph.relations, "triples": graph.triples(), "unclear": reading.unclear,
+        });
+        println!("{}", serde_json::to_string_pretty(&document)?);
+        return Ok(());
+    }
+    for (o, fit) in reading.view.objects.iter().zip(&reading.fit) {
+        let (x, y) = o.bounds.centre();
+        println!("{} at ({x:.0}, {y:.0}), fit {:.0}%", o.object().phrase(), 100.0 * fit);
+    }
+    for triple in graph.triples() {
+        println!("{triple}");
+    }
+    if reading.unclear > 0 {
+        println!("and {} patches of colour that are no known shape", reading.unclear);
+    }
+    Ok(())
 }

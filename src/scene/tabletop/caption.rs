@@ -121,6 +121,8 @@ struct Writer<'a> {
     /// Whether to use held-out phrasings, and whether one was used.
     paraphrase: bool,
     paraphrased: bool,
+    /// Whether the text begins with "there is" or the like.
+    lead_in: bool,
     /// Whether to keep to the shortest forms.
     short: bool,
     subject: Option<usize>,
@@ -130,7 +132,17 @@ struct Writer<'a> {
 impl<'a> Writer<'a> {
     fn new(graph: &'a SceneGraph, paraphrase: bool, short: bool) -> Self {
         let named = vec![false; graph.objects.len()];
-        Self { graph, text: String::new(), named, paraphrase, paraphrased: false, short, subject: None, last: None }
+        Self {
+            graph,
+            text: String::new(),
+            named,
+            paraphrase,
+            paraphrased: false,
+            lead_in: false,
+            short,
+            subject: None,
+            last: None,
+        }
     }
 
     fn write(&mut self, rng: &mut Stream) -> String {
@@ -143,6 +155,7 @@ impl<'a> Writer<'a> {
         } else if !self.short && rng.chance(0.15) {
             self.text += *rng.choose(LEAD_IN);
         }
+        self.lead_in = !self.text.is_empty();
         for (k, relation) in self.graph.relations.iter().enumerate() {
             match Spatial::from_name(&relation.predicate) {
                 Some(spatial) => self.clause(rng, k, relation, spatial),
@@ -154,7 +167,12 @@ impl<'a> Writer<'a> {
         }
         for i in (0..self.named.len()).filter(|&i| !self.named[i]).collect::<Vec<_>>() {
             let first = self.named.iter().all(|n| !n);
-            self.join(rng, usize::from(!first));
+            if self.graph.relations.is_empty() {
+                self.join(rng, usize::from(!first));
+            } else {
+                // A comma, so that it does not read as a further object of the relation before.
+                self.text += ", and ";
+            }
             let phrase = self.mention(rng, i);
             self.text += &phrase;
         }
@@ -187,6 +205,10 @@ impl<'a> Writer<'a> {
     }
 
     fn copula(&mut self, rng: &mut Stream) -> &'static str {
+        // "there is a ball is" would be no English.
+        if self.lead_in && self.named.iter().filter(|n| **n).count() == 1 {
+            return "";
+        }
         if self.paraphrase && !self.short && rng.chance(0.6) {
             self.paraphrased = true;
             return *rng.choose(HELD_OUT_COPULA);
@@ -204,15 +226,26 @@ impl<'a> Writer<'a> {
             self.subject = Some(subject);
             return;
         }
-        self.join(rng, k);
+        let inverted = k > 0 && !self.short && rng.chance(0.12);
+        if inverted {
+            self.text += ", and ";
+        } else {
+            self.join(rng, k);
+        }
         // "... and above a star": the same subject goes on.
-        if k > 0 && self.subject == Some(subject) && (self.short || rng.chance(0.4)) {
+        if k > 0 && !inverted && self.subject == Some(subject) && (self.short || rng.chance(0.4)) {
             let words = self.relation(rng, spatial);
             let object = self.mention(rng, object);
             self.text += &format!("{words} {object}");
             return;
         }
-        if self.paraphrase && !self.named[subject] && !self.named[object] && !self.short && rng.chance(0.35) {
+        if self.paraphrase
+            && !inverted
+            && !self.named[subject]
+            && !self.named[object]
+            && !self.short
+            && rng.chance(0.35)
+        {
             // "a blue cube with a red ball to its left"
             self.paraphrased = true;
             let object = self.mention(rng, object);
@@ -221,7 +254,7 @@ impl<'a> Writer<'a> {
             (self.subject, self.last) = (None, None);
             return;
         }
-        if !self.short && k > 0 && rng.chance(0.12) {
+        if inverted {
             // "above the cube is a star".
             let words = self.relation(rng, spatial);
             let object = self.mention(rng, object);

@@ -73,7 +73,8 @@ fn paint_body(canvas: &mut [[f32; 3]], item: &Item) {
     for_pixels(item, (0.0, 0.0), 1.0, |i, x, y| {
         let coverage = (0.5 - item.distance(x, y)).clamp(0.0, 1.0);
         if coverage > 0.0 {
-            let (light, white) = shapes::shade(item.shape, (x - item.x) / item.radius, (y - item.y) / item.radius);
+            let unit = 1.0 / item.radius;
+            let (light, white) = shapes::shade(item.shape, (x - item.x) * unit, (y - item.y) * unit, unit);
             for (value, base) in canvas[i].iter_mut().zip(base) {
                 let lit = (base * light).min(255.0);
                 let colour = lit + (255.0 - lit) * white;

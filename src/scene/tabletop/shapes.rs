@@ -105,8 +105,9 @@ fn star_edge(angle: f32, r: f32) -> f32 {
     ((px - outer) * ey - py * ex) / ex.hypot(ey)
 }
 
-/// How light falls on a position within the outline: a factor for the colour, and an amount of white to mix in.
-pub fn shade(shape: Shape, x: f32, y: f32) -> (f32, f32) {
+/// How light falls on a position within the outline: a factor for the colour, and an amount of white to mix in. Edges
+/// between faces are softened over one `pixel`.
+pub fn shade(shape: Shape, x: f32, y: f32, pixel: f32) -> (f32, f32) {
     match shape {
         Shape::Ball => lit([x, y, (1.0 - x * x - y * y).max(0.0).sqrt()], 0.45),
         Shape::Ring => {
@@ -116,12 +117,9 @@ pub fn shade(shape: Shape, x: f32, y: f32) -> (f32, f32) {
             lit([x / r * t, y / r * t, (1.0 - t * t).sqrt()], 0.35)
         }
         Shape::Cube => {
-            if y < CUBE_LID - CUBE {
-                (1.1, 0.16)
-            } else {
-                // The front: a little darker to the right and towards the table.
-                (0.93 - 0.07 * x - 0.06 * y, 0.0)
-            }
+            // The front is a little darker to the right and towards the table.
+            let front = (0.93 - 0.07 * x - 0.06 * y, 0.0);
+            blend(front, (1.1, 0.16), (CUBE_LID - CUBE - y) / pixel)
         }
         Shape::Cone => {
             let half = ((y + 1.0) / (2.0 - CONE_CAP) * CONE_WIDTH).max(0.05);
@@ -129,13 +127,10 @@ pub fn shade(shape: Shape, x: f32, y: f32) -> (f32, f32) {
             lit([0.9 * t, -0.1, (1.0 - 0.81 * t * t).sqrt()], 0.14)
         }
         Shape::Cylinder => {
-            let lid = y + CYLINDER_HEIGHT - CYLINDER_CAP;
-            if lid < cap(x, CYLINDER_WIDTH, CYLINDER_CAP) {
-                (1.1, 0.18)
-            } else {
-                let t = (x / CYLINDER_WIDTH).clamp(-1.0, 1.0);
-                lit([t, 0.0, (1.0 - t * t).max(0.0).sqrt()], 0.22)
-            }
+            let t = (x / CYLINDER_WIDTH).clamp(-1.0, 1.0);
+            let side = lit([t, 0.0, (1.0 - t * t).max(0.0).sqrt()], 0.22);
+            let lid = cap(x, CYLINDER_WIDTH, CYLINDER_CAP) - (y + CYLINDER_HEIGHT - CYLINDER_CAP).abs();
+            blend(side, (1.1, 0.2), lid / pixel)
         }
         Shape::Star => {
             // Ten facets that rise to the centre, each as bright as it faces the light.
@@ -147,6 +142,12 @@ pub fn shade(shape: Shape, x: f32, y: f32) -> (f32, f32) {
             lit([0.5 * facing.sin(), -0.5 * facing.cos(), 0.866], 0.12)
         }
     }
+}
+
+/// Goes from `a` to `b` as `t`, in pixels past the edge between them, goes from -1/2 to 1/2.
+fn blend(a: (f32, f32), b: (f32, f32), t: f32) -> (f32, f32) {
+    let t = (t + 0.5).clamp(0.0, 1.0);
+    (a.0 + (b.0 - a.0) * t, a.1 + (b.1 - a.1) * t)
 }
 
 /// Soft diffuse light with a highlight of the given strength, for a surface with this normal.
