@@ -9,6 +9,7 @@ pub mod ema;
 pub mod grpo;
 pub mod log;
 pub mod muon;
+pub mod objective_diffuser;
 pub mod optim;
 pub mod pretrain;
 pub mod run;

@@ -2,6 +2,7 @@
 
 use super::{
     Objective,
+    objective_diffuser::{Diffuser, DiffuserConfig},
     optim::OptimConfig,
     run::{self, End, Event, Hooks, TrainConfig},
 };
@@ -34,11 +35,18 @@ pub struct PretrainConfig {
     pub seed: u64,
     pub train: TrainConfig,
     pub optim: OptimConfig,
+    pub diffuser: DiffuserConfig,
 }
 
 impl Default for PretrainConfig {
     fn default() -> Self {
-        Self { objective: Kind::Diffuser, seed: 0, train: TrainConfig::default(), optim: OptimConfig::default() }
+        Self {
+            objective: Kind::Diffuser,
+            seed: 0,
+            train: TrainConfig::default(),
+            optim: OptimConfig::default(),
+            diffuser: DiffuserConfig::default(),
+        }
     }
 }
 
@@ -102,10 +110,10 @@ impl Prepared {
 }
 
 /// The objective that `config` names, on `device`.
-fn build(config: &PretrainConfig, _device: &Device) -> Result<Box<dyn Objective>> {
+fn build(config: &PretrainConfig, device: &Device) -> Result<Box<dyn Objective>> {
     match config.objective {
         Kind::Autoencoder => usage!("the objective autoencoder is not part of this build"),
-        Kind::Diffuser => usage!("the objective diffuser is not part of this build"),
+        Kind::Diffuser => Ok(Box::new(Diffuser::new(&config.diffuser, config.seed, device)?)),
         Kind::Vlm => usage!("the objective vlm is not part of this build"),
     }
 }

@@ -1,0 +1,565 @@
+//! Pretraining of the Diffuser and Editor: one FLUX.2 transformer that learns to draw from text and to edit by
+//! reference, together with its text encoder, on the tabletop world.
+//!
+//! Rectified flow (arXiv 2209.03003): `x_t = (1 - t) x_0 + t e` with noise `e`, and the network learns the velocity
+//! `e - x_0`. Noise levels are drawn uniformly and shifted to the high end, where a picture's layout is decided. Words are
+//! bound best by a curriculum: single objects first, then relations, then edits ([`Stage`]).
+
+use super::{Batch, Metrics, Objective, Step, checkpoint::write_model};
+use crate::{
+    flow::{
+        draw::{Job, Options},
+        pipeline::{Klein, Parts, PromptEmbedding},
+        schedule::Schedule,
+        watch::Unwatched,
+    },
+    models::{Folder, Params, autoencoder, flux2, qwen3},
+    scene::tabletop::{
+        oracle,
+        render::render,
+        split::Split,
+        tasks,
+        world::{SIDE, Scene},
+    },
+    tensor::{Precision, rng::Stream},
+    vlm::{chat::Chat, text_encoder::TextEncoder, vocabulary},
+};
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use image::RgbImage;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The section `[diffuser]` of a pretraining config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiffuserConfig {
+    /// Folder of the trained autoencoder.
+    pub autoencoder: PathBuf,
+    /// A pipeline's folder to go on from; its sizes and tokenizer replace those below.
+    pub init: Option<PathBuf>,
+    pub heads: usize,
+    pub head_dim: usize,
+    pub double_blocks: usize,
+    pub single_blocks: usize,
+    pub text: TextConfig,
+    /// Tokens that a prompt is padded to in use.
+    pub max_length: usize,
+    /// Share of samples whose prompt is emptied, for guidance.
+    pub dropout: f64,
+    /// Noise levels are `s u / (1 + (s - 1) u)` for uniform `u`: 1 is uniform, more means more noise.
+    pub shift: f64,
+    /// Noise added to the reference's latents, as generated pictures are not perfect.
+    pub reference_noise: f64,
+    pub precision: Precision,
+    pub stages: Vec<Stage>,
+    pub evaluation: Evaluation,
+}
+
+/// The text encoder's sizes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TextConfig {
+    pub vocabulary: usize,
+    pub hidden: usize,
+    pub layers: usize,
+    pub heads: usize,
+}
+
+/// A part of the curriculum.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// How many steps it lasts; the last stage lasts to the end.
+    pub steps: u64,
+    pub min_objects: usize,
+    pub max_objects: usize,
+    /// Share of edits among the samples.
+    pub edits: f64,
+}
+
+/// How held-out prompts are drawn and judged by the pixel oracle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Evaluation {
+    pub prompts: usize,
+    pub steps: usize,
+    pub guidance: f64,
+}
+
+impl Default for DiffuserConfig {
+    fn default() -> Self {
+        Self {
+            autoencoder: "weights/tabletop/vae".into(),
+            init: None,
+            heads: 8,
+            head_dim: 32,
+            double_blocks: 2,
+            single_blocks: 4,
+            text: TextConfig::default(),
+            max_length: 64,
+            dropout: 0.1,
+            shift: 2.5,
+            reference_noise: 0.1,
+            precision: Precision::Bf16,
+            stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4 }],
+            evaluation: Evaluation::default(),
+        }
+    }
+}
+
+impl Default for TextConfig {
+    fn default() -> Self {
+        Self { vocabulary: 512, hidden: 128, layers: 3, heads: 4 }
+    }
+}
+
+impl Default for Evaluation {
+    fn default() -> Self {
+        Self { prompts: 64, steps: 16, guidance: 3.0 }
+    }
+}
+
+impl DiffuserConfig {
+    fn stage(&self, step: u64) -> &Stage {
+        let mut end = 0;
+        let (last, others) = match self.stages.split_last() {
+            Some(split) => split,
+            None => unreachable!("the config was checked to have a stage"),
+        };
+        others
+            .iter()
+            .find(|stage| {
+                end += stage.steps;
+                step < end
+            })
+            .unwrap_or(last)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.stages.is_empty() {
+            crate::usage!("[diffuser] has no stages");
+        }
+        for s in &self.stages {
+            if s.min_objects == 0 || s.min_objects > s.max_objects || !(0.0..=1.0).contains(&s.edits) {
+                crate::usage!("[diffuser] stage {s:?}: objects are from 1 on and in order, edits is a share");
+            }
+        }
+        if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 {
+            crate::usage!("[diffuser] dropout is a share and shift is positive");
+        }
+        Ok(())
+    }
+}
+
+/// A prompt, the picture it asks for, and the picture it edits.
+struct Example {
+    prompt: String,
+    target: Scene,
+    source: Option<Scene>,
+}
+
+pub struct Diffuser {
+    config: DiffuserConfig,
+    seed: u64,
+    klein: Klein,
+    transformer: Params,
+    text: Params,
+    tokenizer: vocabulary::Vocabulary,
+}
+
+/// Texts that the tokenizer learns from.
+const TOKENIZER_TEXTS: u64 = 10_000;
+
+impl Diffuser {
+    pub fn new(config: &DiffuserConfig, seed: u64, device: &Device) -> Result<Self> {
+        config.check()?;
+        let vae = Folder::from(&config.autoencoder);
+        let weights = Params::open(&vae, STEM, DType::F32, device)?;
+        let autoencoder = autoencoder::Autoencoder::new(&vae.json("config.json")?, &weights)?;
+        let open = |params: Result<Params>| Ok::<_, anyhow::Error>(params?.trained().multiplied_in(config.precision));
+        let (transformer, text, sizes, text_sizes, prompt_embedding, tokenizer);
+        match &config.init {
+            Some(folder) => {
+                let folder = Folder::from(folder);
+                let (t, e) = (folder.require("transformer")?, folder.require("text_encoder")?);
+                transformer = open(Params::open(&t, STEM, DType::F32, device))?;
+                text = open(Params::open(&e, "model", DType::F32, device))?;
+                sizes = t.json("config.json")?;
+                text_sizes = e.json("config.json")?;
+                prompt_embedding = e.json::<PromptSection>("config.json")?.prompt_embedding;
+                let tokenizer_folder = folder.require("tokenizer")?;
+                let read = |name: &str| -> Result<String> {
+                    let file = || tokenizer_folder.file(name);
+                    String::from_utf8(tokenizer_folder.read(name)?.into_owned())
+                        .with_context(|| format!("{} is not UTF-8", file()))
+                };
+                tokenizer = vocabulary::Vocabulary {
+                    tokenizer: read("tokenizer.json")?,
+                    config: read("tokenizer_config.json")?,
+                };
+            }
+            None => {
+                transformer = open(Ok(Params::fresh(seed, DType::F32, device)))?;
+                text = open(Ok(Params::fresh(seed ^ 1, DType::F32, device)))?;
+                let texts = (0..TOKENIZER_TEXTS).into_par_iter().flat_map_iter(|i| {
+                    let edit = tasks::edit(seed, Split::Train, i, 1, 3);
+                    [tasks::text_to_image(seed, Split::Train, i, 1, 3).prompt, edit.instruction]
+                });
+                tokenizer = vocabulary::train(texts.collect::<Vec<_>>(), config.text.vocabulary)?;
+                sizes = transformer_sizes(config, autoencoder.config.token_channels());
+                text_sizes = text_encoder_sizes(&config.text)?;
+                prompt_embedding =
+                    PromptEmbedding { max_length: config.max_length, layers: (1..=config.text.layers).collect() };
+            }
+        }
+        let folder = tempfile::tempdir()?;
+        tokenizer.write(folder.path())?;
+        let encoder = TextEncoder::new(&text_sizes, &text, Chat::open(&Folder::from(folder.path()))?)?;
+        text.finish(|_| false)?;
+        let network = flux2::Flux2::new(&sizes, &transformer)?;
+        transformer.finish(|_| false)?;
+        let parts = Parts {
+            transformer: network,
+            autoencoder,
+            text: encoder,
+            schedule: schedule()?,
+            prompt_embedding,
+            distilled: false,
+        };
+        let klein = Klein::new(parts, DType::F32, device)?;
+        Ok(Self { config: config.clone(), seed, klein, transformer, text, tokenizer })
+    }
+
+    /// Sample `index` of the endless sequence.
+    fn example(&self, stage: &Stage, index: u64) -> Example {
+        let mut rng = Stream::new(self.seed, "diffuser example", index);
+        let edit = rng.chance(stage.edits);
+        let dropped = rng.chance(self.config.dropout);
+        let (min, max) = (stage.min_objects, stage.max_objects);
+        let mut example = if edit {
+            let sample = tasks::edit(self.seed, Split::Train, index, min, max);
+            Example { prompt: sample.instruction, target: sample.target, source: Some(sample.source) }
+        } else {
+            let sample = tasks::text_to_image(self.seed, Split::Train, index, min, max);
+            Example { prompt: sample.prompt, target: sample.scene, source: None }
+        };
+        if dropped {
+            example.prompt.clear();
+        }
+        example
+    }
+
+    /// The latents of scenes as tokens, `(B, N, C)`.
+    fn tokens<'a>(&self, scenes: impl IntoIterator<Item = &'a Scene>) -> Result<Tensor> {
+        let scenes: Vec<&Scene> = scenes.into_iter().collect();
+        let planes: Vec<Vec<f32>> = scenes.par_iter().map(|scene| planes(&render(scene))).collect();
+        let shape = (scenes.len(), 3, SIDE as usize, SIDE as usize);
+        let pixels = Tensor::from_vec(planes.concat(), shape, self.klein.device())?;
+        Ok(self.klein.autoencoder.latents(&pixels)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
+    }
+
+    /// The summed loss of samples that all draw, or all edit.
+    fn sum(&self, examples: &[(u64, Example)], batch: &Batch) -> Result<Tensor> {
+        let device = self.klein.device();
+        let targets = self.tokens(examples.iter().map(|(_, e)| &e.target))?; // (B, N, C)
+        let (b, n, c) = targets.dims3()?;
+        let mut noise = Vec::with_capacity(b * n * c);
+        let mut levels = Vec::with_capacity(b);
+        for (index, _) in examples {
+            let mut rng = Stream::new(self.seed, "diffuser noise", *index);
+            // The levels of a whole batch are spread evenly, each in a stratum of its own.
+            let u = ((index % batch.size as u64) as f64 + rng.uniform()) / batch.size as f64;
+            levels.push((self.config.shift * u / (1.0 + (self.config.shift - 1.0) * u)) as f32);
+            noise.extend(rng.normals(n * c));
+        }
+        let noise = Tensor::from_vec(noise, (b, n, c), device)?;
+        let sigma = Tensor::from_vec(levels, b, device)?;
+        let t = sigma.reshape((b, 1, 1))?;
+        let velocity = (&noise - &targets)?;
+        let mut x = (&targets + velocity.broadcast_mul(&t)?)?;
+
+        let side = (n as f64).sqrt() as usize;
+        let mut positions = flux2::image_positions(0, side, side);
+        if examples.iter().all(|(_, e)| e.source.is_some()) {
+            let references = self.tokens(examples.iter().filter_map(|(_, e)| e.source.as_ref()))?;
+            let strength = self.config.reference_noise;
+            let blur: Vec<f32> = examples
+                .iter()
+                .flat_map(|(index, _)| {
+                    let mut rng = Stream::new(self.seed, "diffuser reference", *index);
+                    let strength = (strength * rng.uniform()) as f32;
+                    rng.normals(n * c).into_iter().map(move |x| x * strength)
+                })
+                .collect();
+            let references = (references + Tensor::from_vec(blur, (b, n, c), device)?)?;
+            x = Tensor::cat(&[x, references], 1)?; // (B, 2 N, C)
+            positions.extend(flux2::image_positions(10, side, side));
+        }
+
+        let prompts: Vec<&str> = examples.iter().map(|(_, e)| e.prompt.as_str()).collect();
+        let PromptEmbedding { max_length, layers } = &self.klein.prompt_embedding;
+        // The length that prompts are padded to varies, so that it does not matter; short ones cost less.
+        let longest = prompts
+            .iter()
+            .map(|p| Ok(self.klein.text.prompt_ids(p, *max_length)?.len()))
+            .collect::<Result<Vec<_>>>()?;
+        let longest = longest.into_iter().max().unwrap_or(1);
+        let full = Stream::new(self.seed, "diffuser padding", examples[0].0).chance(0.25);
+        let length = if full { *max_length } else { longest.next_multiple_of(8).min(*max_length) };
+        let text = self.klein.text.prompt_embeds(&prompts, length, layers)?;
+        let mut sequence = flux2::text_positions(length);
+        sequence.extend(positions);
+        let angles = self.klein.transformer.angles(&sequence, device)?;
+        let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
+        let predicted = self.klein.transformer.forward(&x, &given)?.narrow(1, 0, n)?;
+        let error = (predicted - velocity)?.sqr()?;
+        Ok((error.sum_all()? / (n * c) as f64)?)
+    }
+
+    /// Held-out pictures drawn from prompts, or edited; the same for every evaluation.
+    fn held_out(&self, options: &Options) -> Result<Vec<Drawn>> {
+        let count = self.config.evaluation.prompts as u64;
+        let (h, w) = self.klein.tokens(SIDE, SIDE)?;
+        let mut drawn = Vec::new();
+        let prompts: Vec<_> = (0..count).map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3)).collect();
+        let edits: Vec<_> = (0..count).map(|i| tasks::edit(HELD_OUT, Split::Val, i, 1, 3)).collect();
+        let noise = |i: u64| self.klein.noise(HELD_OUT, i, (h, w));
+        let mut jobs = Vec::new();
+        for (i, p) in prompts.iter().enumerate() {
+            jobs.push(Job { prompt: &p.prompt, noise: noise(i as u64)?, references: Vec::new() });
+        }
+        for (i, e) in edits.iter().enumerate() {
+            let source = self.klein.encode(&render(&e.source))?;
+            jobs.push(Job { prompt: &e.instruction, noise: noise(count + i as u64)?, references: vec![source] });
+        }
+        let pictures = self.klein.decode(&self.klein.draw(&jobs, options)?)?;
+        let mut pictures = pictures.into_iter();
+        for (p, picture) in prompts.into_iter().zip(&mut pictures) {
+            drawn.push(Drawn { picture, asked: p.prompt, sample: Sample::Prompt(p.graph) });
+        }
+        for (e, picture) in edits.into_iter().zip(&mut pictures) {
+            drawn.push(Drawn { picture, asked: e.instruction.clone(), sample: Sample::Edit(Box::new(e)) });
+        }
+        Ok(drawn)
+    }
+}
+
+/// The seed of held-out prompts.
+const HELD_OUT: u64 = 1;
+/// The name of weights files in diffusers' folders.
+const STEM: &str = "diffusion_pytorch_model";
+
+#[derive(Deserialize)]
+struct PromptSection {
+    #[serde(default)]
+    prompt_embedding: PromptEmbedding,
+}
+
+struct Drawn {
+    picture: RgbImage,
+    asked: String,
+    sample: Sample,
+}
+
+enum Sample {
+    Prompt(crate::scene::graph::SceneGraph),
+    Edit(Box<tasks::EditSample>),
+}
+
+/// Pictures of one size in rows of `columns`.
+fn tiled(pictures: &[RgbImage], columns: usize) -> RgbImage {
+    let rows = pictures.len().div_ceil(columns);
+    let mut sheet = RgbImage::new(columns as u32 * SIDE, rows as u32 * SIDE);
+    for (i, picture) in pictures.iter().enumerate() {
+        let (x, y) = ((i % columns) as i64, (i / columns) as i64);
+        image::imageops::replace(&mut sheet, picture, x * i64::from(SIDE), y * i64::from(SIDE));
+    }
+    sheet
+}
+
+/// A picture as `(3, H, W)` in [-1, 1].
+fn planes(picture: &RgbImage) -> Vec<f32> {
+    let bytes = picture.as_raw();
+    (0..3).flat_map(|c| bytes.iter().skip(c).step_by(3).map(|b| f32::from(*b) / 127.5 - 1.0)).collect()
+}
+
+fn transformer_sizes(config: &DiffuserConfig, channels: usize) -> flux2::Config {
+    flux2::Config {
+        in_channels: channels,
+        num_layers: config.double_blocks,
+        num_single_layers: config.single_blocks,
+        attention_head_dim: config.head_dim,
+        num_attention_heads: config.heads,
+        joint_attention_dim: config.text.layers * config.text.hidden,
+        timestep_guidance_channels: 256,
+        axes_dims_rope: vec![config.head_dim / 4; 4],
+        guidance_embeds: false,
+        ..flux2::Config::default()
+    }
+}
+
+fn text_encoder_sizes(text: &TextConfig) -> Result<qwen3::Config> {
+    Ok(serde_json::from_value(json!({
+        "vocab_size": text.vocabulary,
+        "hidden_size": text.hidden,
+        "intermediate_size": 3 * text.hidden,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.heads,
+        "head_dim": text.hidden / text.heads,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": true,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    }))?)
+}
+
+/// klein's scheduler.
+fn scheduler() -> serde_json::Value {
+    json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": true,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "time_shift_type": "exponential",
+    })
+}
+
+fn schedule() -> Result<Schedule> {
+    Ok(serde_json::from_value(scheduler())?)
+}
+
+impl Objective for Diffuser {
+    fn vars(&self) -> BTreeMap<String, Var> {
+        let named = |head: &'static str, params: &Params| {
+            params.vars().into_iter().map(move |(name, var)| (format!("{head}.{name}"), var))
+        };
+        named("transformer", &self.transformer).chain(named("text_encoder", &self.text)).collect()
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Step> {
+        let stage = self.config.stage(batch.step);
+        let (edits, prompts): (Vec<_>, Vec<_>) =
+            batch.indices().map(|i| (i, self.example(stage, i))).partition(|(_, e)| e.source.is_some());
+        let mut metrics = Metrics::new();
+        let mut total: Option<Tensor> = None;
+        for (name, examples) in [("loss/draw", &prompts), ("loss/edit", &edits)] {
+            if examples.is_empty() {
+                continue;
+            }
+            let sum = self.sum(examples, batch)?;
+            metrics.push((name.to_owned(), f64::from(sum.to_scalar::<f32>()?) / examples.len() as f64));
+            total = Some(match total {
+                Some(total) => (total + sum)?,
+                None => sum,
+            });
+        }
+        let total = total.context("a batch has at least one sample")?;
+        Ok(Step { loss: (total / batch.rows.len() as f64)?, metrics })
+    }
+
+    fn evaluate(&mut self, _: u64) -> Result<Metrics> {
+        let Evaluation { steps, guidance, .. } = self.config.evaluation;
+        self.klein.forget();
+        let drawn = self.held_out(&Options { steps, guidance, batch: 32, watch: &Unwatched })?;
+        self.klein.forget();
+        let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+        let mut count = |name: &'static str, good: usize, all: usize| {
+            let sum = sums.entry(name).or_default();
+            *sum = (sum.0 + good as f64, sum.1 + all as f64);
+        };
+        let truth = |t: &[bool]| t.iter().filter(|ok| **ok).count();
+        let views: Vec<_> = drawn.par_iter().map(|d| oracle::read(&d.picture)).collect();
+        for (drawn, view) in drawn.iter().zip(&views) {
+            match &drawn.sample {
+                Sample::Prompt(graph) => {
+                    let judged = view.judge(graph);
+                    count("eval/objects", truth(&judged.objects), judged.objects.len());
+                    count("eval/relations", truth(&judged.relations), judged.relations.len());
+                    count("eval/no_extra", usize::from(judged.extra == 0), 1);
+                    count("eval/perfect", usize::from(judged.perfect()), 1);
+                }
+                Sample::Edit(sample) => {
+                    let judged = view.judge(&sample.after);
+                    count("eval/edit_perfect", usize::from(judged.perfect()), 1);
+                }
+            }
+        }
+        Ok(sums.into_iter().map(|(name, (good, all))| (name.to_owned(), good / all.max(1.0))).collect())
+    }
+
+    fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
+        let Evaluation { steps, guidance, .. } = self.config.evaluation;
+        self.klein.forget();
+        let drawn = self.held_out(&Options { steps, guidance, batch: 32, watch: &Unwatched })?;
+        self.klein.forget();
+        let (prompts, edits): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|d| matches!(d.sample, Sample::Prompt(_)));
+        for (name, drawn) in [("draw", prompts), ("edit", edits)] {
+            let (mut pictures, mut asked) = (Vec::new(), String::new());
+            for d in drawn.into_iter().take(16) {
+                asked += &format!("{}\n", d.asked);
+                if let Sample::Edit(sample) = &d.sample {
+                    pictures.push(render(&sample.source));
+                }
+                pictures.push(d.picture);
+            }
+            tiled(&pictures, 8).save(folder.join(format!("{name}.png")))?;
+            fs::write(folder.join(format!("{name}.txt")), asked)?;
+        }
+        Ok(())
+    }
+
+    fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        let write = |path: PathBuf, value: serde_json::Value| -> Result<()> {
+            fs::write(&path, serde_json::to_string_pretty(&value)? + "\n")
+                .with_context(|| format!("cannot write {}", path.display()))
+        };
+        for part in ["transformer", "text_encoder", "tokenizer", "scheduler", "vae"] {
+            let path = folder.join(part);
+            fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        write(
+            folder.join("model_index.json"),
+            json!({
+                "_class_name": "Flux2KleinPipeline",
+                "_diffusers_version": "0.42.1",
+                "is_distilled": false,
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+                "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+                "transformer": ["diffusers", "Flux2Transformer2DModel"],
+                "vae": ["diffusers", "AutoencoderKLFlux2"],
+            }),
+        )?;
+        write(folder.join("scheduler/scheduler_config.json"), scheduler())?;
+        write(folder.join("transformer/config.json"), serde_json::to_value(self.klein.transformer.config())?)?;
+        let stem = format!("{STEM}.safetensors");
+        write_model(&folder.join("transformer").join(&stem), &self.transformer.tensors(), dtype)?;
+        let mut config = serde_json::to_value(self.klein.text.model.decoder.config())?;
+        if let Some(config) = config.as_object_mut() {
+            config.insert("architectures".into(), json!(["Qwen3ForCausalLM"]));
+            config.insert("model_type".into(), json!("qwen3"));
+            config.insert("prompt_embedding".into(), serde_json::to_value(&self.klein.prompt_embedding)?);
+        }
+        write(folder.join("text_encoder/config.json"), config)?;
+        write_model(&folder.join("text_encoder/model.safetensors"), &self.text.tensors(), dtype)?;
+        self.tokenizer.write(&folder.join("tokenizer"))?;
+        for file in ["config.json", stem.as_str()] {
+            let (from, to) = (self.config.autoencoder.join(file), folder.join("vae").join(file));
+            fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+        }
+        ensure!(folder.join("tokenizer/tokenizer.json").is_file(), "the tokenizer was not written");
+        Ok(())
+    }
+}
