@@ -5,9 +5,8 @@
 //! (arXiv 2502.16982), so that one learning rate serves both. Unlike the reference, the iterations are in f32.
 
 use super::slices::{CHUNK, edit};
-use crate::tensor::cpu::floats;
+use crate::tensor::cpu::{View, floats, gemm};
 use candle_core::{Device, Result, Tensor, Var};
-use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
 const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
@@ -36,7 +35,7 @@ impl Muon {
             self.accumulate(buffer, &gradient, &mut update);
             Ok(())
         })?;
-        let update = orthogonal(update, rows, cols);
+        let update = orthogonal(&update, rows, cols);
         edit(var, |weight| {
             apply(weight, &update, rate as f32, self.decay as f32);
             Ok(())
@@ -82,94 +81,79 @@ fn apply(weight: &mut [f32], update: &[f32], rate: f32, decay: f32) {
     });
 }
 
-/// A matrix in memory, or the transpose of one: only the steps between neighbours differ.
-#[derive(Clone, Copy)]
-struct View<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_step: usize,
-    col_step: usize,
-}
-
-impl<'a> View<'a> {
-    fn square(data: &'a [f32], n: usize) -> Self {
-        Self { data, rows: n, cols: n, row_step: n, col_step: 1 }
-    }
-
-    /// A row-major matrix with its short side first, which keeps the products in between small.
-    fn short(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        let view = Self { data, rows, cols, row_step: cols, col_step: 1 };
-        if rows > cols { view.transposed() } else { view }
-    }
-
-    fn transposed(self) -> Self {
-        Self { rows: self.cols, cols: self.rows, row_step: self.col_step, col_step: self.row_step, ..self }
-    }
-}
-
-/// `out <- alpha out + beta left right`, where `out` is laid out as `shape`.
-fn multiply(out: &mut [f32], shape: View, alpha: f32, left: View, right: View, beta: f32) {
-    let View { rows, cols, row_step, col_step, .. } = shape;
-    assert!(left.rows == rows && right.cols == cols && left.cols == right.rows);
-    for (view, len) in [(shape, out.len()), (left, left.data.len()), (right, right.data.len())] {
-        assert!((view.rows - 1) * view.row_step + (view.cols - 1) * view.col_step < len);
-    }
-    // SAFETY: the largest index of each of the three matrices was checked against its slice just above, `out` is
-    // borrowed mutably, and `read_dst` is set so that it is read as initialised memory.
-    unsafe {
-        gemm(
-            rows,
-            cols,
-            left.cols,
-            out.as_mut_ptr(),
-            col_step as isize,
-            row_step as isize,
-            true,
-            left.data.as_ptr(),
-            left.col_step as isize,
-            left.row_step as isize,
-            right.data.as_ptr(),
-            right.col_step as isize,
-            right.row_step as isize,
-            alpha,
-            beta,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
-}
-
 /// Newton-Schulz on a row-major matrix of `rows` by `cols`, single-threaded: matrices are worked on side by side.
-fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
-    if x.is_empty() {
-        return x;
-    }
+///
+/// With its short side first, `X` is `(n, m)`. All iterations multiply `X` by a polynomial in its Gram matrix, so they
+/// are done on `(n, n)` matrices, which commute and are symmetric, and `X` is multiplied once at the end: less than half
+/// of the work for the usual shapes.
+fn orthogonal(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let (a, b, c) = COEFFICIENTS;
+    let (n, m) = (rows.min(cols), rows.max(cols));
+    let (row, col) = if rows > cols { (1, cols) } else { (cols, 1) };
     let norm = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() as f32;
     let inverse = 1.0 / norm.max(EPSILON);
-    x.iter_mut().for_each(|v| *v *= inverse);
-    let n = rows.min(cols);
-    let (mut gram, mut poly) = (vec![0.0; n * n], vec![0.0; n * n]);
-    let mut next = vec![0.0; x.len()];
-    for _ in 0..ITERATIONS {
-        multiply(
-            &mut gram,
-            View::square(&[], n),
-            0.0,
-            View::short(&x, rows, cols),
-            View::short(&x, rows, cols).transposed(),
-            1.0,
-        );
-        poly.copy_from_slice(&gram);
-        multiply(&mut poly, View::square(&[], n), b, View::square(&gram, n), View::square(&gram, n), c);
-        next.copy_from_slice(&x);
-        multiply(&mut next, View::short(&[], rows, cols), a, View::square(&poly, n), View::short(&x, rows, cols), 1.0);
-        std::mem::swap(&mut x, &mut next);
+    let short = View { values: x, row, col };
+    let mut gram = vec![0.0; n * n];
+    symmetric(&mut gram, n, m, short, View { row: col, col: row, ..short });
+    gram.iter_mut().for_each(|v| *v *= inverse * inverse);
+    let (mut poly, mut next) = (vec![0.0; n * n], vec![0.0; n * n]);
+    let mut transform: Vec<f32> = Vec::new();
+    for iteration in 0..ITERATIONS {
+        symmetric(&mut poly, n, n, square(n, &gram), square(n, &gram));
+        for (poly, gram) in poly.iter_mut().zip(&gram) {
+            *poly = b * gram + c * *poly;
+        }
+        poly.iter_mut().step_by(n + 1).for_each(|diagonal| *diagonal += a);
+        if iteration == 0 {
+            transform = poly.iter().map(|v| v * inverse).collect();
+        } else {
+            symmetric(&mut next, n, n, square(n, &poly), square(n, &transform));
+            std::mem::swap(&mut transform, &mut next);
+        }
+        if iteration + 1 < ITERATIONS {
+            symmetric(&mut next, n, n, square(n, &poly), square(n, &gram));
+            symmetric(&mut gram, n, n, square(n, &poly), square(n, &next));
+        }
     }
-    x
+    let mut out = vec![0.0; x.len()];
+    multiply(&mut out, [row, col], [n, m, n], square(n, &transform), short);
+    out
+}
+
+fn square(n: usize, values: &[f32]) -> View<'_> {
+    View { values, row: n, col: 1 }
+}
+
+/// Smaller blocks of a symmetric product are computed as a whole.
+const BLOCK: usize = 64;
+
+/// `out = left right`, `(n, n)`, of which it is known that it is symmetric: the upper triangle is a copy of the lower one.
+fn symmetric(out: &mut [f32], n: usize, k: usize, left: View, right: View) {
+    fn lower(out: &mut [f32], (n, k): (usize, usize), start: usize, size: usize, left: View, right: View) {
+        let half = if size <= BLOCK { 0 } else { (size / 2).next_multiple_of(16) };
+        if half > 0 {
+            lower(out, (n, k), start, half, left, right);
+            lower(out, (n, k), start + half, size - half, left, right);
+        }
+        let (top, width) = (start + half, if half > 0 { half } else { size });
+        let left = View { values: &left.values[top * left.row..], ..left };
+        let right = View { values: &right.values[start * right.col..], ..right };
+        multiply(&mut out[top * n + start..], [n, 1], [size - half, width, k], left, right);
+    }
+    lower(out, (n, k), 0, n, left, right);
+    for i in 0..n {
+        for j in 0..i {
+            out[j * n + i] = out[i * n + j];
+        }
+    }
+}
+
+/// `out = left right`, where `out` is `(m, n)` with the given distances of rows and columns.
+fn multiply(out: &mut [f32], [row, col]: [usize; 2], [m, n, k]: [usize; 3], left: View, right: View) {
+    assert!(left.holds(m, k) && right.holds(k, n) && View { values: out, row, col }.holds(m, n));
+    let (dst, lhs, rhs) = (out.as_mut_ptr(), left.values.as_ptr(), right.values.as_ptr());
+    // SAFETY: all three were checked, and `out` is borrowed mutably.
+    unsafe { gemm([m, n, k], dst, [col, row], lhs, [left.col, left.row], rhs, [right.col, right.row], 0.0, 1.0, false) }
 }
 
 /// The same by candle's operations.
@@ -203,8 +187,8 @@ mod tests {
     #[test]
     fn singular_values_come_near_one() {
         for (rows, cols) in [(40, 40), (16, 90), (90, 16), (1, 50), (50, 1)] {
-            let x = matrix(rows, cols, 0).flatten_all().unwrap().to_vec1().unwrap();
-            let o = Tensor::from_vec(orthogonal(x, rows, cols), (rows, cols), &Device::Cpu).unwrap();
+            let x: Vec<f32> = matrix(rows, cols, 0).flatten_all().unwrap().to_vec1().unwrap();
+            let o = Tensor::from_vec(orthogonal(&x, rows, cols), (rows, cols), &Device::Cpu).unwrap();
             let o = if rows > cols { o.t().unwrap() } else { o };
             // The trace of O O^T is the sum of the squared singular values; the iterations leave them within 0.68 and 1.14.
             let trace = o.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
@@ -225,6 +209,20 @@ mod tests {
                 muon.composed(&b, &mut mb, &matrix(rows, cols, step)).unwrap();
             }
             assert!(distance(&a, &b) < 1e-5 && distance(&ma, &mb) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn iterating_on_the_gram_matrix_is_as_good_as_on_the_matrix() {
+        // Singular values fall over seven orders of magnitude, below what f32 can tell in the Gram matrix.
+        for (rows, cols) in [(130, 130), (70, 200), (200, 70)] {
+            let decay: Vec<f32> = (0..cols).map(|i| 10f32.powf(-7.0 * i as f32 / cols as f32)).collect();
+            let decay = Tensor::from_vec(decay, (1, cols), &Device::Cpu).unwrap();
+            let x = matrix(rows, cols, 7).broadcast_mul(&decay).unwrap().matmul(&matrix(cols, cols, 8)).unwrap();
+            let values: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+            let got = Tensor::from_vec(orthogonal(&values, rows, cols), (rows, cols), &Device::Cpu).unwrap();
+            let apart = distance(&got, &orthogonal_composed(&x).unwrap());
+            assert!(apart < 1e-3, "{rows} x {cols}: {apart}");
         }
     }
 }
