@@ -90,6 +90,36 @@ fn editing_with_a_reference_is_that_of_diffusers() {
 }
 
 #[test]
+fn half_precision_draws_nearly_the_same_picture() {
+    let noise = golden().get("noise");
+    let draw = |dtype| {
+        let klein = Klein::open(&Folder::from(fixture("klein")), dtype, &Device::Cpu, Vec::new()).unwrap();
+        let noise = klein.given_noise(&noise, SIZE).unwrap().remove(0);
+        klein.draw(&[Job { prompt: PROMPTS[0], noise, references: Vec::new() }], &options(4, 2.0)).unwrap().remove(0)
+    };
+    let full = draw(DType::F32);
+    for dtype in [DType::BF16, DType::F16] {
+        let half = draw(dtype);
+        assert_eq!(half.dtype(), DType::F32, "latents stay in f32");
+        assert_close(&format!("{dtype:?}"), &half, &full, 0.05);
+    }
+}
+
+#[test]
+fn embeddings_are_kept_until_they_are_forgotten() {
+    fn shared_between_threads<T: Send + Sync>(_: &T) {}
+    let klein = open();
+    shared_between_threads(&klein);
+    let first = klein.embed(&["a", "b", "a"]).unwrap();
+    assert_eq!(first[0].id(), first[2].id());
+    assert!(!same(&first[0], &first[1]));
+    assert_eq!(klein.embed(&["b"]).unwrap()[0].id(), first[1].id());
+    klein.forget();
+    let again = klein.embed(&["b"]).unwrap();
+    assert!(again[0].id() != first[1].id() && same(&again[0], &first[1]));
+}
+
+#[test]
 fn a_picture_is_the_same_alone_and_in_any_batch() {
     let klein = open();
     let reference = klein.encode(&reference()).unwrap();

@@ -30,6 +30,7 @@ use candle_core::{DType, Device, Tensor};
 use image::{RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 use std::{
+    borrow::Cow,
     collections::{HashMap, VecDeque},
     sync::{
         Mutex, PoisonError,
@@ -271,18 +272,12 @@ impl Klein {
     /// The latents `(C, h, w)` of a picture, which is cut to whole tokens around its middle; larger pictures than klein reads
     /// are scaled down first.
     pub fn encode(&self, picture: &RgbImage) -> Result<Tensor> {
+        let picture = scaled(picture);
         let (width, height) = picture.dimensions();
-        let (mut width, mut height, mut scaled) = (width, height, None);
-        if u64::from(width) * u64::from(height) > u64::from(REFERENCE_PIXELS) {
-            let scale = (f64::from(REFERENCE_PIXELS) / (f64::from(width) * f64::from(height))).sqrt();
-            (width, height) = ((f64::from(width) * scale) as u32, (f64::from(height) * scale) as u32);
-            scaled = Some(imageops::resize(picture, width.max(1), height.max(1), imageops::FilterType::Lanczos3));
-        }
         let (h, w) = self.tokens(width, height)?;
         let side = self.autoencoder.config.pixels_per_token();
         let (w, h) = ((w * side) as u32, (h * side) as u32);
-        let picture = scaled.as_ref().unwrap_or(picture);
-        let cut = imageops::crop_imm(picture, (width - w) / 2, (height - h) / 2, w, h).to_image();
+        let cut = imageops::crop_imm(&*picture, (width - w) / 2, (height - h) / 2, w, h).to_image();
         let pixels: Vec<f32> = cut.as_raw().iter().map(|p| f32::from(*p) / 127.5 - 1.0).collect();
         let pixels = Tensor::from_vec(pixels, (h as usize, w as usize, 3), &self.device)?;
         let pixels = pixels.permute((2, 0, 1))?.unsqueeze(0)?.contiguous()?; // (1, 3, H, W)
@@ -319,4 +314,29 @@ pub struct Parts {
     pub schedule: Schedule,
     pub prompt_embedding: PromptEmbedding,
     pub distilled: bool,
+}
+
+/// A picture of at most [`REFERENCE_PIXELS`], in its own proportions.
+fn scaled(picture: &RgbImage) -> Cow<'_, RgbImage> {
+    let (width, height) = picture.dimensions();
+    let (w, h) = (f64::from(width), f64::from(height));
+    if w * h <= f64::from(REFERENCE_PIXELS) {
+        return Cow::Borrowed(picture);
+    }
+    let scale = (f64::from(REFERENCE_PIXELS) / (w * h)).sqrt();
+    let side = |length: f64| ((length * scale) as u32).max(1);
+    Cow::Owned(imageops::resize(picture, side(w), side(h), imageops::FilterType::Lanczos3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_are_scaled_down_to_what_klein_reads() {
+        let of = |w, h| scaled(&RgbImage::new(w, h)).dimensions();
+        assert_eq!(of(1024, 1024), (1024, 1024));
+        assert_eq!(of(2000, 700), (1730, 605)); // as int(side * sqrt(2^20 / area)) is in Python
+        assert_eq!(of(1025, 1024), (1024, 1023));
+    }
 }

@@ -3,7 +3,10 @@
 //! The CPU kernel works on one head and a block of queries at a time, so the scores of a whole head never exist at once;
 //! its backward computes them again (as FlashAttention does, arXiv 2205.14135).
 
-use super::cpu::{self, Shared};
+use super::{
+    cpu::{self, Shared},
+    norm,
+};
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -48,7 +51,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tens
     };
     let q = q.transpose(1, 2)?.contiguous()?;
     let (k, v) = (repeat(k)?, repeat(v)?);
-    let mut scores = (q.matmul(&k.t()?)? * (d as f64).powf(-0.5))?; // (B, H, Tq, Tk)
+    let scores = (q.matmul(&k.t()?)? * (d as f64).powf(-0.5))?; // (B, H, Tq, Tk)
+    let mut scores = norm::widen(&scores)?;
     if *mask != Mask::default() {
         let mut bias = vec![f32::NEG_INFINITY; b * tq * tk];
         for row in 0..b {
@@ -62,12 +66,12 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tens
                 }
             }
         }
-        let bias = Tensor::from_vec(bias, (b, 1, tq, tk), q.device())?.to_dtype(q.dtype())?;
+        let bias = Tensor::from_vec(bias, (b, 1, tq, tk), q.device())?.to_dtype(scores.dtype())?;
         scores = scores.broadcast_add(&bias)?;
     }
     let scores = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
     let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
-    weights.matmul(&v)?.transpose(1, 2)?.contiguous()
+    weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(1, 2)?.contiguous()
 }
 
 /// The vectors of one head, `(T, D)`: one every `stride` elements from `start` on.

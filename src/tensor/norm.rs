@@ -1,21 +1,32 @@
 //! Normalisations over the last dimension.
 
 use super::cpu;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if cpu::fused(&[x, weight]) {
         return x.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm(eps as f32));
     }
-    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    x.broadcast_mul(&scale)?.broadcast_mul(weight)
+    let wide = widen(x)?;
+    let scale = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    wide.broadcast_mul(&scale)?.to_dtype(x.dtype())?.broadcast_mul(weight)
+}
+
+/// `x` in f32 where it is in half precision, whose sums of squares overflow and whose angles are coarse.
+pub(super) fn widen(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
+        _ => Ok(x.clone()),
+    }
 }
 
 fn standardise(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let x = widen(x)?;
     let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    x.broadcast_mul(&scale)
+    x.broadcast_mul(&scale)?.to_dtype(dtype)
 }
 
 /// Layer normalisation over the last dimension with an affine map.

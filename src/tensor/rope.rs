@@ -37,15 +37,19 @@ pub fn norm_rope(
     compose(&super::rms_norm(x, weight, eps)?, cos, sin, rotation)
 }
 
+/// In f32 where `x` is in half precision, as the reference implementations rotate.
 fn compose(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
     let (b, t, h, d) = x.dims4()?;
-    let (cos, sin) = (cos.unsqueeze(D::Minus2)?, sin.unsqueeze(D::Minus2)?);
+    let dtype = x.dtype();
+    let x = norm::widen(x)?;
+    let angle = |a: &Tensor| a.to_dtype(x.dtype())?.unsqueeze(D::Minus2);
+    let (cos, sin) = (angle(cos)?, angle(sin)?);
     let turn = |a: &Tensor, b: &Tensor| -> Result<(Tensor, Tensor)> {
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
         Ok((first, second))
     };
-    match rotation {
+    let y = match rotation {
         Rotation::Interleaved => {
             let pairs = x.reshape((b, t, h, d / 2, 2))?;
             let (first, second) = turn(&pairs.narrow(4, 0, 1)?.squeeze(4)?, &pairs.narrow(4, 1, 1)?.squeeze(4)?)?;
@@ -55,7 +59,8 @@ fn compose(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result
             let (first, second) = turn(&x.narrow(3, 0, d / 2)?, &x.narrow(3, d / 2, d / 2)?)?;
             Tensor::cat(&[first, second], 3)
         }
-    }
+    };
+    y?.to_dtype(dtype)
 }
 
 /// The angles of a fused kernel.
