@@ -172,6 +172,8 @@ impl Edit {
     /// or no place is found. Where the words leave something open it is drawn from `rng`.
     pub fn apply(&self, rng: &mut Stream, scene: &Scene) -> Option<Scene> {
         let mut edited = scene.clone();
+        // The object whose outline changes where it is, if one does.
+        let mut reshaped = None;
         match self {
             Self::Move { what, relation, anchor } => {
                 let (i, j) = (find(scene, what)?, find(scene, anchor)?);
@@ -212,14 +214,18 @@ impl Edit {
                 item.colour = *colour;
             }
             Self::Resize { what, size } => {
-                let item = &mut edited.items[find(scene, what)?];
+                let i = find(scene, what)?;
+                reshaped = Some(i);
+                let item = &mut edited.items[i];
                 if item.size == *size {
                     return None;
                 }
                 (item.size, item.radius) = (*size, sample::radius(rng, *size));
             }
             Self::Replace { what, by } => {
-                let item = &mut edited.items[find(scene, what)?];
+                let i = find(scene, what)?;
+                reshaped = Some(i);
+                let item = &mut edited.items[i];
                 let (shape, size, colour) = attributes(by)?;
                 if (shape, colour?) == (item.shape, item.colour) && size.is_none_or(|s| s == item.size) {
                     return None;
@@ -230,7 +236,20 @@ impl Edit {
                 (item.shape, item.colour) = (shape, colour?);
             }
         }
-        sample::valid(&edited).then_some(edited)
+        if sample::valid(&edited) {
+            return Some(edited);
+        }
+        // Another outline may need a little more room: nudge it.
+        let i = reshaped?;
+        let (x, y) = (edited.items[i].x, edited.items[i].y);
+        for _ in 0..24 {
+            edited.items[i].x = x + rng.range(-4.0, 4.0) as f32;
+            edited.items[i].y = y + rng.range(-4.0, 4.0) as f32;
+            if sample::valid(&edited) {
+                return Some(edited);
+            }
+        }
+        None
     }
 }
 
@@ -312,4 +331,71 @@ fn near(rng: &mut Stream, item: &Item, distance: (f32, f32)) -> (f32, f32) {
     let angle = rng.range(0.0, std::f64::consts::TAU) as f32;
     let distance = rng.range(f64::from(distance.0), f64::from(distance.1)) as f32;
     (item.x + distance * angle.cos(), item.y + distance * angle.sin())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scene::tabletop::world::Background;
+
+    fn item(shape: Shape, colour: Colour, size: Size, x: f32, y: f32) -> Item {
+        Item { shape, colour, size, x, y, radius: size.radii().0, depth: x as i16 }
+    }
+
+    fn table() -> Scene {
+        Scene {
+            background: Background { rgb: [230.0; 3], slope: [0.0; 2] },
+            items: vec![
+                item(Shape::Ball, Colour::Red, Size::Small, 30.0, 30.0),
+                item(Shape::Cube, Colour::Blue, Size::Large, 90.0, 36.0),
+                item(Shape::Ball, Colour::Green, Size::Small, 64.0, 100.0),
+            ],
+        }
+    }
+
+    fn apply(text: &str) -> Option<Scene> {
+        Edit::parse(text).unwrap().apply(&mut Stream::new(1, "edit", 0), &table())
+    }
+
+    #[test]
+    fn instructions_in_an_actors_words_are_carried_out() {
+        let moved = apply("Move the red ball to the right of the blue cube.").is_none();
+        assert!(moved, "there is no room to the right of the cube");
+        let moved = apply("move the red ball below the cube").unwrap();
+        assert!(moved.view().holds(0, Spatial::Below, 1));
+        let swapped = apply("swap the red ball and the cube").unwrap();
+        assert_eq!((swapped.items[0].x, swapped.items[1].x), (90.0, 30.0));
+        let added = apply("add a small yellow ring left of the green ball").unwrap();
+        assert!(added.items.len() == 4 && added.view().holds(3, Spatial::LeftOf, 2));
+        assert_eq!(apply("remove the green ball").unwrap().items.len(), 2);
+        assert_eq!(apply("make the cube yellow").unwrap().items[1].colour, Colour::Yellow);
+        assert_eq!(apply("change the colour of the red ball to pink").unwrap().items[0].colour, Colour::Pink);
+        assert_eq!(apply("make the cube smaller").unwrap().items[1].size, Size::Small);
+        let replaced = apply("replace the cube with a small black star").unwrap().items[1];
+        assert_eq!((replaced.shape, replaced.colour, replaced.size), (Shape::Star, Colour::Black, Size::Small));
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_not_done() {
+        // Two balls, no star, nothing to change, nothing that fits.
+        assert!(apply("remove the ball").is_none());
+        assert!(apply("remove the star").is_none());
+        assert!(apply("make the cube blue").is_none() && apply("make the cube larger").is_none());
+        assert!(apply("move the red ball to the left of the cube").is_none());
+        assert!(apply("swap the cube and the cube").is_none());
+        assert!(apply("move the red ball inside the cube").is_none());
+    }
+
+    #[test]
+    fn other_texts_are_refused_with_a_reason() {
+        let error = |text: &str| Edit::parse(text).unwrap_err().to_string();
+        assert!(error("fly to the moon").contains("begins with one of move"));
+        assert!(error("move the ball").contains("a relation"));
+        assert!(error("make the ball sparkling").contains("\"sparkling\" where a colour or a size"));
+        assert!(error("replace the ball").contains("\"with\""));
+        assert!(error("remove the bal").contains("did you mean \"ball\""));
+        assert!(error("remove the ball quickly").contains("after the end"));
+        assert!(error("add the ball").contains("nothing new"));
+        assert!(error("").contains("begins"));
+    }
 }
