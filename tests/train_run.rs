@@ -9,7 +9,7 @@ use rlrig::{
         Batch, Metrics, Objective, Step, checkpoint,
         checkpoint::Checkpoint,
         optim::OptimConfig,
-        run::{self, End, Event, Hooks, TrainConfig},
+        run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
         schedule::Schedule,
     },
 };
@@ -305,7 +305,7 @@ fn mistakes_are_found_before_the_first_step() {
     let error = rehearse(&mut Deaf(Mean::new().unwrap()), &config()).unwrap_err().to_string();
     assert!(error.contains("no gradient, the first is unheard"), "{error}");
     let mut mean = Mean::new().unwrap();
-    let (plan, metrics, _) = rehearse(&mut mean, &config()).unwrap();
+    let Rehearsal { plan, metrics, .. } = rehearse(&mut mean, &config()).unwrap();
     assert_eq!(plan.tensors, 5);
     assert!(metrics.iter().any(|(name, value)| name == "eval/error" && value.is_finite()));
     for bad in [TrainConfig { batch: 0, ..config() }, TrainConfig { ema: 1.0, ..config() }] {

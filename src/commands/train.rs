@@ -6,7 +6,7 @@ use crate::{
         Metrics,
         optim::Outcome,
         pretrain::Request,
-        run::{End, Event, Plan},
+        run::{End, Event, Plan, Rehearsal, peak_memory},
     },
 };
 use anyhow::{Context, Result};
@@ -35,10 +35,10 @@ fn pretrain(args: &Pretrain) -> Result<()> {
     let prepared = request.prepare()?;
     let folder = prepared.folder.display().to_string();
     if args.dry_run {
-        let (plan, metrics, seconds) = prepared.rehearse()?;
+        let Rehearsal { plan, metrics, seconds } = prepared.rehearse()?;
         print_plan(&plan);
-        eprintln!("one step of the gradient took {seconds:.2} s: {}", listed(&metrics));
-        eprintln!("{} steps would take about {}", plan.steps, clock(seconds * plan.steps as f64));
+        println!("{}", listed(&metrics));
+        print_cost(seconds, plan.steps);
         return Ok(());
     }
     let stop = stop_on_interrupt()?;
@@ -98,6 +98,10 @@ impl Progress {
                 (self.start, self.first) = (Instant::now(), plan.done);
             }
             Event::Step(step, metrics) => {
+                if step == self.first + 1 {
+                    let length = self.bar.length().unwrap_or(step);
+                    self.bar.suspend(|| print_cost(self.start.elapsed().as_secs_f64(), length - self.first));
+                }
                 self.bar.set_message(listed(metrics));
                 self.bar.set_position(step);
                 if self.bar.is_hidden() && self.said.elapsed() > Duration::from_secs(SECONDS_BETWEEN_LINES) {
@@ -132,6 +136,12 @@ fn print_plan(plan: &Plan) {
         millions(plan.memory),
     );
     eprintln!("steps {} to {} of {} samples, {} at once", plan.done, plan.steps, plan.batch, plan.micro_batch);
+}
+
+fn print_cost(seconds: f64, steps: u64) {
+    let memory = peak_memory().map(|bytes| format!(", {:.0} MB of memory at most so far", bytes as f64 / 1e6));
+    let whole = clock(seconds * steps as f64);
+    eprintln!("one step took {seconds:.2} s, {steps} take about {whole}{}", memory.unwrap_or_default());
 }
 
 fn listed(metrics: &Metrics) -> String {

@@ -4,7 +4,7 @@ use super::{
     Objective,
     objective_diffuser::{Diffuser, DiffuserConfig},
     optim::OptimConfig,
-    run::{self, End, Event, Hooks, TrainConfig},
+    run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
 };
 use crate::{
     config::{self, Layers},
@@ -28,6 +28,19 @@ pub enum Kind {
     Vlm,
 }
 
+impl Kind {
+    const ALL: [Self; 3] = [Self::Autoencoder, Self::Diffuser, Self::Vlm];
+
+    /// Its section of the config.
+    fn section(self) -> &'static str {
+        match self {
+            Self::Autoencoder => "autoencoder",
+            Self::Diffuser => "diffuser",
+            Self::Vlm => "vlm",
+        }
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PretrainConfig {
@@ -47,6 +60,17 @@ impl Default for PretrainConfig {
             optim: OptimConfig::default(),
             diffuser: DiffuserConfig::default(),
         }
+    }
+}
+
+impl PretrainConfig {
+    /// The resolved config as a file, without the sections of other objectives.
+    fn to_toml(&self) -> Result<String> {
+        let mut table = toml::Table::try_from(self).context("the config does not serialise")?;
+        for other in Kind::ALL.into_iter().filter(|kind| *kind != self.objective) {
+            table.remove(other.section());
+        }
+        config::to_toml(&table)
     }
 }
 
@@ -97,14 +121,18 @@ impl Prepared {
     pub fn train(mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<End> {
         let folder = &self.folder;
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let path = folder.join(CONFIG);
-        fs::write(&path, config::to_toml(&self.config)?).with_context(|| format!("cannot write {}", path.display()))?;
+        let (path, new) = (folder.join(CONFIG), folder.join("config.new"));
+        let text = self.config.to_toml()?;
+        // Renamed into place: a run that is killed here still has its config.
+        fs::write(&new, text)
+            .and_then(|()| fs::rename(&new, &path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
         let hooks = Hooks { stop, report };
         run::train(&mut *self.objective, &self.config.train, &self.config.optim, folder, hooks)
     }
 
     /// One pass forward and backward and one evaluation, without training.
-    pub fn rehearse(mut self) -> Result<(run::Plan, super::Metrics, f64)> {
+    pub fn rehearse(mut self) -> Result<Rehearsal> {
         run::rehearse(&mut *self.objective, &self.config.train, &self.config.optim)
     }
 }
@@ -115,5 +143,54 @@ fn build(config: &PretrainConfig, device: &Device) -> Result<Box<dyn Objective>>
         Kind::Autoencoder => usage!("the objective autoencoder is not part of this build"),
         Kind::Diffuser => Ok(Box::new(Diffuser::new(&config.diffuser, config.seed, device)?)),
         Kind::Vlm => usage!("the objective vlm is not part of this build"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Usage;
+
+    fn request(dir: &Path, config: &str) -> Request {
+        let path = dir.join("example.toml");
+        fs::write(&path, config).unwrap();
+        Request { config: Some(path), resume: None, out: Some(dir.join("run")), set: Vec::new() }
+    }
+
+    fn mistake(request: &Request) -> String {
+        let error = request.prepare().err().unwrap();
+        assert!(error.is::<Usage>(), "{error:?}");
+        error.to_string()
+    }
+
+    #[test]
+    fn mistakes_are_told_before_anything_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let good = request(dir.path(), "objective = 'vlm'\n[optim]\nlr = 1e-3\n");
+        let message = mistake(&Request { set: vec!["optim.lrr=3".into()], ..request(dir.path(), "") });
+        assert_eq!(message, "--set optim.lrr=3: unknown key optim.lrr; did you mean optim.lr?");
+        let message = mistake(&request(dir.path(), "objective = 'vln'"));
+        assert!(message.contains("example.toml: objective: unknown variant `vln`, expected one of `autoencoder`"));
+        let message = mistake(&Request { config: None, ..request(dir.path(), "") });
+        assert!(message.contains("--config FILE, or --resume FOLDER"), "{message}");
+        assert!(!dir.path().join("run").exists());
+
+        let nothing = Request { resume: Some(dir.path().join("run")), ..request(dir.path(), "") };
+        assert!(mistake(&nothing).contains("no run's folder"));
+        fs::create_dir(dir.path().join("run")).unwrap();
+        fs::write(dir.path().join("run").join(CONFIG), "").unwrap();
+        assert!(mistake(&good).contains("already holds a run"));
+    }
+
+    #[test]
+    fn a_saved_config_has_its_own_objectives_section_only() {
+        let config = PretrainConfig { seed: 7, ..PretrainConfig::default() };
+        let text = config.to_toml().unwrap();
+        assert!(text.contains("[diffuser]") && !text.contains("[vlm]") && !text.contains("[autoencoder]"));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(CONFIG);
+        fs::write(&path, &text).unwrap();
+        let read = Layers::<PretrainConfig>::defaults().unwrap().file(&path).unwrap().resolve().unwrap();
+        assert_eq!(read.to_toml().unwrap(), text);
     }
 }

@@ -164,6 +164,7 @@ pub fn train(
     if let Some(path) = checkpoint::last(&checkpoints)? {
         run.restore(Checkpoint::read(&path)?).with_context(|| format!("cannot resume from {}", path.display()))?;
     }
+    let resumed = run.step;
     let mut log = Log::open(folder, run.step)?;
     (hooks.report)(Event::Plan(&run.plan()));
     while run.step < config.steps && !hooks.stop.load(Ordering::Relaxed) {
@@ -203,15 +204,24 @@ pub fn train(
             (hooks.report)(Event::Saved(run.step));
         }
     }
+    if resumed == config.steps {
+        // The run may have been killed after its last checkpoint, but before its model was written.
+        run.export(folder)?;
+    }
     Ok(if run.step < config.steps { End::Stopped(run.step) } else { End::Done })
 }
 
-/// Everything but training: one forward and backward pass of a micro-batch and one evaluation.
-pub fn rehearse(
-    objective: &mut dyn Objective,
-    config: &TrainConfig,
-    optim: &OptimConfig,
-) -> Result<(Plan, Metrics, f64)> {
+/// What a rehearsal found.
+#[derive(Clone, Debug)]
+pub struct Rehearsal {
+    pub plan: Plan,
+    pub metrics: Metrics,
+    /// Time of one batch forward and backward.
+    pub seconds: f64,
+}
+
+/// Everything but training: one batch forward and backward, and one evaluation.
+pub fn rehearse(objective: &mut dyn Objective, config: &TrainConfig, optim: &OptimConfig) -> Result<Rehearsal> {
     let run = Run::new(objective, config, optim)?;
     let start = Instant::now();
     let (mut metrics, gradients) = run.gradients()?;
@@ -219,7 +229,14 @@ pub fn rehearse(
     metrics.push(("grad_norm".into(), optim::norm(&gradients)?));
     let seconds = start.elapsed().as_secs_f64();
     metrics.extend(run.objective.evaluate(0)?);
-    Ok((run.plan(), metrics, seconds))
+    Ok(Rehearsal { plan: run.plan(), metrics, seconds })
+}
+
+/// The most memory that this process has held so far, in bytes, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 struct Run<'a> {
@@ -364,6 +381,11 @@ impl<'a> Run<'a> {
         let state = State { optim: self.optimizer.state.clone(), ema_updates: self.ema.updates, best: self.best };
         Checkpoint { step: self.step, state: serde_json::to_value(state)?, tensors }.write(checkpoints)?;
         checkpoint::prune(checkpoints, self.config.keep, self.best.map(|best| best.step))?;
+        self.export(folder)
+    }
+
+    /// Writes the moving average as a model.
+    fn export(&mut self, folder: &Path) -> Result<()> {
         self.ema.swap(&self.vars)?;
         let exported = export(self.objective, folder, self.config.precision);
         self.ema.swap(&self.vars)?;
