@@ -126,6 +126,13 @@ pub struct Asked {
     pub graph: Option<PathBuf>,
 }
 
+impl Asked {
+    /// Whether anything is asked for.
+    pub fn any(&self) -> bool {
+        self.prompt.is_some() || self.prompt_file.is_some() || self.graph.is_some()
+    }
+}
+
 /// How the flow model samples.
 #[derive(Args, Debug, Default)]
 pub struct Sampling {

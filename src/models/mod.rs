@@ -6,6 +6,7 @@ pub mod flux2;
 pub mod folder;
 pub mod linear;
 pub mod params;
+pub mod peft;
 pub mod qwen3;
 pub mod qwen3_vl;
 

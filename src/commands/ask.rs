@@ -1,0 +1,143 @@
+//! What is asked for: prompts from the command line, a file or stdin, and scene graphs.
+
+use crate::{
+    cli::Asked,
+    io::read_file,
+    rig::{roles::Target, vlm_roles::Critic},
+    scene::{
+        graph::SceneGraph,
+        laion_sg::Record,
+        parse::{ParseError, parse},
+        relation::contradictions,
+    },
+    usage,
+};
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use std::{io::Read, path::Path};
+
+/// A longer prompt is no prompt.
+const MAX_CHARS: usize = 4000;
+const MAX_FILE: u64 = 64 << 20;
+
+/// One thing that is asked for.
+pub enum Ask {
+    /// Its claims are known.
+    Target(Target),
+    /// Words that the grammar does not cover: the VLM has to find the claims.
+    Words(String),
+}
+
+/// Reads everything that is asked for. `strict` says that the models know the words of the tabletop world only, so that
+/// another word is a mistake.
+pub fn read(asked: &Asked, strict: bool) -> Result<Vec<Ask>> {
+    if let Some(path) = &asked.graph {
+        return graphs(path)?.iter().map(from_graph).collect();
+    }
+    let text = match (&asked.prompt, &asked.prompt_file) {
+        (Some(prompt), _) if prompt != "-" => return Ok(vec![understand(prompt, strict)?]),
+        (Some(_), _) => {
+            let mut text = String::new();
+            let read = std::io::stdin().take(MAX_FILE).read_to_string(&mut text);
+            read.context("cannot read prompts from stdin: they are no UTF-8 text")?;
+            text
+        }
+        (None, Some(path)) => String::from_utf8(read_file(path, MAX_FILE)?)
+            .with_context(|| format!("{} is no UTF-8 text", path.display()))?,
+        (None, None) => usage!("say what to draw: --prompt, --prompt-file, --graph or --from"),
+    };
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let asks: Vec<Ask> = lines
+        .map(|(i, line)| understand(line, strict).with_context(|| format!("line {}", i + 1)))
+        .collect::<Result<_>>()?;
+    if asks.is_empty() {
+        usage!("there are no prompts to draw");
+    }
+    Ok(asks)
+}
+
+/// A prompt's claims, by the grammar.
+pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
+    let prompt = prompt.trim();
+    let length = prompt.chars().count();
+    if length > MAX_CHARS {
+        usage!("the prompt has {length} characters; at most {MAX_CHARS} are read");
+    }
+    match parse(prompt) {
+        Ok(graph) => Ok(Ask::Target(Target::new(prompt, &graph))),
+        Err(ParseError::Empty) => usage!("the prompt is empty"),
+        Err(error @ ParseError::Contradiction(_)) => usage!("{error}"),
+        Err(ParseError::Grammar(_)) => Ok(Ask::Words(prompt.to_owned())),
+        Err(error) if strict => usage!("{error}"),
+        Err(_) => Ok(Ask::Words(prompt.to_owned())),
+    }
+}
+
+/// The claims of what the grammar could not read; `say` hears what was found.
+pub fn resolve(ask: Ask, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> {
+    let prompt = match ask {
+        Ask::Target(target) => return Ok(target),
+        Ask::Words(prompt) => prompt,
+    };
+    let graph = critic.parse(&prompt)?;
+    if let Some(why) = contradictions(&graph).into_iter().next() {
+        say(&format!("as the VLM reads \"{prompt}\", no picture can show it: {why}"));
+    }
+    let target = Target::new(&prompt, &graph);
+    let claims: Vec<String> = target.claims.iter().map(ToString::to_string).collect();
+    say(&match (target.claims.is_empty(), graph.relations.is_empty()) {
+        (true, _) => format!("no object and no relation was found in \"{prompt}\": it is drawn, but not checked"),
+        (_, true) => {
+            format!("no relation was found in \"{prompt}\": only its objects are checked: {}", claims.join("; "))
+        }
+        _ => format!("the VLM reads \"{prompt}\" as: {}", claims.join("; ")),
+    });
+    Ok(target)
+}
+
+/// LAION-SG's records, one or a list, or plain scene graphs.
+fn graphs(path: &Path) -> Result<Vec<SceneGraph>> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum One {
+        Record(Record),
+        Graph(SceneGraph),
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum File {
+        Many(Vec<One>),
+        One(One),
+    }
+    let shown = path.display();
+    let bytes = read_file(path, MAX_FILE)?;
+    let Ok(file) = serde_json::from_slice(&bytes) else {
+        usage!("{shown} is neither a LAION-SG record, nor a scene graph, nor a list of them");
+    };
+    let all = match file {
+        File::Many(all) => all,
+        File::One(one) => vec![one],
+    };
+    if all.is_empty() {
+        usage!("{shown} holds no scene graph");
+    }
+    let graph = |one: &One| match one {
+        One::Record(record) => record.graph(),
+        One::Graph(graph) => graph.clone(),
+    };
+    Ok(all.iter().map(graph).collect())
+}
+
+fn from_graph(graph: &SceneGraph) -> Result<Ask> {
+    if let Err(error) = graph.validate() {
+        usage!("{error}");
+    }
+    if let Some(why) = contradictions(graph).into_iter().next() {
+        usage!("no picture can show this: {why}");
+    }
+    let prompt = graph.triple_text();
+    if prompt.is_empty() {
+        usage!("a scene graph without objects says nothing to draw");
+    }
+    Ok(Ask::Target(Target::new(prompt, graph)))
+}

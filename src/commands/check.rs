@@ -1,0 +1,51 @@
+//! `rlrig check`: whether a picture shows what a prompt asks for.
+
+use super::{ask, open, show::Console};
+use crate::{
+    cli::Check,
+    io::png,
+    models::built_in,
+    rig::roles::{Checker, Picture, expect_each, score},
+};
+use anyhow::Result;
+use serde_json::json;
+
+pub fn run(args: &Check) -> Result<()> {
+    open::check_accept(args.accept)?;
+    let strict = args.models.vlm.as_deref().is_none_or(|m| m == built_in::NAME);
+    let ask = ask::understand(&args.prompt, strict)?;
+    let picture = Picture::from_pixels(png::read(&args.image)?);
+    let device = open::device(&args.models)?;
+    let found = open::find_vlm(&args.models)?;
+    let console = Console::new(args.print.quiet, 1);
+    let mut adapters = open::Adapters::open(&args.models)?;
+    let critic = open::critic(&found, (&device.0, device.1), &mut adapters)?;
+    adapters.finish()?;
+    let target = ask::resolve(ask, &critic, &|text| console.say(text))?;
+    let mut verdicts = expect_each("the Checker", 1, critic.check(&[(&picture, &target)])?)?.remove(0);
+    verdicts.iter_mut().for_each(|v| v.yes = v.p_yes >= args.accept);
+    let passes = !verdicts.is_empty() && verdicts.iter().all(|v| v.yes);
+    if args.print.json {
+        let score = score(&verdicts);
+        let document = json!({
+            "image": args.image,
+            "prompt": target.prompt,
+            "passes": passes,
+            "score": score,
+            "verdicts": verdicts,
+            "vlm": found.source,
+        });
+        return Ok(console.result(&document.to_string())?);
+    }
+    for verdict in &verdicts {
+        let why = if verdict.reflection.is_empty() { String::new() } else { format!(" ({})", verdict.reflection) };
+        let word = if verdict.yes { "yes" } else { "no " };
+        console.result(&format!("{word} {:.2}  {}{why}", verdict.p_yes, verdict.claim))?;
+    }
+    console.result(match (passes, verdicts.is_empty()) {
+        (true, _) => "the picture passes",
+        (_, true) => "there is nothing to check",
+        _ => "the picture does not pass",
+    })?;
+    Ok(())
+}

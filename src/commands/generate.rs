@@ -1,0 +1,255 @@
+//! `rlrig generate`: the Generate-Reflect-Edit loop over prompts and seeds.
+
+use super::{
+    ask::{self, Ask},
+    fresh_seed, interrupt, open,
+    output::{Output, Turns, check_writable},
+    show::Console,
+};
+use crate::{
+    cli::{EditorKind, Generate},
+    io::{self, png},
+    models::built_in,
+    rig::{
+        cycle::{self, Cast, Ending, Event, Job, Outcome},
+        klein::Painter,
+        trajectory::{Recipe, Trajectory},
+    },
+    usage,
+};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{Device, Tensor};
+use clap::ValueEnum;
+use image::RgbImage;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use std::{path::Path, sync::atomic::Ordering};
+
+/// Noise files beyond this size are not read.
+const MAX_NOISE: u64 = 1 << 30;
+
+pub fn run(args: Generate) -> Result<()> {
+    let from = args.from.as_deref().map(read_recipe).transpose()?;
+    let args = with_recipe(args, from.as_ref())?;
+    // All that can be wrong with the call is found before a model is opened.
+    open::check_sampling(&args.sampling)?;
+    let options =
+        cycle::Options { rounds: args.rounds.unwrap_or(4), accept: args.accept.unwrap_or(0.5), width: args.batch };
+    open::check_accept(options.accept)?;
+    if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&options.width) {
+        usage!("--rounds is 1 to 100, and --batch 1 to 4096");
+    }
+    let strict =
+        [&args.models.model, &args.models.vlm].iter().all(|m| m.as_deref().is_none_or(|m| m == built_in::NAME));
+    let asks = match &from {
+        Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
+        _ => ask::read(&args.asked, strict)?,
+    };
+    let seeds = seeds(&args)?;
+    let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
+    let noise = args.init_noise.as_deref().map(read_noise).transpose()?;
+    if let Some(path) = &args.save_noise {
+        if path.exists() && !args.force {
+            return Err(io::exists(path));
+        }
+        check_writable(path.parent().unwrap_or(Path::new(".")))?;
+    }
+    let output = Output::new(args.out.as_deref(), &all_seeds, args.force, !args.no_metadata)?;
+    let turns = args.trajectory.as_deref().map(|dir| Turns::new(dir, &all_seeds, args.force)).transpose()?;
+    let (device, dtype) = open::device(&args.models)?;
+    let (pipeline, vlm) = (open::find_pipeline(&args.models)?, open::find_vlm(&args.models)?);
+
+    let stop = interrupt()?;
+    let console = Console::new(args.print.quiet, all_seeds.len());
+    let mut adapters = open::Adapters::open(&args.models)?;
+    let klein = open::pipeline(&pipeline, (&device, dtype), &mut adapters)?;
+    let critic = open::critic(&vlm, (&device, dtype), &mut adapters)?;
+    adapters.finish()?;
+
+    let editor = args.editor.unwrap_or_default();
+    let inversion = args.inversion.unwrap_or_default();
+    let painting = open::painting(&klein, &pipeline, &args.sampling, (editor, inversion), args.batch);
+    let recipe = Recipe {
+        seed: 0,
+        rounds: options.rounds,
+        accept: options.accept,
+        steps: painting.steps,
+        guidance: painting.guidance,
+        editor: flag(editor),
+        inversion: (editor == EditorKind::Inversion).then(|| flag(inversion)),
+        model: pipeline.source.clone(),
+        vlm: vlm.source.clone(),
+        adapters: args.models.adapter.clone(),
+        dtype: open::dtype_name(dtype).to_owned(),
+        init_noise: noise.as_ref().map(|(_, hash)| hash.clone()),
+    };
+    let mut painter = Painter::new(klein, painting, console.watch(stop));
+    if let Some((noise, _)) = &noise {
+        painter = painter.with_noise(noise, &seeds)?;
+    }
+    if let Some(path) = &args.save_noise {
+        save_noise(path, &painter, &seeds, args.force)?;
+    }
+    let jobs: Vec<Job> = asks
+        .into_iter()
+        .map(|ask| ask::resolve(ask, &critic, &|text| console.say(text)))
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flat_map(|target| seeds.iter().map(move |seed| Job { target: target.clone(), seed: *seed }))
+        .collect();
+    if args.seed.is_empty() {
+        console.say(&format!("seed {}", seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")));
+    }
+
+    let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
+    let mut kept = 0;
+    let finish = |job: usize, outcome: &Outcome| -> Result<()> {
+        let recipe = Recipe { seed: jobs[job].seed, ..recipe.clone() };
+        let trajectory = Trajectory::new(jobs[job].target.clone(), recipe, outcome);
+        let file = output.write(job, outcome.best().picture.pixels()?, &trajectory)?;
+        let folder = match &turns {
+            None => None,
+            Some(turns) => {
+                let pictures: Vec<&RgbImage> =
+                    outcome.turns.iter().map(|turn| turn.picture.pixels()).collect::<Result<_>>()?;
+                Some(turns.write(job, &trajectory, &pictures)?)
+            }
+        };
+        report(&console, args.print.json, file, folder, &trajectory)
+    };
+    cycle::run(cast, &jobs, &options, &|| stop.load(Ordering::Relaxed), &mut |event| {
+        console.hear(&event);
+        if let Event::Finished { job, outcome } = event {
+            finish(job, outcome)?;
+            kept += 1;
+        }
+        Ok(())
+    })?;
+    console.done();
+    if stop.load(Ordering::Relaxed) {
+        bail!("interrupted; {kept} of {} pictures are kept", jobs.len());
+    }
+    Ok(())
+}
+
+/// Tells of a finished picture: its file on stdout, in words on stderr.
+fn report(console: &Console, json: bool, file: &Path, folder: Option<&Path>, trajectory: &Trajectory) -> Result<()> {
+    #[derive(Serialize)]
+    struct Line<'a> {
+        file: &'a Path,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        folder: Option<&'a Path>,
+        #[serde(flatten)]
+        trajectory: &'a Trajectory,
+    }
+    let rounds = trajectory.turns.len();
+    let words = match trajectory.ending {
+        Ending::Accepted if rounds == 1 => "accepted as drawn".to_owned(),
+        ending => format!("{} (round {} of {rounds})", ending.words(), trajectory.best + 1),
+    };
+    console.say(&format!("{words}, seed {}", trajectory.recipe.seed));
+    if let Some(folder) = folder {
+        console.say(&format!("every turn: {}", folder.join("index.html").display()));
+    }
+    if json {
+        console.result(&serde_json::to_string(&Line { file, folder, trajectory })?)?;
+    } else {
+        console.result(&file.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// The trajectory in a PNG.
+fn read_recipe(path: &Path) -> Result<Trajectory> {
+    let texts = png::read_texts(path)?;
+    let Some((_, text)) = texts.iter().find(|(keyword, _)| keyword == png::CHUNK) else {
+        usage!("{} carries no recipe of rlrig", path.display());
+    };
+    Trajectory::from_json(text).with_context(|| format!("the recipe in {}", path.display()))
+}
+
+/// The flags, and a recipe's values for those that were not given.
+fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate> {
+    let Some(Trajectory { recipe, .. }) = from else { return Ok(args) };
+    if recipe.init_noise.is_some() && args.init_noise.is_none() {
+        usage!("this picture began with noise from a file: give it with --init-noise");
+    }
+    let named = |source: &crate::rig::trajectory::Source| match &source.revision {
+        Some(revision) => format!("{}@{revision}", source.name.split('@').next().unwrap_or_default()),
+        None => source.name.clone(),
+    };
+    if args.seed.is_empty() {
+        args.seed = vec![recipe.seed];
+    }
+    args.rounds = args.rounds.or(Some(recipe.rounds));
+    args.accept = args.accept.or(Some(recipe.accept));
+    args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
+    args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));
+    args.editor = args.editor.or(value(&recipe.editor)?);
+    args.inversion = args.inversion.or(recipe.inversion.as_deref().map(value).transpose()?.flatten());
+    args.models.model = args.models.model.or_else(|| Some(named(&recipe.model)));
+    args.models.vlm = args.models.vlm.or_else(|| Some(named(&recipe.vlm)));
+    args.models.dtype = args.models.dtype.or(value(&recipe.dtype)?);
+    if args.models.adapter.is_empty() {
+        args.models.adapter = recipe.adapters.clone();
+    }
+    Ok(args)
+}
+
+/// A flag's value by its name in a recipe.
+fn value<T: ValueEnum>(name: &str) -> Result<Option<T>> {
+    match T::from_str(name, true) {
+        Ok(value) => Ok(Some(value)),
+        Err(_) => bail!("the recipe names {name:?}, which this rlrig does not know"),
+    }
+}
+
+fn flag<T: ValueEnum>(value: T) -> String {
+    value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned())
+}
+
+/// The seeds of each prompt: those given, counted up to `-n` of them.
+fn seeds(args: &Generate) -> Result<Vec<u64>> {
+    let mut seeds = args.seed.clone();
+    let count = args.count.unwrap_or(seeds.len().max(1));
+    if count == 0 || count > 100_000 {
+        usage!("-n is 1 to 100000, not {count}");
+    }
+    if count < seeds.len() {
+        usage!("{} seeds are given, but -n asks for {count} pictures", seeds.len());
+    }
+    if seeds.is_empty() {
+        seeds.push(fresh_seed());
+    }
+    while seeds.len() < count {
+        let Some(next) = seeds.last().and_then(|last| last.checked_add(1)) else {
+            usage!("there are not {count} seeds from {} on", args.seed[0]);
+        };
+        seeds.push(next);
+    }
+    let mut sorted = seeds.clone();
+    sorted.sort_unstable();
+    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        usage!("the seed {} is given twice", twice[0]);
+    }
+    Ok(seeds)
+}
+
+/// The tensor `noise` of a file, and the file's hash.
+fn read_noise(path: &Path) -> Result<(Tensor, String)> {
+    let bytes = io::read_file(path, MAX_NOISE)?;
+    let shown = path.display();
+    let mut tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+        .with_context(|| format!("{shown} is no whole safetensors file"))?;
+    let noise = tensors.remove("noise").with_context(|| format!("{shown} has no tensor named noise"))?;
+    ensure!(noise.elem_count() > 0, "{shown}: the noise is empty");
+    Ok((noise, Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect()))
+}
+
+/// Writes the noise of `seeds`, `(B, C, h, w)`, as the tensor `noise`.
+fn save_noise(path: &Path, painter: &Painter, seeds: &[u64], overwrite: bool) -> Result<()> {
+    let noise: Vec<Tensor> = seeds.iter().map(|seed| painter.noise(*seed)).collect::<Result<_>>()?;
+    let noise = Tensor::stack(&noise, 0)?.to_device(&Device::Cpu)?;
+    let bytes = safetensors::serialize([("noise", &noise)], None).context("cannot serialise the noise")?;
+    io::write_file(path, &bytes, overwrite)
+}

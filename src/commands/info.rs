@@ -1,0 +1,73 @@
+//! `rlrig info`: what a PNG says of itself.
+
+use crate::{cli::Info, io::png, rig::trajectory::Trajectory, usage};
+use anyhow::{Context, Result};
+use std::io::Write;
+
+pub fn run(args: &Info) -> Result<()> {
+    let texts = png::read_texts(&args.file)?;
+    let out = &mut std::io::stdout();
+    let chunk = texts.iter().find(|(keyword, _)| keyword == png::CHUNK).map(|(_, text)| text);
+    if args.json {
+        let Some(text) = chunk else { usage!("{} carries no recipe of rlrig", args.file.display()) };
+        let value: serde_json::Value = serde_json::from_str(text).context("its recipe is damaged")?;
+        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        return Ok(());
+    }
+    match chunk.map(|text| Trajectory::from_json(text)) {
+        Some(Ok(trajectory)) => return show(out, &trajectory),
+        Some(Err(error)) if !texts.iter().any(|(keyword, _)| keyword == "parameters") => return Err(error),
+        _ => {}
+    }
+    if texts.is_empty() {
+        usage!("{} carries no text at all", args.file.display());
+    }
+    for (keyword, text) in texts.iter().filter(|(keyword, _)| keyword != png::CHUNK) {
+        writeln!(out, "{}: {}", printable(keyword), printable(text))?;
+    }
+    Ok(())
+}
+
+fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
+    let r = &t.recipe;
+    let source = |s: &crate::rig::trajectory::Source| match &s.revision {
+        Some(revision) => format!("{} at {revision}", s.name),
+        None => s.name.clone(),
+    };
+    let editor = r.inversion.as_ref().map_or(r.editor.clone(), |inversion| format!("{} ({inversion})", r.editor));
+    let mut lines = vec![
+        ("prompt", t.target.prompt.clone()),
+        ("result", format!("{}, round {} of {}", t.ending.words(), t.best + 1, t.turns.len())),
+        ("seed", r.seed.to_string()),
+        ("sampling", format!("{} steps, guidance {}, {}", r.steps, r.guidance, r.dtype)),
+        ("editor", editor),
+        ("loop", format!("at most {} rounds, accepted from {} on", r.rounds, r.accept)),
+        ("model", source(&r.model)),
+        ("vlm", source(&r.vlm)),
+        ("made by", format!("rlrig {}", t.rlrig)),
+    ];
+    lines.extend(r.adapters.iter().map(|adapter| ("adapter", adapter.clone())));
+    lines.extend(r.init_noise.iter().map(|hash| ("noise", format!("from a file, SHA-256 {hash}"))));
+    for (name, value) in lines {
+        writeln!(out, "{name:<9} {}", printable(&value))?;
+    }
+    for (i, turn) in t.turns.iter().enumerate() {
+        let score = turn.score.map_or(String::new(), |score| format!(", score {score:.3}"));
+        let best = if i == t.best { ", the result" } else { "" };
+        writeln!(out, "\nround {}{score}{best}", i + 1)?;
+        if let crate::rig::cycle::Action::Edit { source, instruction } = &turn.action {
+            writeln!(out, "  edit of round {}: {}", source + 1, printable(instruction))?;
+        }
+        for v in &turn.verdicts {
+            let why = if v.reflection.is_empty() { String::new() } else { format!(" ({})", v.reflection) };
+            let word = if v.yes { "yes" } else { "no " };
+            writeln!(out, "  {word} {:.2}  {}", v.p_yes, printable(&format!("{}{why}", v.claim)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Files come from anywhere, and a terminal obeys control characters.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}

@@ -1,0 +1,171 @@
+//! Where pictures go: names that can be foreseen, and nothing overwritten by accident.
+
+use crate::{io, rig::trajectory::Trajectory, usage};
+use anyhow::{Context, Result};
+use image::RgbImage;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The files of a run, checked before anything is computed.
+pub struct Output {
+    files: Vec<PathBuf>,
+    overwrite: bool,
+    metadata: bool,
+}
+
+impl Output {
+    /// A name for each of `seeds`: `out` itself if it is a PNG, else `out-NNNN-SEED.png` in the folder `out`, numbered on
+    /// from those that are there.
+    pub fn new(out: Option<&Path>, seeds: &[u64], overwrite: bool, metadata: bool) -> Result<Self> {
+        let png = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
+        let files = match out {
+            Some(file) if png(file) && !file.is_dir() => {
+                if seeds.len() != 1 {
+                    usage!(
+                        "--out {} is one file, but {} pictures are made: name a folder",
+                        file.display(),
+                        seeds.len()
+                    );
+                }
+                vec![file.to_owned()]
+            }
+            Some(file) if file.extension().is_some() && !file.is_dir() => {
+                usage!("--out {}: pictures are written as .png", file.display())
+            }
+            folder => {
+                let folder = folder.unwrap_or(Path::new("."));
+                make_folder(folder)?;
+                let first = if overwrite { 0 } else { next_number(folder) };
+                let name = |(i, seed): (usize, &u64)| format!("out-{:04}-{seed}.png", first + i);
+                seeds.iter().enumerate().map(name).map(|name| folder.join(name).components().collect()).collect()
+            }
+        };
+        for file in &files {
+            if !overwrite && file.exists() {
+                return Err(io::exists(file));
+            }
+        }
+        if let Some(folder) = files.first().and_then(|file| file.parent()) {
+            check_writable(folder)?;
+        }
+        Ok(Self { files, overwrite, metadata })
+    }
+
+    /// Writes picture `i` with its recipe.
+    pub fn write(&self, i: usize, image: &RgbImage, trajectory: &Trajectory) -> Result<&Path> {
+        let timeless = trajectory.timeless();
+        self.write_with(i, image, &timeless.parameters(image.dimensions()), &timeless.to_json()?)
+    }
+
+    /// Writes picture `i` with the texts for others and for rlrig.
+    pub fn write_with(&self, i: usize, image: &RgbImage, parameters: &str, own: &str) -> Result<&Path> {
+        let texts = [("parameters", parameters), (io::png::CHUNK, own)];
+        let texts = texts.map(|(keyword, text)| (keyword.to_owned(), text.to_owned()));
+        io::png::write(&self.files[i], image, if self.metadata { &texts } else { &[] }, self.overwrite)?;
+        Ok(&self.files[i])
+    }
+}
+
+/// Folders that keep every turn.
+pub struct Turns {
+    folders: Vec<PathBuf>,
+}
+
+impl Turns {
+    /// `folder` for one picture, a folder in it for each of several.
+    pub fn new(folder: &Path, seeds: &[u64], overwrite: bool) -> Result<Self> {
+        let full = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
+        if full && !overwrite {
+            usage!("--trajectory {} is not empty; choose another folder or give --force", folder.display());
+        }
+        let name = |(i, seed): (usize, &u64)| folder.join(format!("{i:04}-{seed}"));
+        let folders: Vec<PathBuf> = match seeds {
+            [_] => vec![folder.to_owned()],
+            _ => seeds.iter().enumerate().map(name).collect(),
+        };
+        make_folder(folder)?;
+        check_writable(folder)?;
+        Ok(Self { folders })
+    }
+
+    /// Writes the turns of picture `i`: pictures, `trajectory.json`, `sheet.png` and `index.html`.
+    pub fn write(&self, i: usize, trajectory: &Trajectory, pictures: &[&RgbImage]) -> Result<&Path> {
+        let folder = &self.folders[i];
+        make_folder(folder)?;
+        let mut document = trajectory.clone();
+        for (i, (turn, picture)) in document.turns.iter_mut().zip(pictures).enumerate() {
+            let name = format!("turn-{}.png", i + 1);
+            io::png::write(&folder.join(&name), picture, &[], true)?;
+            turn.image = Some(name);
+        }
+        let mut json = serde_json::to_vec_pretty(&document)?;
+        json.push(b'\n');
+        io::write_file(&folder.join("trajectory.json"), &json, true)?;
+        let story = document.story(pictures);
+        io::png::write(&folder.join("sheet.png"), &io::sheet::sheet(&story), &[], true)?;
+        io::write_file(&folder.join("index.html"), io::html::page(&story)?.as_bytes(), true)?;
+        Ok(folder)
+    }
+}
+
+fn make_folder(folder: &Path) -> Result<()> {
+    if folder.exists() && !folder.is_dir() {
+        usage!("{} is a file, not a folder", folder.display());
+    }
+    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))
+}
+
+/// Finds out now rather than after the work whether `folder` can be written to.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    if !folder.is_dir() {
+        usage!("there is no folder {}", folder.display());
+    }
+    tempfile::Builder::new()
+        .prefix(".rlrig-")
+        .tempfile_in(folder)
+        .map(drop)
+        .with_context(|| format!("cannot write to {}", folder.display()))
+}
+
+/// One more than the highest number of an `out-NNNN-..png` in `folder`.
+fn next_number(folder: &Path) -> usize {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        name.strip_prefix("out-")?.strip_suffix(".png")?.split('-').next()?.parse::<usize>().ok()
+    };
+    entries.filter_map(number).max().map_or(0, |n| n.saturating_add(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_go_on_from_those_that_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = Output::new(Some(dir.path()), &[7, 8], false, true).unwrap();
+        assert!(output.files[0].ends_with("out-0000-7.png") && output.files[1].ends_with("out-0001-8.png"));
+        fs::write(dir.path().join("out-0004-3.png"), "").unwrap();
+        fs::write(dir.path().join("out-x-3.png"), "").unwrap();
+        assert!(Output::new(Some(dir.path()), &[7], false, true).unwrap().files[0].ends_with("out-0005-7.png"));
+        assert!(Output::new(Some(dir.path()), &[7], true, true).unwrap().files[0].ends_with("out-0000-7.png"));
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_known_before_the_work() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |out: &str, seeds: &[u64]| {
+            Output::new(Some(&dir.path().join(out)), seeds, false, true).err().unwrap().to_string()
+        };
+        fs::write(dir.path().join("there.png"), "").unwrap();
+        assert!(error("there.png", &[1]).contains("--force"));
+        assert!(error("new.png", &[1, 2]).contains("name a folder"));
+        assert!(error("new.jpg", &[1]).contains(".png"));
+        assert!(error("no/such/new.png", &[1]).contains("there is no folder"));
+        assert!(error("there.png/x", &[1]).contains("cannot make the folder"));
+    }
+}

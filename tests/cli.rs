@@ -1,0 +1,223 @@
+//! The commands from end to end, with untrained models: the pictures are noise, everything else is as with trained ones.
+
+#![allow(clippy::unwrap_used)]
+
+mod rlrig;
+
+use self::rlrig::{PROMPT, Rig, stderr};
+use ::rlrig::{io::png, rig::trajectory::Trajectory};
+use serde_json::Value;
+use std::fs;
+
+fn recipe(rig: &Rig, file: &str) -> Trajectory {
+    let texts = png::read_texts(&rig.path(file)).unwrap();
+    let (_, text) = texts.iter().find(|(keyword, _)| keyword == "rlrig").unwrap();
+    Trajectory::from_json(text).unwrap()
+}
+
+#[test]
+fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
+    let rig = Rig::new();
+    let args = ["--prompt", PROMPT, "--seed", "7", "--rounds", "3", "--accept", "1", "--out", "a.png"];
+    let said = rig.run("generate", &[&args[..], &["--trajectory", "turns"]].concat());
+    assert!(said.status.success(), "{}", stderr(&said));
+    assert_eq!(String::from_utf8_lossy(&said.stdout), "a.png\n");
+    for part in ["round 1: score", "small red ball left of large blue cube", "edit: ", "round 3", "index.html"] {
+        assert!(stderr(&said).contains(part), "{part:?} is not in {}", stderr(&said));
+    }
+    let trajectory = recipe(&rig, "a.png");
+    assert_eq!((trajectory.recipe.seed, trajectory.recipe.steps, trajectory.turns.len()), (7, 2, 3));
+    assert_eq!(trajectory.target.claims.len(), 3);
+
+    // The same call, one thread, and a replay give the same file.
+    let bytes = fs::read(rig.path("a.png")).unwrap();
+    let mut alone = rig.command(&["generate", "--model", "klein", "--vlm", "vlm", "--steps", "2"]);
+    alone.args(&args[..args.len() - 1]).arg("b.png").env("RAYON_NUM_THREADS", "1");
+    assert!(alone.output().unwrap().status.success());
+    assert_eq!(fs::read(rig.path("b.png")).unwrap(), bytes, "one thread");
+    let replay = rig.command(&["generate", "--from", "a.png", "--out", "c.png", "-q"]).output().unwrap();
+    assert!(replay.status.success() && replay.stderr.is_empty(), "{}", stderr(&replay));
+    assert_eq!(fs::read(rig.path("c.png")).unwrap(), bytes, "replay");
+    // A flag beside --from wins.
+    let other = rig.command(&["generate", "--from", "a.png", "--seed", "8", "--out", "d.png"]).output().unwrap();
+    assert!(other.status.success());
+    assert_eq!((recipe(&rig, "d.png").recipe.seed, recipe(&rig, "d.png").recipe.rounds), (8, 3));
+
+    // The folder of turns.
+    let document: Value = serde_json::from_slice(&fs::read(rig.path("turns/trajectory.json")).unwrap()).unwrap();
+    assert_eq!(document["turns"][2]["image"], "turn-3.png");
+    assert!(document["turns"][0]["seconds"]["paint"].as_f64().unwrap() > 0.0);
+    let best = png::read(&rig.path(&format!("turns/turn-{}.png", trajectory.best + 1))).unwrap();
+    assert_eq!(png::read(&rig.path("a.png")).unwrap(), best);
+    assert!(png::read(&rig.path("turns/sheet.png")).unwrap().width() > 800);
+    assert!(fs::read_to_string(rig.path("turns/index.html")).unwrap().contains(PROMPT));
+
+    let info = rig.command(&["info", "a.png"]).output().unwrap();
+    let info = String::from_utf8(info.stdout).unwrap();
+    for part in [PROMPT, "seed      7", "round 3", "left of large blue cube"] {
+        assert!(info.contains(part), "{part:?} is not in {info}");
+    }
+    let info = rig.command(&["info", "a.png", "--json"]).output().unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&info.stdout).unwrap()["recipe"]["seed"], 7);
+}
+
+#[test]
+fn many_prompts_give_one_line_each_and_the_same_pictures_in_any_batch() {
+    let rig = Rig::new();
+    let prompts = "a red ball above a blue cube\n\n  a green ring\n";
+    let many = |out: &str, batch: &str| {
+        let mut command =
+            rig.command(&["generate", "--model", "klein", "--vlm", "vlm", "--steps", "2", "--json", "-q"]);
+        command.args(["--prompt", "-", "--seed", "5", "-n", "2", "--rounds", "2", "--out", out, "--batch", batch]);
+        let output = command.write_stdin(prompts).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        lines.sort_by_key(|line| line["file"].as_str().unwrap().to_owned());
+        lines
+    };
+    let (wide, narrow) = (many("wide", "8"), many("narrow", "1"));
+    let files: Vec<&str> = wide.iter().map(|line| line["file"].as_str().unwrap()).collect();
+    let names = ["out-0000-5.png", "out-0001-6.png", "out-0002-5.png", "out-0003-6.png"];
+    assert_eq!(files, names.map(|name| format!("wide/{name}")));
+    assert_eq!(wide[2]["target"]["prompt"], "a green ring");
+    for (wide, narrow) in wide.iter().zip(&narrow) {
+        let read = |line: &Value| fs::read(rig.path(line["file"].as_str().unwrap())).unwrap();
+        assert!(read(wide) == read(narrow), "{} and {} differ", wide["file"], narrow["file"]);
+    }
+    fs::write(rig.path("prompts.txt"), prompts).unwrap();
+    let lines =
+        rig.json("generate", &["--prompt-file", "prompts.txt", "--rounds", "1", "--seed", "5", "--out", "more"]);
+    assert_eq!(lines.len(), 2);
+    // Names go on from those that are there.
+    rig.good("generate", &["--prompt", "a green ring", "--rounds", "1", "--seed", "5", "--out", "more"]);
+    assert!(rig.path("more/out-0002-5.png").exists());
+}
+
+#[test]
+fn noise_is_saved_and_begun_with() {
+    let rig = Rig::new();
+    let args = ["--prompt", "a green ring", "--rounds", "1"];
+    let with = |more: &[&str]| drop(rig.good("generate", &[&args[..], more].concat()));
+    with(&["--seed", "3", "--out", "a.png", "--save-noise", "noise.safetensors"]);
+    with(&["--seed", "4", "--out", "b.png", "--init-noise", "noise.safetensors"]);
+    with(&["--seed", "4", "--out", "c.png"]);
+    let pixels = |name: &str| png::read(&rig.path(name)).unwrap();
+    assert!(pixels("a.png") == pixels("b.png") && pixels("b.png") != pixels("c.png"));
+    assert_eq!(recipe(&rig, "b.png").recipe.init_noise.unwrap().len(), 64);
+    let output = rig.command(&["generate", "--from", "b.png", "--out", "d.png"]).output().unwrap();
+    rlrig::refuses(&output, 2, "give it with --init-noise", "a replay without its noise");
+}
+
+#[test]
+fn scene_graphs_and_free_words_are_drawn() {
+    let rig = Rig::new();
+    let record = serde_json::json!([{
+        "img_id": "1", "name": "1.jpg", "caption_ori": "x", "score": "6.5", "url": "",
+        "items": [{ "item_id": 4, "label": "ball", "attributes": ["red"], "global_item_id": 1 },
+                  { "item_id": 9, "label": "giraffe", "attributes": [], "global_item_id": 2 }],
+        "relations": [{ "triple_id": 0, "item1": 9, "relation": "chasing", "item2": 4, "global_relation_id": 3 }]
+    }]);
+    fs::write(rig.path("graph.json"), record.to_string()).unwrap();
+    let line = rig.json("generate", &["--graph", "graph.json", "--rounds", "1", "--out", "a.png"]).remove(0);
+    assert_eq!(line["target"]["prompt"], "giraffe chasing red ball");
+    assert_eq!(line["turns"][0]["verdicts"].as_array().unwrap().len(), 3);
+
+    let output = rig.run("generate", &["--prompt", "misty morning, melancholy", "--rounds", "1", "--out", "b.png"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("misty morning, melancholy"), "{}", stderr(&output));
+}
+
+#[test]
+fn every_editor_edits() {
+    let rig = Rig::new();
+    rig.good("generate", &["--prompt", PROMPT, "--seed", "1", "--rounds", "1", "--out", "source.png"]);
+    let source = png::read(&rig.path("source.png")).unwrap();
+    let methods: [&[&str]; 5] = [
+        &["--editor", "reference"],
+        &["--editor", "inversion"],
+        &["--editor", "inversion", "--inversion", "rf-solver"],
+        &["--editor", "inversion", "--inversion", "fireflow"],
+        &["--editor", "flowedit"],
+    ];
+    let mut edited = vec![source];
+    for (i, method) in methods.into_iter().enumerate() {
+        let out = format!("{i}.png");
+        let args = ["--image", "source.png", "--instruction", "move the red ball", "--seed", "1", "--out", &out];
+        let line = rig.json("edit", &[&args[..], method].concat()).remove(0);
+        assert_eq!((line["file"].as_str(), line["seed"].as_u64()), (Some(out.as_str()), Some(1)));
+        let picture = png::read(&rig.path(&out)).unwrap();
+        assert!(edited.iter().all(|other| *other != picture), "{method:?} changes nothing of its own");
+        edited.push(picture);
+        let looped = format!("loop-{i}.png");
+        let args = ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--accept", "1", "--out", &looped];
+        rig.good("generate", &[&args[..], method].concat());
+        assert_eq!(recipe(&rig, &looped).turns.len(), 2);
+    }
+    let info = rig.command(&["info", "0.png"]).output().unwrap();
+    assert!(String::from_utf8(info.stdout).unwrap().contains("move the red ball"));
+}
+
+#[test]
+fn check_gives_a_verdict_for_every_claim() {
+    let rig = Rig::new();
+    image::RgbImage::from_pixel(50, 40, image::Rgb([200, 30, 30])).save(rig.path("photo.jpg")).unwrap();
+    let result = rig.json("check", &["--image", "photo.jpg", "--prompt", PROMPT]).remove(0);
+    let verdicts = result["verdicts"].as_array().unwrap();
+    assert_eq!(verdicts.len(), 3);
+    for verdict in verdicts {
+        let p = verdict["p_yes"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&p) && verdict["yes"].as_bool() == Some(p >= 0.5));
+    }
+    let text = rig.good("check", &["--image", "photo.jpg", "--prompt", PROMPT, "--accept", "1"]);
+    assert_eq!(text.lines().count(), 4);
+    assert!(text.contains("small red ball left of large blue cube") && text.ends_with("does not pass\n"));
+}
+
+#[test]
+fn an_adapter_changes_the_picture_by_its_strength() {
+    let rig = Rig::new();
+    fs::create_dir(rig.path("lora")).unwrap();
+    fs::write(rig.path("lora/adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
+    let ones = |n: usize, m: usize| candle_core::Tensor::full(0.1f32, (n, m), &candle_core::Device::Cpu).unwrap();
+    let layer = "base_model.model.transformer_blocks.0.attn.to_q";
+    let tensors = std::collections::HashMap::from([
+        (format!("{layer}.lora_A.weight"), ones(1, 32)),
+        (format!("{layer}.lora_B.weight"), ones(32, 1)),
+    ]);
+    candle_core::safetensors::save(&tensors, rig.path("lora/adapter_model.safetensors")).unwrap();
+    let draw = |out: &str, more: &[&str]| {
+        let args = ["--prompt", "a green ring", "--seed", "1", "--rounds", "1", "--out", out];
+        rig.good("generate", &[&args[..], more].concat());
+        png::read(&rig.path(out)).unwrap()
+    };
+    let (plain, full) = (draw("a.png", &[]), draw("b.png", &["--adapter", "lora"]));
+    assert!(plain != full);
+    assert!(draw("c.png", &["--adapter", "lora:0"]) == plain);
+    assert!(draw("d.png", &["--adapter", "lora:1.0"]) == full);
+}
+
+#[test]
+fn the_small_commands_answer_without_models() {
+    let rig = Rig::new();
+    let run = |args: &[&str]| {
+        let output = rig.command(args).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(run(&["completions", shell]).contains("rlrig"), "{shell}");
+    }
+    let doctor: Value = serde_json::from_str(&run(&["doctor", "--json"])).unwrap();
+    assert_eq!(doctor["devices"][0]["name"], "cpu");
+    assert_eq!(doctor["cache"].as_str(), rig.path("hf/hub").to_str());
+    assert!(doctor["offline"].as_bool().unwrap() && doctor["threads"].as_u64().unwrap() > 0);
+    assert!(run(&["doctor"]).contains("rlrig "));
+    fs::create_dir_all(rig.path("hf/hub/models--org--tiny")).unwrap();
+    let models: Value = serde_json::from_str(&run(&["models", "--json"])).unwrap();
+    assert_eq!(models["cache"]["models"][0], "org/tiny");
+    assert!(run(&["models"]).contains("org/tiny"));
+    for command in ["generate", "edit", "check"] {
+        assert!(run(&[command, "--help"]).contains("Example"), "{command}");
+    }
+}

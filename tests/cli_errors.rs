@@ -1,0 +1,332 @@
+//! What is wrong with a call or a file is said in one line, with exit code 2 for the one and 1 for the other; nothing
+//! panics, and nothing half-written stays.
+
+#![allow(clippy::unwrap_used)]
+
+mod rlrig;
+
+use self::rlrig::{PROMPT, Rig, refuses, stderr};
+use ::rlrig::{
+    io::png,
+    rig::{cycle::Ending, trajectory::Trajectory},
+};
+use candle_core::{Device, Tensor};
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+#[test]
+fn prompts_that_nothing_can_be_drawn_of() {
+    let rig = Rig::new();
+    // The built-in models know the tabletop world alone, so these calls name no model.
+    let refused = |expected: &str, args: &[&str]| {
+        let output = rig.command(&[&["generate"], args].concat()).output().unwrap();
+        refuses(&output, 2, expected, &format!("{args:?}"));
+    };
+    refused("the prompt is empty", &["--prompt", ""]);
+    refused("the prompt is empty", &["--prompt", " \t "]);
+    refused("the prompt has 100001 characters", &["--prompt", &"a".repeat(100_001)]);
+    refused("unknown shape \"giraffe\"", &["--prompt", "a red giraffe left of a blue cube"]);
+    refused("did you mean \"cube\"?", &["--prompt", "a red cubbe"]);
+    refused(
+        "no picture can show this",
+        &["--prompt", "a red ball is left of a blue cube; the blue cube is left of the red ball"],
+    );
+    refused("say what to draw", &[]);
+    refused("cannot be used with", &["--prompt", "a red ball", "--prompt-file", "x"]);
+    fs::write(rig.path("empty.txt"), "\n \n").unwrap();
+    refused("there are no prompts", &["--prompt-file", "empty.txt"]);
+    fs::write(rig.path("graph.json"), r#"{"objects": [], "relations": []}"#).unwrap();
+    refused("nothing to draw", &["--graph", "graph.json"]);
+    fs::write(
+        rig.path("graph.json"),
+        r#"{"objects": [{"label": "x"}], "relations": [{"subject": 0, "predicate": "on", "object": 7}]}"#,
+    )
+    .unwrap();
+    refused("object 7 of 1", &["--graph", "graph.json"]);
+    fs::write(rig.path("graph.json"), "[[[[").unwrap();
+    refused("neither a LAION-SG record", &["--graph", "graph.json"]);
+    fs::write(rig.path("bytes.txt"), b"\xff\xfe\x00").unwrap();
+    let output = rig.command(&["generate", "--prompt-file", "bytes.txt"]).output().unwrap();
+    refuses(&output, 1, "no UTF-8", "bytes");
+    assert_eq!(rig.names(), ["bytes.txt", "empty.txt", "graph.json"]);
+}
+
+#[test]
+fn numbers_out_of_range() {
+    let rig = Rig::new();
+    let bad = |expected: &str, args: &[&str]| rig.bad(2, expected, "generate", &[&["--prompt", PROMPT], args].concat());
+    bad("18446744073709551616", &["--seed", "18446744073709551616"]);
+    bad("invalid value", &["--seed=-1"]);
+    bad("invalid value", &["--seed", "seven"]);
+    bad("there are not 2 seeds", &["--seed", "18446744073709551615", "-n", "2"]);
+    bad("given twice", &["--seed", "1", "1"]);
+    bad("-n asks for 1", &["--seed", "1", "2", "-n", "1"]);
+    bad("-n is 1 to", &["-n", "0"]);
+    bad("--rounds is 1 to 100", &["--rounds", "0"]);
+    bad("--accept is a probability", &["--accept", "1.5"]);
+    bad("--accept is a probability", &["--accept", "nan"]);
+    bad("--guidance is 0 to 100", &["--guidance", "nan"]);
+    bad("--guidance is 0 to 100", &["--guidance=-3"]);
+    let output = rig.command(&["generate", "--prompt", PROMPT, "--steps", "0"]).output().unwrap();
+    refuses(&output, 2, "--steps is 1 to 1000", "no steps");
+    let output = rig.command(&["generate", "--prompt", PROMPT, "--device", "abacus"]).output().unwrap();
+    refuses(&output, 2, "invalid value 'abacus'", "no such device");
+}
+
+#[test]
+fn outputs_that_cannot_be_written() {
+    let rig = Rig::new();
+    let bad = |code: i32, expected: &str, args: &[&str]| {
+        rig.bad(code, expected, "generate", &[&["--prompt", PROMPT, "--seed", "1", "--rounds", "1"], args].concat());
+    };
+    fs::write(rig.path("there.png"), "mine").unwrap();
+    bad(2, "there.png exists", &["--out", "there.png"]);
+    assert_eq!(fs::read(rig.path("there.png")).unwrap(), b"mine");
+    bad(2, "there is no folder", &["--out", "no/such/a.png"]);
+    bad(2, "pictures are written as .png", &["--out", "a.jpg"]);
+    bad(2, "name a folder", &["--out", "a.png", "-n", "2"]);
+    bad(1, "cannot make the folder", &["--out", "there.png/below"]);
+    if Path::new("/proc/version").exists() {
+        bad(1, "cannot write to /proc", &["--out", "/proc/a.png"]);
+    }
+    fs::create_dir(rig.path("turns")).unwrap();
+    fs::write(rig.path("turns/mine.txt"), "mine").unwrap();
+    bad(2, "is not empty", &["--out", "a.png", "--trajectory", "turns"]);
+    bad(2, "there.png exists", &["--out", "a.png", "--save-noise", "there.png"]);
+    assert_eq!(rig.names(), ["there.png", "turns"]);
+    rig.good("generate", &["--prompt", PROMPT, "--seed", "1", "--rounds", "1", "--out", "there.png", "--force"]);
+    assert!(png::read(&rig.path("there.png")).is_ok());
+}
+
+#[test]
+fn pictures_that_are_none() {
+    let rig = Rig::new();
+    let whole = png::encode(&image::RgbImage::new(64, 64), &[]).unwrap();
+    fs::write(rig.path("cut.png"), &whole[..whole.len() / 2]).unwrap();
+    fs::write(rig.path("text.png"), "not a picture").unwrap();
+    fs::write(rig.path("empty.png"), "").unwrap();
+    png::write(&rig.path("plain.png"), &image::RgbImage::new(64, 64), &[], false).unwrap();
+    png::write(&rig.path("sliver.png"), &image::RgbImage::new(1, 4000), &[], false).unwrap();
+    for (expected, name) in [
+        ("cut.png is no whole picture", "cut.png"),
+        ("neither PNG nor JPEG nor WebP", "text.png"),
+        ("neither PNG nor JPEG nor WebP", "empty.png"),
+        ("cannot read none.png", "none.png"),
+        ("too narrow", "sliver.png"),
+    ] {
+        rig.bad(1, expected, "check", &["--image", name, "--prompt", PROMPT]);
+    }
+    rig.bad(1, "cut.png is no whole picture", "edit", &["--image", "cut.png", "--instruction", "x", "--out", "e.png"]);
+    rig.bad(
+        2,
+        "a picture of this model has sides",
+        "edit",
+        &["--image", "sliver.png", "--instruction", "x", "--out", "e.png"],
+    );
+    rig.bad(2, "the instruction is empty", "edit", &["--image", "plain.png", "--instruction", " ", "--out", "e.png"]);
+    let small = |args: &[&str], code: i32, expected: &str| {
+        refuses(&rig.command(args).output().unwrap(), code, expected, &format!("{args:?}"));
+    };
+    small(&["info", "plain.png"], 2, "carries no text");
+    small(&["info", "plain.png", "--json"], 2, "carries no recipe");
+    small(&["info", "cut.png"], 1, "is no whole PNG");
+    small(&["info", "text.png"], 1, "is no PNG");
+    small(&["generate", "--from", "plain.png"], 2, "carries no recipe");
+    let texts = [("rlrig".to_owned(), r#"{"version": 99}"#.to_owned())];
+    png::write(&rig.path("newer.png"), &image::RgbImage::new(8, 8), &texts, false).unwrap();
+    small(&["generate", "--from", "newer.png"], 1, "use a newer one");
+    small(&["info", "newer.png"], 1, "use a newer one");
+}
+
+/// Rewrites the JSON file `name` of a model.
+fn bend(rig: &Rig, name: &str, edit: impl Fn(&mut serde_json::Value)) {
+    let mut value = serde_json::from_slice(&fs::read(rig.path(name)).unwrap()).unwrap();
+    edit(&mut value);
+    fs::write(rig.path(name), value.to_string()).unwrap();
+}
+
+const DRAW: [&str; 8] = ["--prompt", PROMPT, "--seed", "1", "--rounds", "1", "--out", "a.png"];
+
+#[test]
+fn model_folders_that_are_broken() {
+    let weights = "klein/transformer/diffusion_pytorch_model.safetensors";
+    type Break = Box<dyn Fn(&Rig)>;
+    let write = |name: &'static str, bytes: Vec<u8>| -> Break {
+        Box::new(move |rig| fs::write(rig.path(name), &bytes).unwrap())
+    };
+    let remove = |name: &'static str| -> Break { Box::new(move |rig| fs::remove_file(rig.path(name)).unwrap()) };
+    let set = |name: &'static str, path: &'static str, to: serde_json::Value| -> Break {
+        Box::new(move |rig| bend(rig, name, |v| *v.pointer_mut(path).unwrap() = to.clone()))
+    };
+    let header = |length: u64, json: &str| [&length.to_le_bytes()[..], json.as_bytes()].concat();
+    let huge = r#"{"x": {"dtype": "F32", "shape": [1099511627776, 4096], "data_offsets": [0, 18014398509481984]}}"#;
+    let cases: Vec<(&str, Break)> = vec![
+        ("transformer", remove(weights)),
+        (
+            "safetensors",
+            Box::new(move |rig| {
+                let bytes = fs::read(rig.path(weights)).unwrap();
+                fs::write(rig.path(weights), &bytes[..bytes.len() - 100]).unwrap();
+            }),
+        ),
+        ("safetensors", write(weights, header(1 << 60, "{}"))),
+        ("safetensors", write(weights, header(huge.len() as u64, huge))),
+        ("safetensors", write(weights, Vec::new())),
+        ("model_index.json", remove("klein/model_index.json")),
+        ("model_index.json", write("klein/model_index.json", b"{".to_vec())),
+        ("only Flux2KleinPipeline", set("klein/model_index.json", "/_class_name", "OtherPipeline".into())),
+        ("transformer", set("klein/transformer/config.json", "/num_layers", 1_000_000_000_000u64.into())),
+        ("transformer", set("klein/transformer/config.json", "/num_attention_heads", 1_000_000_000u64.into())),
+        ("transformer", set("klein/transformer/config.json", "/in_channels", 0.into())),
+        ("vae", set("klein/vae/config.json", "/block_out_channels/0", 1_000_000_000u64.into())),
+        ("vae", set("klein/vae/config.json", "/norm_num_groups", 0.into())),
+        ("text_encoder", set("klein/text_encoder/config.json", "/hidden_size", 1_000_000_000u64.into())),
+        ("", set("klein/text_encoder/config.json", "/prompt_embedding/max_length", 1_000_000_000_000u64.into())),
+        ("", set("klein/text_encoder/config.json", "/prompt_embedding/layers/0", 99.into())),
+        ("tokenizer.json", write("klein/tokenizer/tokenizer.json", b"{}".to_vec())),
+        ("vlm", remove("vlm/config.json")),
+        ("vlm", set("vlm/config.json", "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
+        ("vlm", set("vlm/config.json", "/vision_config/patch_size", 0.into())),
+        ("vlm", set("vlm/config.json", "/vision_config/num_heads", 0.into())),
+        ("vlm", set("vlm/preprocessor_config.json", "/patch_size", 0.into())),
+        ("vlm", write("vlm/model.safetensors", header(8, "{\"a\": 1}"))),
+    ];
+    for (i, (expected, break_it)) in cases.into_iter().enumerate() {
+        let rig = Rig::new();
+        break_it(&rig);
+        let output = rig.run("generate", &DRAW);
+        assert!(matches!(output.status.code(), Some(1 | 2)), "case {i}: {:?} {}", output.status, stderr(&output));
+        let said = stderr(&output);
+        assert!(said.contains("error: ") && said.contains(expected) && !said.contains("panicked"), "case {i}: {said}");
+        assert!(rig.names().is_empty(), "case {i} leaves {:?}", rig.names());
+    }
+}
+
+#[test]
+fn names_of_models_that_are_none() {
+    let rig = Rig::new();
+    let bad = |code: i32, expected: &str, model: &str| {
+        let args = ["generate", "--prompt", PROMPT, "--model", model, "--vlm", "vlm", "--out", "a.png"];
+        refuses(&rig.command(&args).output().unwrap(), code, expected, model);
+    };
+    bad(2, "neither a folder nor a hub id", "./none");
+    bad(2, "neither a folder nor a hub id", "a/b/c");
+    bad(1, "HF_HUB_OFFLINE", "org/model");
+    bad(1, "model_index.json", "vlm");
+    rig.bad(2, "there is no folder none", "generate", &[&DRAW[..], &["--adapter", "none:0.5"]].concat());
+    fs::create_dir(rig.path("lora")).unwrap();
+    rig.bad(1, "adapter_config.json", "generate", &[&DRAW[..], &["--adapter", "lora"]].concat());
+}
+
+#[test]
+fn weights_that_are_no_numbers() {
+    for (file, expected) in [
+        ("klein/transformer/diffusion_pytorch_model.safetensors", "not finite"),
+        ("klein/text_encoder/model.safetensors", "not finite"),
+        ("klein/vae/diffusion_pytorch_model.safetensors", "not finite"),
+        ("vlm/model.safetensors", "not finite"),
+    ] {
+        let rig = Rig::new();
+        let tensors = candle_core::safetensors::load(rig.path(file), &Device::Cpu).unwrap();
+        let broken: std::collections::HashMap<String, Tensor> = tensors
+            .into_iter()
+            .map(|(name, t)| {
+                let nan = if t.dtype().is_float() && t.rank() > 1 { t.affine(f64::NAN, 0.0).unwrap() } else { t };
+                (name, nan)
+            })
+            .collect();
+        candle_core::safetensors::save(&broken, rig.path(file)).unwrap();
+        rig.bad(1, expected, "generate", &DRAW);
+        assert!(rig.names().is_empty(), "{file} leaves {:?}", rig.names());
+    }
+}
+
+#[test]
+fn noise_that_does_not_fit() {
+    let rig = Rig::new();
+    let bad = |code: i32, expected: &str| {
+        rig.bad(code, expected, "generate", &[&DRAW[..], &["--init-noise", "n.safetensors"]].concat());
+    };
+    bad(1, "cannot read n.safetensors");
+    fs::write(rig.path("n.safetensors"), (1u64 << 60).to_le_bytes()).unwrap();
+    bad(1, "no whole safetensors file");
+    let save = |name: &str, tensor: Tensor| {
+        let tensors = std::collections::HashMap::from([(name.to_owned(), tensor)]);
+        candle_core::safetensors::save(&tensors, rig.path("n.safetensors")).unwrap();
+    };
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    save("latents", zeros(&[1]));
+    bad(1, "no tensor named noise");
+    save("noise", zeros(&[1, 3, 2, 2]));
+    bad(2, "noise for pictures");
+    save("noise", zeros(&[3, 16, 2, 2]));
+    bad(2, "noise for 3 pictures");
+    save("noise", zeros(&[1, 16, 2, 2]).affine(f64::NAN, f64::NAN).unwrap());
+    bad(2, "not finite");
+}
+
+/// Starts a loop of many rounds, interrupts it as soon as stderr says `when`, and gives its exit code and last words.
+#[cfg(unix)]
+fn interrupted(rig: &Rig, steps: &str, when: &str) -> (Option<i32>, String) {
+    let mut child = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"))
+        .current_dir(rig.dir.path())
+        .args(["generate", "--model", "klein", "--vlm", "vlm", "--prompt", PROMPT, "--seed", "1", "--rounds", "100"])
+        .args(["--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns"])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.contains(when) {
+        assert!(lines.read_line(&mut said).unwrap() > 0, "it ended early: {said}");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    lines.read_to_string(&mut said).unwrap();
+    (child.wait().unwrap().code(), said)
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_keeps_the_best_so_far() {
+    let rig = Rig::new();
+    let (code, said) = interrupted(&rig, "2", "round 2");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("interrupted; 1 of 1 pictures are kept"), "{said}");
+    let texts = png::read_texts(&rig.path("a.png")).unwrap();
+    let trajectory = Trajectory::from_json(&texts[1].1).unwrap();
+    assert_eq!(trajectory.ending, Ending::Cancelled);
+    assert!((2..100).contains(&trajectory.turns.len()));
+    assert!(rig.path("turns/index.html").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_in_the_middle_of_an_edit_keeps_the_rounds_before_it() {
+    let rig = Rig::new();
+    let (code, said) = interrupted(&rig, "1000", "edit: ");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("1 of 1 pictures are kept") && !said.contains("round 2"), "{said}");
+    assert!(png::read(&rig.path("a.png")).is_ok());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let rig = Rig::new();
+    let mut child = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"))
+        .current_dir(rig.dir.path())
+        .args(["completions", "bash"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
+    std::io::stdout().flush().unwrap();
+}
