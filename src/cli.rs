@@ -29,6 +29,8 @@ pub enum Command {
     Edit(Edit),
     /// Check whether a picture shows what a prompt asks for
     Check(Check),
+    /// Measure the loop, or single edits, on held-out scenes of the tabletop world, judged by its pixel oracle
+    Eval(Eval),
     /// Train a model
     #[command(subcommand)]
     Train(Train),
@@ -267,6 +269,56 @@ pub struct Check {
     /// A claim holds from this probability on
     #[arg(long, value_name = "P", default_value_t = 0.5)]
     pub accept: f64,
+    #[command(flatten)]
+    pub models: ModelArgs,
+    #[command(flatten)]
+    pub print: Print,
+}
+
+const EVAL_EXAMPLES: &str = "\
+Examples:
+  rlrig eval --split test --count 500 --out eval-test/
+  rlrig eval --split test-unseen --count 500 --rounds 1
+  rlrig eval --edits --count 500";
+
+#[derive(Args, Debug)]
+#[command(after_help = EVAL_EXAMPLES)]
+pub struct Eval {
+    /// Which split of the world
+    #[arg(long, value_name = "NAME", default_value = "test")]
+    pub split: String,
+    /// How many prompts, or edits
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    pub count: usize,
+    /// The same seed gives the same prompts and the same noise
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Scenes with at least this many objects
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub objects: usize,
+    /// Single edits of renders instead of the loop
+    #[arg(long)]
+    pub edits: bool,
+    /// Rounds at most
+    #[arg(long, value_name = "R", default_value_t = 4)]
+    pub rounds: usize,
+    /// Accept a picture when the Checker gives every claim at least this probability
+    #[arg(long, value_name = "P", default_value_t = 0.5)]
+    pub accept: f64,
+    /// How pictures are edited
+    #[arg(long, value_enum, value_name = "E", default_value_t)]
+    pub editor: EditorKind,
+    /// How a picture is inverted to noise, with --editor inversion
+    #[arg(long, value_enum, value_name = "I", default_value_t)]
+    pub inversion: Inversion,
+    /// Prompts that are worked on at once
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub batch: usize,
+    /// A new or empty folder for results.json and samples.jsonl
+    #[arg(short, long, value_name = "DIR", help_heading = "Output")]
+    pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub sampling: Sampling,
     #[command(flatten)]
     pub models: ModelArgs,
     #[command(flatten)]

@@ -183,7 +183,7 @@ fn model_folders_that_are_broken() {
         ("transformer", set("klein/transformer/config.json", "/num_attention_heads", 1_000_000_000u64.into())),
         ("transformer", set("klein/transformer/config.json", "/in_channels", 0.into())),
         ("vae", set("klein/vae/config.json", "/block_out_channels/0", 1_000_000_000u64.into())),
-        ("vae", set("klein/vae/config.json", "/norm_num_groups", 0.into())),
+        ("norm_num_groups", set("klein/vae/config.json", "/norm_num_groups", 0.into())),
         ("text_encoder", set("klein/text_encoder/config.json", "/hidden_size", 1_000_000_000u64.into())),
         ("", set("klein/text_encoder/config.json", "/prompt_embedding/max_length", 1_000_000_000_000u64.into())),
         ("", set("klein/text_encoder/config.json", "/prompt_embedding/layers/0", 99.into())),
@@ -216,7 +216,7 @@ fn names_of_models_that_are_none() {
     bad(2, "neither a folder nor a hub id", "./none");
     bad(2, "neither a folder nor a hub id", "a/b/c");
     bad(1, "HF_HUB_OFFLINE", "org/model");
-    bad(1, "model_index.json", "vlm");
+    bad(1, "vlm has no folder transformer/", "vlm");
     rig.bad(2, "there is no folder none", "generate", &[&DRAW[..], &["--adapter", "none:0.5"]].concat());
     fs::create_dir(rig.path("lora")).unwrap();
     rig.bad(1, "adapter_config.json", "generate", &[&DRAW[..], &["--adapter", "lora"]].concat());
@@ -263,9 +263,9 @@ fn noise_that_does_not_fit() {
     bad(1, "no tensor named noise");
     save("noise", zeros(&[1, 3, 2, 2]));
     bad(2, "noise for pictures");
-    save("noise", zeros(&[3, 16, 2, 2]));
+    save("noise", zeros(&[3, 16, 4, 4]));
     bad(2, "noise for 3 pictures");
-    save("noise", zeros(&[1, 16, 2, 2]).affine(f64::NAN, f64::NAN).unwrap());
+    save("noise", zeros(&[1, 16, 4, 4]).affine(f64::NAN, f64::NAN).unwrap());
     bad(2, "not finite");
 }
 

@@ -1,6 +1,9 @@
 //! `rlrig check`: whether a picture shows what a prompt asks for.
 
-use super::{ask, open, show::Console};
+use super::{
+    ask, open,
+    show::{Console, claim},
+};
 use crate::{
     cli::Check,
     io::png,
@@ -38,9 +41,8 @@ pub fn run(args: &Check) -> Result<()> {
         return Ok(console.result(&document.to_string())?);
     }
     for verdict in &verdicts {
-        let why = if verdict.reflection.is_empty() { String::new() } else { format!(" ({})", verdict.reflection) };
         let word = if verdict.yes { "yes" } else { "no " };
-        console.result(&format!("{word} {:.2}  {}{why}", verdict.p_yes, verdict.claim))?;
+        console.result(&format!("{word} {:.2}  {}", verdict.p_yes, claim(verdict)))?;
     }
     console.result(match (passes, verdicts.is_empty()) {
         (true, _) => "the picture passes",

@@ -1,5 +1,6 @@
 //! `rlrig info`: what a PNG says of itself.
 
+use super::show::{claim, printable};
 use crate::{cli::Info, io::png, rig::trajectory::Trajectory, usage};
 use anyhow::{Context, Result};
 use std::io::Write;
@@ -59,15 +60,9 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
             writeln!(out, "  edit of round {}: {}", source + 1, printable(instruction))?;
         }
         for v in &turn.verdicts {
-            let why = if v.reflection.is_empty() { String::new() } else { format!(" ({})", v.reflection) };
             let word = if v.yes { "yes" } else { "no " };
-            writeln!(out, "  {word} {:.2}  {}", v.p_yes, printable(&format!("{}{why}", v.claim)))?;
+            writeln!(out, "  {word} {:.2}  {}", v.p_yes, claim(v))?;
         }
     }
     Ok(())
-}
-
-/// Files come from anywhere, and a terminal obeys control characters.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }

@@ -15,6 +15,7 @@ mod check;
 mod completions;
 mod doctor;
 mod edit;
+mod eval;
 mod generate;
 mod info;
 mod models;
@@ -30,6 +31,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(*args),
         Command::Edit(args) => edit::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Train(command) => train::run(&command),
         Command::World(command) => world::run(&command),
         Command::Models(args) => models::run(&args),

@@ -110,6 +110,24 @@ impl Turns {
     }
 }
 
+/// A new or empty folder for results.
+pub struct Fresh(PathBuf);
+
+impl Fresh {
+    pub fn new(folder: &Path) -> Result<Self> {
+        if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
+            usage!("{} is not empty; name a new folder", folder.display());
+        }
+        make_folder(folder)?;
+        check_writable(folder)?;
+        Ok(Self(folder.to_owned()))
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> Result<()> {
+        io::write_file(&self.0.join(name), text.as_bytes(), false)
+    }
+}
+
 fn make_folder(folder: &Path) -> Result<()> {
     if folder.exists() && !folder.is_dir() {
         usage!("{} is a file, not a folder", folder.display());

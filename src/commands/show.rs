@@ -54,7 +54,9 @@ impl Console {
                 self.bar.set_length(0);
                 self.bar.set_message(if jobs.len() > 1 { format!("{what} {}", jobs.len()) } else { what.to_owned() });
             }
-            Event::Reflected { job, instruction, .. } => self.say(&format!("{}  edit: {instruction}", self.head(*job))),
+            Event::Reflected { job, instruction, .. } => {
+                self.say(&format!("{}  edit: {}", self.head(*job), printable(instruction)));
+            }
             Event::Turn { job, round, turn } => self.turn(*job, *round, turn),
             Event::Finished { .. } => {}
         }
@@ -76,8 +78,7 @@ impl Console {
         for verdict in verdicts {
             let (word, code) = if verdict.yes { ("yes", "32") } else { ("no ", "31") };
             let word = if self.colour { format!("\u{1b}[{code}m{word}\u{1b}[0m") } else { word.to_owned() };
-            let why = if verdict.reflection.is_empty() { String::new() } else { format!(" ({})", verdict.reflection) };
-            self.say(&format!("{head}  {word} {:.2}  {}{why}", verdict.p_yes, verdict.claim));
+            self.say(&format!("{head}  {word} {:.2}  {}", verdict.p_yes, claim(verdict)));
         }
     }
 
@@ -98,6 +99,17 @@ impl Console {
     pub fn watch(&self, stop: &'static AtomicBool) -> Box<dyn Watch> {
         Box::new(Steps { bar: self.bar.clone(), stop })
     }
+}
+
+/// A verdict's claim, and why it does not hold.
+pub fn claim(verdict: &Verdict) -> String {
+    let why = if verdict.reflection.is_empty() { String::new() } else { format!(" ({})", verdict.reflection) };
+    printable(&format!("{}{why}", verdict.claim))
+}
+
+/// Files and models' answers come from anywhere, and a terminal obeys control characters.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
 struct Steps {

@@ -136,7 +136,8 @@ impl Klein {
         let (got, want) = (config.joint_attention_dim, states.hidden_size * prompt_embedding.layers.len());
         ensure!(got == want, "the transformer's joint_attention_dim is {got}, but prompts have {want} channels");
         ensure!(
-            prompt_embedding.layers.iter().all(|l| *l <= states.num_hidden_layers) && prompt_embedding.max_length > 0,
+            prompt_embedding.layers.iter().all(|l| *l <= states.num_hidden_layers)
+                && (1..=states.max_position_embeddings).contains(&prompt_embedding.max_length),
             "the text encoder has no states {prompt_embedding:?}"
         );
         Ok(Self {
@@ -293,6 +294,8 @@ impl Klein {
             let together = (DECODED_PIXELS / (h * w * side * side)).max(1);
             for batch in same.chunks(together) {
                 let pixels = self.autoencoder.pixels(&Tensor::stack(batch, 0)?)?; // (B, 3, H, W)
+                let finite = pixels.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite();
+                ensure!(finite, "the autoencoder gave numbers that are not finite: its weights are broken");
                 let pixels = pixels.clamp(-1f32, 1f32)?.affine(127.5, 127.5)?.round()?.to_dtype(DType::U8)?;
                 let pixels = pixels.permute((0, 2, 3, 1))?.contiguous()?; // (B, H, W, 3)
                 for i in 0..batch.len() {

@@ -109,6 +109,12 @@ impl Turn {
     }
 }
 
+/// The turn with the best picture: one that passes before one that does not, then by score, then the earliest.
+pub fn best(turns: &[Turn]) -> Option<usize> {
+    let rank = |i: usize| (turns[i].passes(), turns[i].score);
+    (0..turns.len()).reduce(|best, i| if rank(i) > rank(best) { i } else { best })
+}
+
 impl Outcome {
     pub fn best(&self) -> &Turn {
         &self.turns[self.best]
@@ -182,29 +188,17 @@ pub fn run(
 struct State {
     job: usize,
     turns: Vec<Turn>,
-    /// The turn with the best picture, from the first turn on.
-    best: Option<usize>,
     edits: Vec<String>,
 }
 
 impl State {
     fn new(job: usize) -> Self {
-        Self { job, turns: Vec::new(), best: None, edits: Vec::new() }
+        Self { job, turns: Vec::new(), edits: Vec::new() }
     }
 
     /// The turn to build on.
     fn source(&self) -> Option<(usize, &Turn)> {
-        self.best.map(|best| (best, &self.turns[best]))
-    }
-
-    fn push(&mut self, turn: Turn) {
-        // A picture that passes beats one that does not; an earlier one counts until a later one is strictly better.
-        let rank = |turn: &Turn| (turn.passes(), turn.score);
-        let better = self.source().is_none_or(|(_, best)| rank(&turn) > rank(best));
-        self.turns.push(turn);
-        if better {
-            self.best = Some(self.turns.len() - 1);
-        }
+        best(&self.turns).map(|best| (best, &self.turns[best]))
     }
 
     fn ending(&self, options: &Options, stopped: bool) -> Option<Ending> {
@@ -235,12 +229,12 @@ struct Cycle<'a> {
 impl Cycle<'_> {
     /// One round of every active job. `false` if it was cancelled on the way, which leaves the jobs as they were.
     fn round(&mut self, active: &mut [State]) -> Result<bool> {
-        let (old, new): (Vec<&State>, Vec<&State>) = active.iter().partition(|s| s.best.is_some());
+        let (old, new): (Vec<&State>, Vec<&State>) = active.iter().partition(|s| !s.turns.is_empty());
         let Some(drawn) = self.draw(&new)? else { return Ok(false) };
         let Some(edited) = self.edit(&old)? else { return Ok(false) };
         // Back into the order of `active`.
         let (mut drawn, mut edited) = (drawn.into_iter(), edited.into_iter());
-        let next = |s: &State| if s.best.is_some() { edited.next() } else { drawn.next() };
+        let next = |s: &State| if s.turns.is_empty() { drawn.next() } else { edited.next() };
         let made: Vec<Made> = active.iter().filter_map(next).collect();
         let Some(turns) = self.check(active, made)? else { return Ok(false) };
         for (state, turn) in active.iter_mut().zip(turns) {
@@ -248,7 +242,7 @@ impl Cycle<'_> {
             if let Action::Edit { instruction, .. } = &turn.action {
                 state.edits.push(instruction.clone());
             }
-            state.push(turn);
+            state.turns.push(turn);
         }
         Ok(true)
     }
@@ -356,8 +350,8 @@ impl Cycle<'_> {
     }
 
     fn finish(&mut self, state: State, ending: Ending) -> Result<Option<Outcome>> {
-        let State { job, turns, best, .. } = state;
-        let Some(best) = best else { return Ok(None) };
+        let State { job, turns, .. } = state;
+        let Some(best) = best(&turns) else { return Ok(None) };
         let outcome = Outcome { turns, best, ending };
         (self.observe)(Event::Finished { job, outcome: &outcome })?;
         Ok(Some(outcome))

@@ -1,0 +1,86 @@
+//! Shares, their 95% intervals, and the calibration of probabilities.
+
+use serde::Serialize;
+
+/// A share of successes among trials.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    pub good: usize,
+    pub all: usize,
+}
+
+/// What is written of a [`Share`].
+#[derive(Serialize)]
+struct Written {
+    share: f64,
+    low: f64,
+    high: f64,
+    good: usize,
+    all: usize,
+}
+
+impl Share {
+    pub fn count(&mut self, good: bool) {
+        self.good += usize::from(good);
+        self.all += 1;
+    }
+
+    pub fn count_all(&mut self, truths: &[bool]) {
+        truths.iter().for_each(|good| self.count(*good));
+    }
+
+    pub fn value(self) -> f64 {
+        self.good as f64 / self.all.max(1) as f64
+    }
+
+    /// Wilson's 95% interval.
+    pub fn interval(self) -> (f64, f64) {
+        if self.all == 0 {
+            return (0.0, 1.0);
+        }
+        let (n, p, z) = (self.all as f64, self.value(), 1.959_964);
+        let middle = (p + z * z / (2.0 * n)) / (1.0 + z * z / n);
+        let half = z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+        ((middle - half).max(0.0), (middle + half).min(1.0))
+    }
+}
+
+impl Serialize for Share {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (low, high) = self.interval();
+        Written { share: self.value(), low, high, good: self.good, all: self.all }.serialize(serializer)
+    }
+}
+
+/// Expected calibration error: the mean distance between what was said and what came true, over ten bins of probability
+/// weighted by their size (Guo et al., arXiv 1706.04599).
+pub fn calibration_error(said: &[(f64, bool)]) -> f64 {
+    let mut bins = [(0.0, 0usize, 0usize); 10];
+    for (p, truth) in said {
+        let bin = &mut bins[((p * 10.0) as usize).min(9)];
+        *bin = (bin.0 + p, bin.1 + usize::from(*truth), bin.2 + 1);
+    }
+    let gaps = bins.iter().map(|(p, truths, _)| (p - *truths as f64).abs());
+    gaps.sum::<f64>() / said.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wilsons_interval_is_that_of_the_textbook() {
+        let (low, high) = Share { good: 8, all: 10 }.interval();
+        assert!((low - 0.4902).abs() < 1e-3 && (high - 0.9433).abs() < 1e-3, "{low} {high}");
+        assert_eq!(Share::default().interval(), (0.0, 1.0));
+        assert!(Share { good: 5, all: 5 }.interval().0 < 0.6);
+    }
+
+    #[test]
+    fn calibration_is_perfect_when_what_is_said_comes_true() {
+        let said: Vec<(f64, bool)> = (0..100).map(|i| (0.75, i % 4 != 0)).collect();
+        assert!(calibration_error(&said) < 1e-12);
+        let sure: Vec<(f64, bool)> = (0..100).map(|i| (1.0, i % 4 != 0)).collect();
+        assert!((calibration_error(&sure) - 0.25).abs() < 1e-12);
+    }
+}
