@@ -10,9 +10,9 @@ use golden::{Golden, assert_close, fixture};
 use image::RgbImage;
 use rlrig::{
     flow::{
-        Cancelled, Change, FlowEdit, Inversion, Job, Klein, Method, Options, Unwatched, Watch,
+        Cancelled, Change, FlowEdit, Inversion, Job, Klein, Method, Options, Unwatched, Velocity, Watch,
         field::pack,
-        policy::{Policy, rollout},
+        policy::{Policy, Taken, rollout},
     },
     models::{Adapter, Folder},
 };
@@ -220,7 +220,16 @@ fn a_policy_over_the_pipeline_is_the_pipeline_and_trains_its_adapter() {
     assert!(same(&end, &tokens(&[drawn])), "without noise a policy is plain drawing");
 
     let (_, taken) = rollout(&field, &start, &sigmas, Policy::default(), 0..2, draw).unwrap();
-    let loss = taken.iter().map(|t| t.log_prob.sum_all().unwrap()).reduce(|a, b| (a + b).unwrap()).unwrap();
+    let replay = |t: &Taken| {
+        let v = field.velocity(&t.x, t.step.sigma, t.index).unwrap();
+        t.step.log_prob(&t.step.mean(&t.x, &v).unwrap(), &t.next).unwrap()
+    };
+    let again: Vec<Tensor> = taken.iter().map(replay).collect();
+    for (again, t) in again.iter().zip(&taken) {
+        assert!(same(again, &t.log_prob), "before the first update every ratio is 1");
+        assert!(!t.log_prob.track_op() && !t.next.track_op(), "a rollout keeps no graph");
+    }
+    let loss = again.iter().map(|l| l.sum_all().unwrap()).reduce(|a, b| (a + b).unwrap()).unwrap();
     let gradients = loss.backward().unwrap();
     let vars = adapter.vars();
     assert!(!vars.is_empty());

@@ -9,7 +9,7 @@
 //! With the velocity `v = x1 - x0` of this project, the field that leads from `x` at level `t` to the noise `y1` at 1 is
 //! `(y1 - x) / (1 - t)`, and the one that leads back to the picture `y0` at 0 is `(x - y0) / t`.
 
-use super::sampler::{Velocity, advance, fireflow, rf_solver, steps};
+use super::sampler::{Velocity, advance, evaluate, fireflow, rf_solver, steps};
 use crate::usage;
 use anyhow::Result;
 use candle_core::{DType, Tensor};
@@ -88,7 +88,7 @@ impl RfInversion {
         let mut x = source.to_dtype(DType::F32)?;
         for (i, sigma, next) in steps(sigmas) {
             let line = ((noise - &x)? / (1.0 - sigma))?;
-            let v = mix(&field.velocity(&x, sigma, i)?, &line, self.gamma)?;
+            let v = mix(&evaluate(field, &x, sigma, i)?, &line, self.gamma)?;
             x = advance(&x, &v, next - sigma)?;
         }
         Ok(x)
@@ -105,7 +105,7 @@ impl RfInversion {
         let mut x = noise.to_dtype(DType::F32)?;
         let held = (self.until * sigmas.len().saturating_sub(1) as f64).round() as usize;
         for (i, sigma, next) in steps(sigmas) {
-            let mut v = field.velocity(&x, sigma, i)?.to_dtype(DType::F32)?;
+            let mut v = evaluate(field, &x, sigma, i)?;
             if i < held {
                 v = mix(&v, &((&x - source)? / sigma)?, self.eta)?;
             }
@@ -117,7 +117,7 @@ impl RfInversion {
 
 /// `v + share (line - v)`.
 fn mix(v: &Tensor, line: &Tensor, share: f64) -> candle_core::Result<Tensor> {
-    (v.to_dtype(DType::F32)? * (1.0 - share))? + (line * share)?
+    (v * (1.0 - share))? + (line * share)?
 }
 
 /// FlowEdit's controls; the levels are those of a run of `sigmas.len() - 1` steps (28 for FLUX, which guides the source with
@@ -175,8 +175,8 @@ impl FlowEdit {
                     let z_source = noised(noise(i, k)?, sigma)?;
                     // In this order z == x gives z_source itself, so equal prompts leave the picture as it is.
                     let z_target = (&z_source + (&z - &x)?)?;
-                    let v = target.velocity(&z_target, sigma, i)?.to_dtype(DType::F32)?;
-                    let v = (v - source.velocity(&z_source, sigma, i)?.to_dtype(DType::F32)?)?;
+                    let v = evaluate(target, &z_target, sigma, i)?;
+                    let v = (v - evaluate(source, &z_source, sigma, i)?)?;
                     sum = Some(match sum {
                         Some(sum) => (sum + v)?,
                         None => v,
@@ -189,7 +189,7 @@ impl FlowEdit {
                 if left == self.n_min {
                     z = (noised(noise(i, 0)?, sigma)? + (&z - &x)?)?;
                 }
-                z = advance(&z, &target.velocity(&z, sigma, i)?, next - sigma)?;
+                z = advance(&z, &evaluate(target, &z, sigma, i)?, next - sigma)?;
             }
         }
         Ok(z)

@@ -282,7 +282,7 @@ impl Klein {
         let pixels: Vec<f32> = cut.as_raw().iter().map(|p| f32::from(*p) / 127.5 - 1.0).collect();
         let pixels = Tensor::from_vec(pixels, (h as usize, w as usize, 3), &self.device)?;
         let pixels = pixels.permute((2, 0, 1))?.unsqueeze(0)?.contiguous()?; // (1, 3, H, W)
-        Ok(self.autoencoder.latents(&pixels)?.squeeze(0)?)
+        Ok(self.autoencoder.latents(&pixels)?.squeeze(0)?.detach())
     }
 
     /// The pixels of latents `(C, h, w)`, decoded together where their sizes agree.

@@ -12,7 +12,7 @@
 //! The first two keep the marginals of the ODE as steps shrink, CPS does not. With `a = 0` each is Euler's rule, bit for bit.
 //! Log-probabilities are means over the numbers of a state, so ratios of policies stay near 1 whatever the picture's size.
 
-use super::sampler::{Velocity, advance, steps};
+use super::sampler::{Velocity, advance, evaluate, steps};
 use crate::{tensor::rng::Stream, usage};
 use anyhow::Result;
 use candle_core::{DType, Tensor};
@@ -135,7 +135,8 @@ pub fn window(seed: u64, index: u64, steps: usize, width: usize) -> Result<Range
     Ok(start..start + width)
 }
 
-/// A stochastic step as it was taken.
+/// A stochastic step as it was taken, without gradients: the velocity at `x`, evaluated again, gives the policy's present
+/// [`Step::mean`] and [`Step::log_prob`].
 pub struct Taken {
     /// Its place in the run.
     pub index: usize,
@@ -161,7 +162,7 @@ pub fn rollout(
     let mut x = x.to_dtype(DType::F32)?;
     let mut taken = Vec::with_capacity(window.len());
     for (index, sigma, next) in steps(sigmas) {
-        let v = field.velocity(&x, sigma, index)?;
+        let v = evaluate(field, &x, sigma, index)?;
         if !window.contains(&index) {
             x = advance(&x, &v, next - sigma)?;
             continue;

@@ -46,6 +46,12 @@ impl<V: Velocity> Velocity for Counted<V> {
     }
 }
 
+/// The velocity in f32 and without its graph: no run needs gradients, and with them it would keep the activations of every
+/// step. What is trained is evaluated again, at the states that a run went through.
+pub fn evaluate(field: &impl Velocity, x: &Tensor, sigma: f64, step: usize) -> Result<Tensor> {
+    Ok(field.velocity(x, sigma, step)?.to_dtype(DType::F32)?.detach())
+}
+
 /// `x + d v` in f32.
 pub fn advance(x: &Tensor, v: &Tensor, d: f64) -> Result<Tensor> {
     x + (v.to_dtype(DType::F32)? * d)?
@@ -60,7 +66,7 @@ pub fn steps(sigmas: &[f64]) -> impl Iterator<Item = (usize, f64, f64)> + '_ {
 pub fn euler(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Tensor> {
     let mut x = x.to_dtype(DType::F32)?;
     for (i, sigma, next) in steps(sigmas) {
-        x = advance(&x, &field.velocity(&x, sigma, i)?, next - sigma)?;
+        x = advance(&x, &evaluate(field, &x, sigma, i)?, next - sigma)?;
     }
     Ok(x)
 }
@@ -70,8 +76,8 @@ pub fn midpoint(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Ten
     let mut x = x.to_dtype(DType::F32)?;
     for (i, sigma, next) in steps(sigmas) {
         let d = next - sigma;
-        let half = advance(&x, &field.velocity(&x, sigma, i)?, d / 2.0)?;
-        x = advance(&x, &field.velocity(&half, sigma + d / 2.0, i)?, d)?;
+        let half = advance(&x, &evaluate(field, &x, sigma, i)?, d / 2.0)?;
+        x = advance(&x, &evaluate(field, &half, sigma + d / 2.0, i)?, d)?;
     }
     Ok(x)
 }
@@ -81,8 +87,8 @@ pub fn rf_solver(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Te
     let mut x = x.to_dtype(DType::F32)?;
     for (i, sigma, next) in steps(sigmas) {
         let d = next - sigma;
-        let v = field.velocity(&x, sigma, i)?.to_dtype(DType::F32)?;
-        let half = field.velocity(&advance(&x, &v, d / 2.0)?, sigma + d / 2.0, i)?.to_dtype(DType::F32)?;
+        let v = evaluate(field, &x, sigma, i)?;
+        let half = evaluate(field, &advance(&x, &v, d / 2.0)?, sigma + d / 2.0, i)?;
         let derivative = ((half - &v)? * (2.0 / d))?;
         x = advance(&advance(&x, &v, d)?, &derivative, d * d / 2.0)?;
     }
@@ -97,9 +103,9 @@ pub fn fireflow(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Ten
         let d = next - sigma;
         let v = match last {
             Some(v) => v,
-            None => field.velocity(&x, sigma, i)?,
+            None => evaluate(field, &x, sigma, i)?,
         };
-        let v = field.velocity(&advance(&x, &v, d / 2.0)?, sigma + d / 2.0, i)?;
+        let v = evaluate(field, &advance(&x, &v, d / 2.0)?, sigma + d / 2.0, i)?;
         x = advance(&x, &v, d)?;
         last = Some(v);
     }
