@@ -115,7 +115,8 @@ impl Velocity for Field<'_> {
         if let Some(references) = &self.references {
             image = Tensor::cat(&[&image, references], 1)?; // (R, N + M, C)
         }
-        let sigma = Tensor::full(sigma as f32, 1, x.device())?;
+        // By way of the timestep, as the reference pipeline does: the network's angles show the rounding.
+        let sigma = Tensor::full(sigma as f32 * 1000.0 / 1000.0, 1, x.device())?;
         let given = Conditioning { text: &self.text, sigma: &sigma, guidance: None, angles: &self.angles };
         let v = self.transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
         let v = v.narrow(1, 0, n)?.to_dtype(DType::F32)?; // (R, N, C)

@@ -96,43 +96,38 @@ impl Schedule {
     }
 
     /// Shifts the levels `sigmas`, which go down and stay above 0, and appends 0. `mu` is used with a dynamic shift only.
+    ///
+    /// In f32, as the reference: the network turns a level into angles of up to 1000 radians, where the last bit shows.
     pub fn shifted(&self, sigmas: Vec<f64>, mu: f64) -> Vec<f64> {
-        let shift = |sigma: f64| {
+        let fixed = self.shift as f32;
+        let shift = |sigma: f32| {
             if !self.use_dynamic_shifting {
-                return self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma);
+                return fixed * sigma / (1.0 + (self.shift - 1.0) as f32 * sigma);
             }
             let scale = match self.time_shift_type {
                 TimeShift::Exponential => mu.exp(),
                 TimeShift::Linear => mu,
-            };
+            } as f32;
             scale / (scale + (1.0 / sigma - 1.0))
         };
-        let mut sigmas: Vec<f64> = sigmas.into_iter().map(shift).collect();
+        let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| shift(sigma as f32)).collect();
         // As in diffusers, a terminal of 0 means none; so does a schedule of one level, which has nothing to stretch.
         if let (Some(terminal), Some(&last)) = (self.shift_terminal.filter(|t| *t > 0.0), sigmas.last())
             && last < 1.0
         {
-            let scale = (1.0 - last) / (1.0 - terminal);
+            let scale = (1.0 - last) / (1.0 - terminal) as f32;
             for sigma in &mut sigmas {
                 *sigma = 1.0 - (1.0 - *sigma) / scale;
             }
         }
         sigmas.push(0.0);
-        // The reference keeps its levels in f32, and the network sees them so.
-        sigmas.into_iter().map(|s| f64::from(s as f32)).collect()
+        sigmas.into_iter().map(f64::from).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn close(got: &[f64], want: &[f64]) {
-        assert_eq!(got.len(), want.len());
-        for (g, w) in got.iter().zip(want) {
-            assert!((g - w).abs() < 5e-7, "{got:?} is not {want:?}");
-        }
-    }
 
     fn parse(json: &str) -> Result<Schedule> {
         let dir = tempfile::tempdir()?;
@@ -164,17 +159,17 @@ mod tests {
                 "use_dynamic_shifting": true, "max_shift": 1.15, "time_shift_type": "exponential", "shift": 3.0,
                 "shift_terminal": null, "num_train_timesteps": 1000, "use_karras_sigmas": false}"#,
         )?;
-        close(&dynamic.sigmas(4, 64), &[1.0, 0.9546917080879211, 0.8753688931465149, 0.7007085680961609, 0.0]);
+        assert_eq!(dynamic.sigmas(4, 64), [1.0, 0.9546917080879211, 0.8753688931465149, 0.7007085680961609, 0.0]);
         let linear = Schedule { time_shift_type: TimeShift::Linear, ..dynamic.clone() };
-        close(
-            &linear.sigmas(5, 4096),
-            &[1.0, 0.9013945460319519, 0.7741662859916687, 0.6037362217903137, 0.3636002242565155, 0.0],
+        assert_eq!(
+            linear.sigmas(5, 4096),
+            [1.0, 0.9013945460319519, 0.7741662859916687, 0.6037362217903137, 0.3636002242565155, 0.0],
         );
         let terminal = Schedule { shift_terminal: Some(0.02), ..dynamic };
-        close(&terminal.sigmas(4, 5000), &[1.0, 0.818766713142395, 0.5337435007095337, 0.019999980926513672, 0.0]);
+        assert_eq!(terminal.sigmas(4, 5000), [1.0, 0.818766713142395, 0.5337435007095337, 0.019999980926513672, 0.0]);
         let fixed = Schedule { shift: 3.0, ..Schedule::default() };
-        close(&fixed.sigmas(4, 64), &[1.0, 0.8999999761581421, 0.75, 0.5, 0.0]);
-        close(&Schedule::default().sigmas(3, 64), &[1.0, 0.6666666865348816, 0.3333333432674408, 0.0]);
+        assert_eq!(fixed.sigmas(4, 64), [1.0, 0.8999999761581421, 0.75, 0.5, 0.0]);
+        assert_eq!(Schedule::default().sigmas(3, 64), [1.0, 0.6666666865348816, 0.3333333432674408, 0.0]);
         Ok(())
     }
 
