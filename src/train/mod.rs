@@ -10,6 +10,7 @@ pub mod grpo;
 pub mod log;
 pub mod muon;
 pub mod objective_diffuser;
+pub mod objective_vae;
 pub mod optim;
 pub mod pretrain;
 pub mod run;

@@ -3,6 +3,7 @@
 use super::{
     Objective,
     objective_diffuser::{Diffuser, DiffuserConfig},
+    objective_vae::{VaeConfig, VaeObjective},
     optim::OptimConfig,
     run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
 };
@@ -49,6 +50,7 @@ pub struct PretrainConfig {
     pub train: TrainConfig,
     pub optim: OptimConfig,
     pub diffuser: DiffuserConfig,
+    pub autoencoder: VaeConfig,
 }
 
 impl Default for PretrainConfig {
@@ -59,6 +61,7 @@ impl Default for PretrainConfig {
             train: TrainConfig::default(),
             optim: OptimConfig::default(),
             diffuser: DiffuserConfig::default(),
+            autoencoder: VaeConfig::default(),
         }
     }
 }
@@ -140,7 +143,7 @@ impl Prepared {
 /// The objective that `config` names, on `device`.
 fn build(config: &PretrainConfig, device: &Device) -> Result<Box<dyn Objective>> {
     match config.objective {
-        Kind::Autoencoder => usage!("the objective autoencoder is not part of this build"),
+        Kind::Autoencoder => Ok(Box::new(VaeObjective::new(&config.autoencoder, config.seed, device)?)),
         Kind::Diffuser => Ok(Box::new(Diffuser::new(&config.diffuser, config.seed, device)?)),
         Kind::Vlm => usage!("the objective vlm is not part of this build"),
     }

@@ -191,28 +191,51 @@ pub fn products(source: &[f32], offsets: &[usize], step: usize, grad: &Padded, s
         let planes: [usize; GRAD_BLOCK] = std::array::from_fn(|k| (o + k).min(out - 1) * plane);
         for j in (0..offsets.len()).step_by(GRAD_TAPS) {
             let taps: [usize; GRAD_TAPS] = std::array::from_fn(|k| offsets[(j + k).min(offsets.len() - 1)]);
-            let mut tile = [[[0f32; LANES]; GRAD_TAPS]; GRAD_BLOCK];
-            for y in 0..rows {
-                for x in (0..width).step_by(LANES) {
-                    // SAFETY: `y < rows` and `x + LANES <= width`, within each plane of `grad`.
-                    let g: [Vector; GRAD_BLOCK] =
-                        std::array::from_fn(|k| unsafe { load(&grad.data, planes[k] + y * width + x) });
-                    for (t, &tap) in taps.iter().enumerate() {
-                        // SAFETY: `reach`, checked above.
-                        let v = unsafe { load(source, y * step + x + tap) };
-                        for (sums, g) in tile.iter_mut().zip(&g) {
-                            for ((sum, &g), &v) in sums[t].iter_mut().zip(g).zip(&v) {
-                                *sum = fma(g, v, *sum);
-                            }
-                        }
-                    }
-                }
-            }
+            // SAFETY: `reach`, checked above, bounds the reads of `source`; those of `grad` lie within its planes.
+            let tile = unsafe { product_tile(source, taps, step, &grad.data, planes, (rows, width)) };
             for (k, row) in tile.iter().enumerate().take(out - o) {
                 for (t, sum) in row.iter().enumerate().take(offsets.len() - j) {
-                    sums[(o + k) * offsets.len() + j + t] += sum.iter().sum::<f32>();
+                    sums[(o + k) * offsets.len() + j + t] += across(sum);
                 }
             }
         }
     }
+}
+
+/// # Safety
+/// For each tap, row and column, `row * step + column + tap` lies within `source`; each of `planes` starts `rows * width`
+/// elements of `grad`; `width` is a multiple of [`LANES`].
+#[inline(never)] // inlined, the sums would be kept in memory
+unsafe fn product_tile(
+    source: &[f32],
+    taps: [usize; GRAD_TAPS],
+    step: usize,
+    grad: &[f32],
+    planes: [usize; GRAD_BLOCK],
+    (rows, width): (usize, usize),
+) -> [[Vector; GRAD_TAPS]; GRAD_BLOCK] {
+    let mut tile = [[[0f32; LANES]; GRAD_TAPS]; GRAD_BLOCK];
+    for y in 0..rows {
+        for x in (0..width).step_by(LANES) {
+            // SAFETY: the caller's promise.
+            let g: [Vector; GRAD_BLOCK] = std::array::from_fn(|k| unsafe { load(grad, planes[k] + y * width + x) });
+            for t in 0..GRAD_TAPS {
+                // SAFETY: the caller's promise.
+                let v = unsafe { load(source, y * step + x + taps[t]) };
+                for (sums, g) in tile.iter_mut().zip(&g) {
+                    for ((sum, &g), &v) in sums[t].iter_mut().zip(g).zip(&v) {
+                        *sum = fma(g, v, *sum);
+                    }
+                }
+            }
+        }
+    }
+    tile
+}
+
+/// The sum of a vector's lanes.
+#[inline(always)]
+fn across(x: &Vector) -> f32 {
+    let [a, b, c, d, e, f, g, h] = *x;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
