@@ -189,9 +189,9 @@ fn model_folders_that_are_broken() {
         ("", set("klein/text_encoder/config.json", "/prompt_embedding/layers/0", 99.into())),
         ("tokenizer.json", write("klein/tokenizer/tokenizer.json", b"{}".to_vec())),
         ("vlm", remove("vlm/config.json")),
-        ("vlm", set("vlm/config.json", "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
-        ("vlm", set("vlm/config.json", "/vision_config/patch_size", 0.into())),
-        ("vlm", set("vlm/config.json", "/vision_config/num_heads", 0.into())),
+        ("", set("vlm/config.json", "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
+        ("vision", set("vlm/config.json", "/vision_config/patch_size", 0.into())),
+        ("", set("vlm/config.json", "/vision_config/num_heads", 0.into())),
         ("vlm", set("vlm/preprocessor_config.json", "/patch_size", 0.into())),
         ("vlm", write("vlm/model.safetensors", header(8, "{\"a\": 1}"))),
     ];

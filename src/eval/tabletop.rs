@@ -25,6 +25,8 @@ use std::collections::BTreeMap;
 
 /// A thing that an edit does not speak of may move by this many pixels.
 const IN_PLACE: f32 = 8.0;
+/// Things that change places may come to lie this many pixels beside them.
+const SWAPPED: f32 = 16.0;
 
 /// A prompt of a split, and what it asks for.
 pub struct Question {
@@ -181,7 +183,7 @@ impl EditResults {
     /// Counts one edited picture.
     pub fn count(&mut self, sample: &EditSample, picture: &RgbImage) -> EditLine {
         let reading = oracle::read(picture);
-        let (done, kept) = (reading.judge(&sample.after).perfect(), kept(sample, &reading));
+        let (done, kept) = (done(sample, &reading), placed(sample, &reading, true, IN_PLACE));
         for name in [sample.kind.name(), "all"] {
             let edited = self.0.entry(name.to_owned()).or_default();
             edited.done.count(done);
@@ -198,18 +200,29 @@ impl EditResults {
     }
 }
 
-/// Whether the things that are the same in source and target are in the picture, as and where they were.
-fn kept(sample: &EditSample, reading: &oracle::Reading) -> bool {
-    let target = sample.target.view();
-    let still: Vec<usize> =
-        (0..sample.target.items.len()).filter(|i| sample.source.items.contains(&sample.target.items[*i])).collect();
-    let graph = SceneGraph { objects: target.objects.iter().map(|o| o.object()).collect(), relations: Vec::new() };
-    let found = reading.view.matching(&graph);
-    let judged = reading.view.judge(&graph);
-    still.into_iter().all(|i| {
+/// Everything that is on the table after an edit, in full.
+fn objects_after(sample: &EditSample) -> SceneGraph {
+    SceneGraph { objects: sample.target.view().objects.iter().map(|o| o.object()).collect(), relations: Vec::new() }
+}
+
+/// Whether the edit was carried out: exactly the right things, in the relations that were asked for; what was to be
+/// swapped is about where the other was.
+fn done(sample: &EditSample, reading: &oracle::Reading) -> bool {
+    reading.judge(&objects_after(sample)).perfect()
+        && reading.judge(&sample.after).relations.iter().all(|holds| *holds)
+        && (sample.kind != Kind::Swap || placed(sample, reading, false, SWAPPED))
+}
+
+/// Whether the target's things that the edit left alone (`same`), or the others, are in the picture as they should be, and
+/// where they should be up to `within` pixels.
+fn placed(sample: &EditSample, reading: &oracle::Reading, same: bool, within: f32) -> bool {
+    let (target, graph) = (sample.target.view(), objects_after(sample));
+    let (found, judged) = (reading.view.matching(&graph), reading.view.judge(&graph));
+    let asked = |i: &usize| sample.source.items.contains(&sample.target.items[*i]) == same;
+    (0..target.objects.len()).filter(asked).all(|i| {
         let Some(seen) = found[i].map(|at| &reading.view.objects[at]) else { return false };
         let ((x, y), (a, b)) = (seen.bounds.centre(), target.objects[i].bounds.centre());
-        judged.objects[i] && (x - a).hypot(y - b) <= IN_PLACE
+        judged.objects[i] && (x - a).hypot(y - b) <= within
     })
 }
 
