@@ -4,6 +4,7 @@
 //! objects; [`parse`] turns text into a graph; [`tabletop`] is the world whose pictures have exact truth.
 
 pub mod graph;
+pub mod iou;
 pub mod laion_sg;
 pub mod parse;
 pub mod relation;

@@ -247,4 +247,37 @@ mod tests {
             |image: RgbImage, rng: &mut Stream| through_jpeg(&noisy(&image::imageops::blur(&image, 1.0), 6.0, rng), 70);
         assert_rates("all three", rates(300, all), 0.97);
     }
+
+    #[test]
+    fn the_seam_between_two_colours_is_no_third_object() {
+        use crate::scene::tabletop::world::{Background, Item, Shape};
+        let item = |colour, size, x, y, radius, depth| Item { shape: Shape::Cube, colour, size, x, y, radius, depth };
+        let scene = Scene {
+            background: Background { rgb: [222.0, 222.0, 230.0], slope: [0.0, -5.0] },
+            items: vec![
+                item(Colour::Purple, Size::Large, 44.0, 96.0, 21.0, 0),
+                item(Colour::Red, Size::Small, 39.0, 113.0, 11.5, 1),
+            ],
+        };
+        for sigma in [0.5, 1.0, 1.5, 2.0] {
+            let reading = read(&image::imageops::blur(&render(&scene), sigma));
+            assert!(reading.view.objects.len() == 2 && reading.unclear == 0, "{sigma}: {reading:?}");
+            let red = reading.view.objects.iter().position(|o| o.colour == Colour::Red).unwrap();
+            assert_eq!(reading.view.in_front, [(red, 1 - red)]);
+        }
+    }
+
+    #[test]
+    fn other_pictures_and_sizes_are_read_without_fuss() {
+        for (w, h) in [(1, 1), (3, 200), (256, 256), (500, 40)] {
+            for value in [0, 90, 255] {
+                let _ = read(&RgbImage::from_pixel(w, h, image::Rgb([value, 255 - value, value])));
+            }
+        }
+        let rng = &mut Stream::new(1, "static", 0);
+        let _ = read(&RgbImage::from_fn(128, 128, |_, _| image::Rgb(std::array::from_fn(|_| rng.below(256) as u8))));
+        let (scene, graph) = sample::draw(&mut Stream::new(3, "doubled", 0), Split::Train, 2, 2);
+        let doubled = image::imageops::resize(&render(&scene), 256, 256, image::imageops::FilterType::CatmullRom);
+        assert!(judge(&doubled, &graph).perfect());
+    }
 }

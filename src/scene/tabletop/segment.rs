@@ -68,6 +68,12 @@ pub fn segment(image: &RgbImage) -> Segmentation {
         pixels.iter().enumerate().map(|(i, p)| name(*p, at_table(&table, i % N, i / N))).collect();
     let mut labels = majority(&named);
     let mut patches = patches(&labels);
+    // Where one thing lies over another, blur mixes their colours into the hue of a third.
+    let halos: Vec<&Patch> = patches.iter().filter(|p| is_halo(p, &labels)).collect();
+    if !halos.is_empty() {
+        labels = without(&halos, &labels);
+        patches = self::patches(&labels);
+    }
     for patch in patches.iter().filter(|p| p.pixels.len() < SMALLEST) {
         for &p in &patch.pixels {
             labels[p as usize] = None;
@@ -209,6 +215,44 @@ fn majority(labels: &[Option<Colour>]) -> Vec<Option<Colour>> {
                 out[y * N + x] = Colour::ALL.get(most).copied();
             }
         }
+    }
+    out
+}
+
+/// The labels within `reach` of pixel `i`, along both axes.
+fn around(labels: &[Option<Colour>], i: usize, reach: usize) -> impl Iterator<Item = Option<Colour>> + Clone {
+    let (x, y) = (i % N, i / N);
+    let (xs, ys) = (x.saturating_sub(reach)..=(x + reach).min(N - 1), y.saturating_sub(reach)..=(y + reach).min(N - 1));
+    ys.flat_map(move |y| xs.clone().map(move |x| labels[y * N + x]))
+}
+
+/// Whether a patch is a mere seam: hardly a pixel of it is surrounded by its own, and much of it borders other colours.
+fn is_halo(patch: &Patch, labels: &[Option<Colour>]) -> bool {
+    let own = Some(patch.colour);
+    let (mut inner, mut bordering) = (0, 0);
+    for &p in &patch.pixels {
+        let mut near = around(labels, p as usize, 1);
+        inner += usize::from(near.clone().all(|l| l == own));
+        bordering += usize::from(near.any(|l| l.is_some() && l != own));
+    }
+    let n = patch.pixels.len();
+    4 * inner < n && 5 * bordering > 2 * n
+}
+
+/// The labels with each seam's pixels given to the colour most common around them.
+fn without(halos: &[&Patch], labels: &[Option<Colour>]) -> Vec<Option<Colour>> {
+    let mut cleared = labels.to_vec();
+    let seams = || halos.iter().flat_map(|h| &h.pixels).map(|&p| p as usize);
+    for p in seams() {
+        cleared[p] = None;
+    }
+    let mut out = cleared.clone();
+    for p in seams() {
+        let mut counts = [0usize; 8];
+        for colour in around(&cleared, p, 2).flatten() {
+            counts[colour as usize] += 1;
+        }
+        out[p] = (0..8).filter(|&c| counts[c] > 0).max_by_key(|&c| counts[c]).map(|c| Colour::ALL[c]);
     }
     out
 }
