@@ -335,7 +335,9 @@ const PRETRAIN_EXAMPLES: &str = "\
 Examples:
   rlrig train pretrain --config configs/tabletop/vae.toml
   rlrig train pretrain --config configs/tabletop/diffuser.toml --set optim.lr=2e-3 --dry-run
-  rlrig train pretrain --resume runs/diffuser";
+  rlrig train pretrain --resume runs/diffuser
+
+Keys of the configuration can be set in the environment too: RLRIG_CONFIG__OPTIM__LR=2e-3 is --set optim.lr=2e-3.";
 
 #[derive(Args, Debug)]
 #[command(after_help = PRETRAIN_EXAMPLES)]
