@@ -89,6 +89,10 @@ const HELD_OUT_LEAD_IN: &[&str] = &["draw ", "show me ", "an image of "];
 const COPULA: &[&str] = &["is "];
 const HELD_OUT_COPULA: &[&str] = &["sits ", "placed ", "that is ", "can be seen "];
 
+fn pick(rng: &mut Stream, words: &[&'static str]) -> &'static str {
+    words[rng.below(words.len())]
+}
+
 /// The article and phrase of something new: `a large red ball`.
 pub fn indefinite(object: &Object) -> String {
     let phrase = object.phrase();
@@ -199,9 +203,9 @@ impl<'a> Writer<'a> {
         let held_out = held_out_phrases(relation);
         if self.paraphrase && !self.short && !held_out.is_empty() && rng.chance(0.7) {
             self.paraphrased = true;
-            return *rng.choose(held_out);
+            return pick(rng, held_out);
         }
-        if self.short { phrases(relation)[0] } else { *rng.choose(phrases(relation)) }
+        if self.short { phrases(relation)[0] } else { pick(rng, phrases(relation)) }
     }
 
     fn copula(&mut self, rng: &mut Stream) -> &'static str {
@@ -211,9 +215,9 @@ impl<'a> Writer<'a> {
         }
         if self.paraphrase && !self.short && rng.chance(0.6) {
             self.paraphrased = true;
-            return *rng.choose(HELD_OUT_COPULA);
+            return pick(rng, HELD_OUT_COPULA);
         }
-        if !self.short && rng.chance(0.4) { *rng.choose(COPULA) } else { "" }
+        if !self.short && rng.chance(0.4) { pick(rng, COPULA) } else { "" }
     }
 
     fn clause(&mut self, rng: &mut Stream, k: usize, relation: &Relation, spatial: Spatial) {

@@ -111,7 +111,7 @@ pub fn fit(patch: &Patch, hiding: &[bool]) -> Fit {
     for &p in &patch.pixels {
         own[p as usize] = true;
     }
-    let even = patch.pixels.iter().filter(|&&p| p % 2 == 0 && (p / SIDE) % 2 == 0).count();
+    let even = patch.pixels.iter().filter(|&&p| p.is_multiple_of(2) && (p / SIDE).is_multiple_of(2)).count();
     let target = Target { own, area: [patch.pixels.len() as f32, even as f32], hiding };
     let mut shapes: Vec<Fit> = Shape::ALL
         .iter()

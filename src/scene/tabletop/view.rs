@@ -196,3 +196,62 @@ impl Scene {
         View { objects: self.items.iter().map(seen).collect(), in_front }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scene::parse::parse;
+
+    fn seen(shape: Shape, colour: Colour, size: Size, x: f32, y: f32) -> Seen {
+        let r = if size == Size::Small { 11.0 } else { 20.0 };
+        Seen { shape, colour, size, bounds: BoundingBox { x0: x - r, y0: y - r, x1: x + r, y1: y + r } }
+    }
+
+    /// A small red ball left of a large blue cube, and a small green star in front of the cube.
+    fn view() -> View {
+        View {
+            objects: vec![
+                seen(Shape::Ball, Colour::Red, Size::Small, 25.0, 60.0),
+                seen(Shape::Cube, Colour::Blue, Size::Large, 90.0, 60.0),
+                seen(Shape::Star, Colour::Green, Size::Small, 72.0, 74.0),
+            ],
+            in_front: vec![(2, 1)],
+        }
+    }
+
+    fn judged(prompt: &str) -> (Vec<bool>, Vec<bool>, usize) {
+        let j = view().judge(&parse(prompt).unwrap());
+        (j.objects, j.relations, j.extra)
+    }
+
+    #[test]
+    fn each_requirement_is_judged_by_itself() {
+        let all = "a red ball left of a blue cube, and a green star in front of the cube";
+        assert_eq!(judged(all), (vec![true; 3], vec![true; 2], 0));
+        // A wrong size fails the object, not the relation; a wrong colour fails both.
+        assert_eq!(judged("a large red ball left of a blue cube"), (vec![false, true], vec![true], 1));
+        assert_eq!(judged("a pink ball left of a blue cube"), (vec![false, true], vec![false], 2));
+        assert_eq!(judged("a cube left of a ball"), (vec![true, true], vec![false], 1));
+        assert_eq!(judged("the cube behind the star"), (vec![true, true], vec![true], 1));
+        assert_eq!(judged("a ball inside a cube"), (vec![true, true], vec![false], 1));
+    }
+
+    #[test]
+    fn equal_names_need_as_many_objects() {
+        assert_eq!(judged("a red ball and a red ball").0.iter().filter(|ok| **ok).count(), 1);
+        let mut two = view();
+        two.objects.push(seen(Shape::Ball, Colour::Red, Size::Small, 90.0, 20.0));
+        // Only the assignment that puts the second ball above the cube meets both relations.
+        let graph = parse("a red ball above a blue cube, and a red ball left of the blue cube").unwrap();
+        assert!(two.judge(&graph).relations.iter().all(|ok| *ok));
+        assert_eq!(two.judge(&graph).extra, 1);
+    }
+
+    #[test]
+    fn the_graph_of_a_view_holds_for_it() {
+        let graph = view().graph();
+        assert!(view().judge(&graph).perfect());
+        assert!(graph.triples().contains(&"small green star in front of large blue cube".to_string()));
+        assert!(graph.triples().contains(&"large blue cube behind small green star".to_string()));
+    }
+}

@@ -1,0 +1,177 @@
+use super::*;
+use crate::scene::{
+    parse::parse,
+    tabletop::{render::render, world::Item},
+};
+use std::collections::{BTreeMap, HashSet};
+
+#[test]
+fn samples_depend_on_their_key_alone() {
+    let all = |index| {
+        let t = text_to_image(4, Split::Train, index, 1, 3);
+        let e = edit(4, Split::Train, index, 1, 3);
+        let a = act(4, Split::Train, index, 3);
+        (t.prompt, t.scene, e.instruction, e.target, a.instruction, a.scene)
+    };
+    assert!(all(3) == all(3) && all(3) != all(4));
+    let other = text_to_image(5, Split::Train, 3, 1, 3);
+    assert_ne!(other.scene, all(3).1);
+}
+
+#[test]
+fn prompts_describe_their_scenes() {
+    for split in Split::ALL {
+        for index in 0..200 {
+            let sample = text_to_image(1, split, index, 1, 5);
+            let parsed = parse(&sample.prompt).unwrap_or_else(|e| panic!("{}: {e}", sample.prompt));
+            assert_eq!(parsed, sample.graph, "{}", sample.prompt);
+            let judgement = sample.scene.view().judge(&sample.graph);
+            assert!(judgement.perfect(), "{}: {judgement:?}", sample.prompt);
+            let n = sample.scene.items.len();
+            assert!(n >= split.objects().0 && n <= split.objects().1 && sample::valid(&sample.scene));
+        }
+    }
+}
+
+#[test]
+fn the_curriculum_bounds_the_number_of_objects() {
+    let sizes = |min, max| (0..60).map(move |i| text_to_image(0, Split::Train, i, min, max).scene.items.len());
+    assert!(sizes(1, 1).all(|n| n == 1));
+    assert!(sizes(2, 2).all(|n| n == 2));
+    assert_eq!(sizes(1, 3).collect::<HashSet<_>>().len(), 3);
+    assert!(sizes(2, 9).all(|n| n == 2 || n == 3));
+}
+
+/// The (shape, colour) sets of a split's scenes, of those with two or more objects.
+fn sets(split: Split) -> HashSet<Vec<(Shape, Colour)>> {
+    let set = |scene: &Scene| {
+        let mut set: Vec<(Shape, Colour)> = scene.items.iter().map(|i| (i.shape, i.colour)).collect();
+        set.sort();
+        set
+    };
+    let texts = (0..1500).map(|i| text_to_image(i % 3, split, i, 2, 3).scene);
+    let edits = (0..500).flat_map(|i| {
+        let sample = edit(i % 3, split, i, 2, 3);
+        [Some(sample.source), (split == Split::Train).then_some(sample.target)].into_iter().flatten()
+    });
+    let checks = (0..500).map(|i| check(i % 3, split, i, 3).scene).filter(|_| split == Split::Train);
+    texts.chain(edits).chain(checks).filter(|s| s.items.len() > 1).map(|s| set(&s)).collect()
+}
+
+#[test]
+fn splits_share_no_set_of_objects() {
+    let (train, val, test) = (sets(Split::Train), sets(Split::Val), sets(Split::Test));
+    assert!(train.len() > 1000 && val.len() > 100 && test.len() > 100);
+    assert!(train.is_disjoint(&val) && train.is_disjoint(&test) && val.is_disjoint(&test));
+    for split in [Split::TestUnseen, Split::TestParaphrase] {
+        assert!(train.is_disjoint(&sets(split)));
+    }
+}
+
+#[test]
+fn training_never_names_a_held_out_relation() {
+    for i in 0..500 {
+        let named = [
+            text_to_image(2, Split::Train, i, 1, 3).graph,
+            edit(2, Split::Train, i, 1, 3).after,
+            check(2, Split::Train, i, 3).graph,
+            act(2, Split::Train, i, 3).graph,
+        ];
+        assert!(named.iter().all(|g| split::held_out_relations(g) == 0));
+        assert!(split::held_out_relations(&text_to_image(2, Split::TestUnseen, i, 1, 3).graph) > 0);
+    }
+}
+
+fn objects_named(edit: &Edit) -> Vec<&Object> {
+    match edit {
+        Edit::Swap { first, second } => vec![first, second],
+        Edit::Add { .. } => vec![],
+        Edit::Move { what, .. }
+        | Edit::Remove { what }
+        | Edit::Recolour { what, .. }
+        | Edit::Resize { what, .. }
+        | Edit::Replace { what, .. } => vec![what],
+    }
+}
+
+#[test]
+fn edits_do_what_they_say_and_leave_the_rest_in_place() {
+    let mut kinds: BTreeMap<Kind, usize> = BTreeMap::new();
+    for index in 0..1200 {
+        let split = if index % 4 == 0 { Split::TestMany } else { Split::Train };
+        let sample = edit(9, split, index, 1, 5);
+        *kinds.entry(sample.kind).or_default() += 1;
+        assert_eq!(Edit::parse(&sample.instruction).as_ref(), Ok(&sample.edit), "{}", sample.instruction);
+        assert_eq!(sample.source.background, sample.target.background);
+        let touched: Vec<usize> = objects_named(&sample.edit)
+            .into_iter()
+            .map(|o| super::super::edit::find(&sample.source, o).unwrap())
+            .collect();
+        let rest = |items: &[Item]| -> Vec<Item> {
+            items.iter().enumerate().filter(|(i, _)| !touched.contains(i)).map(|(_, x)| *x).collect()
+        };
+        let mut after = sample.target.items.clone();
+        match sample.kind {
+            Kind::Remove => after.insert(touched[0], sample.source.items[touched[0]]),
+            Kind::Add => drop(after.pop()),
+            _ => {}
+        }
+        assert_eq!(rest(&sample.source.items), rest(&after), "{}", sample.instruction);
+        assert_ne!(sample.source, sample.target);
+        let judgement = sample.target.view().judge(&sample.after);
+        assert!(judgement.perfect(), "{}: {judgement:?} {:?}", sample.instruction, sample.after);
+        if let Edit::Move { relation, .. } = &sample.edit {
+            assert!(sample.after.relations.iter().any(|r| r.predicate == relation.name()));
+        }
+    }
+    assert!(Kind::ALL.iter().all(|k| kinds.get(k).is_some_and(|n| *n > 80)), "{kinds:?}");
+}
+
+#[test]
+fn a_recolouring_changes_no_pixel_outside_its_object() {
+    let sample = (0..).map(|i| edit(1, Split::Train, i, 2, 3)).find(|s| s.kind == Kind::Recolour).unwrap();
+    let what = objects_named(&sample.edit)[0];
+    let item = sample.source.items[super::super::edit::find(&sample.source, what).unwrap()];
+    let (before, after) = (render(&sample.source), render(&sample.target));
+    let mut changed = 0;
+    for (x, y, p) in before.enumerate_pixels() {
+        if p != after.get_pixel(x, y) {
+            changed += 1;
+            assert!(item.distance(x as f32 + 0.5, y as f32 + 0.5) < 1.0);
+        }
+    }
+    assert!(changed > 50);
+}
+
+#[test]
+fn claims_are_balanced_and_true_to_the_scene() {
+    let (mut objects, mut relations) = ([0usize; 2], [0usize; 2]);
+    for index in 0..1500 {
+        let sample = check(6, Split::Train, index, 3);
+        assert_eq!(sample.truth, sample.scene.view().judge(&sample.graph));
+        for (claim, truth) in sample.claims() {
+            match claim {
+                Claim::Object(_) => objects[usize::from(truth)] += 1,
+                Claim::Relation { .. } => relations[usize::from(truth)] += 1,
+            }
+        }
+    }
+    let share = |[no, yes]: [usize; 2]| yes as f64 / (no + yes) as f64;
+    assert!((0.4..0.7).contains(&share(objects)), "{objects:?}");
+    assert!((0.4..0.6).contains(&share(relations)), "{relations:?}");
+}
+
+#[test]
+fn an_actors_edit_mends_something() {
+    let mut kinds: BTreeMap<Kind, usize> = BTreeMap::new();
+    for index in 0..600 {
+        let sample = act(6, Split::Train, index, 3);
+        *kinds.entry(sample.edit.kind()).or_default() += 1;
+        assert!(!sample.truth.perfect());
+        assert_eq!(parse(&sample.prompt).unwrap(), sample.graph);
+        assert_eq!(Edit::parse(&sample.instruction).unwrap(), sample.edit);
+        let after = sample.target.view().judge(&sample.graph);
+        assert!(after.satisfied() > sample.truth.satisfied() || after.extra < sample.truth.extra);
+    }
+    assert_eq!(kinds.len(), 7, "{kinds:?}");
+}
