@@ -9,7 +9,23 @@ use tracing_subscriber::EnvFilter;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Once, before there are other threads.
+fn prepare() {
+    // candle's element-wise operations wait for their helpers in a busy loop behind one lock. Here micro-batches and fused
+    // kernels share the cores through rayon, and these helpers would only take them away: a third of all time.
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: no other thread exists yet that could read the environment.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    // Tensors come and go by the megabyte: giving their memory back to the system at once costs a page fault for each
+    // 4 KiB when it is asked for again. The option is `purge_delay`, in milliseconds.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // SAFETY: sets a number.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 1000) };
+}
+
 fn main() -> ExitCode {
+    prepare();
     let cli = Cli::parse();
     let level = ["warn", "info", "debug", "trace"][usize::from(cli.verbose.min(3))];
     let filter = EnvFilter::try_from_env("RLRIG_LOG").unwrap_or_else(|_| EnvFilter::new(format!("warn,rlrig={level}")));
