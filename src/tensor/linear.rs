@@ -94,13 +94,13 @@ impl Fused {
         let g = cpu::floats(&grad)?;
         let m = g.len() / n;
         let grad_x = if x.track_op() {
-            let out = self.product([m, k, n], plain(&g, n), plain(&*cpu::floats(w)?, k));
+            let out = self.product([m, k, n], plain(&g, n), plain(&cpu::floats(w)?, k));
             Some(Tensor::from_vec(out, x.shape(), x.device())?)
         } else {
             None
         };
         let grad_w = if w.track_op() {
-            let out = self.product([n, k, m], transposed(&g, n), plain(&*cpu::floats(x)?, k));
+            let out = self.product([n, k, m], transposed(&g, n), plain(&cpu::floats(x)?, k));
             Some(Tensor::from_vec(out, (n, k), w.device())?)
         } else {
             None

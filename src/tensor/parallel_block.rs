@@ -8,7 +8,7 @@ use super::{
     attention::{Head, HeadShape},
     cpu::{self, Shared},
     mlp, norm,
-    rope::{Angles, norm_rope},
+    rope::{Angles, Turn, norm_rope},
 };
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -77,7 +77,7 @@ impl Fused {
         dims: Dims,
         (row, head, part): (usize, usize, usize),
         weight: &[f32],
-        turn: &(dyn Fn(usize, usize, bool, &mut [f32]) + Sync),
+        turn: Turn,
     ) -> Vec<f32> {
         let d = self.d;
         let mut out = vec![0.0; dims.t * d];

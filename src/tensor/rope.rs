@@ -63,6 +63,9 @@ fn compose(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result
     y?.to_dtype(dtype)
 }
 
+/// Turns the head vector at `(batch row, position)` in place; with `true` back by the same angle, as a gradient is.
+pub(super) type Turn<'a> = &'a (dyn Fn(usize, usize, bool, &mut [f32]) + Sync);
+
 /// The angles of a fused kernel.
 pub(super) struct Angles {
     cos: Tensor,
@@ -75,13 +78,8 @@ impl Angles {
         Ok(Self { cos: cos.detach().contiguous()?, sin: sin.detach().contiguous()?, rotation })
     }
 
-    /// Calls `f` with a function that turns the head vector at `(batch, position)` in place: forward, or back by the
-    /// same angle, which is what the gradient needs.
-    pub(super) fn with<R>(
-        &self,
-        (b, t, d): (usize, usize, usize),
-        f: impl FnOnce(&(dyn Fn(usize, usize, bool, &mut [f32]) + Sync)) -> R,
-    ) -> Result<R> {
+    /// Calls `f` with what turns the head vectors of `b` sequences of `t` positions of `d` numbers.
+    pub(super) fn with<R>(&self, (b, t, d): (usize, usize, usize), f: impl FnOnce(Turn) -> R) -> Result<R> {
         let half = d / 2;
         let per_row = match *self.cos.dims() {
             [t2, h2] if t2 == t && h2 == half => false,
@@ -141,7 +139,7 @@ impl CustomOp1 for Rope {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
-        let out = self.turn(&*cpu::floats(&grad)?, x.dims4()?, true)?;
+        let out = self.turn(&cpu::floats(&grad)?, x.dims4()?, true)?;
         Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
     }
 }

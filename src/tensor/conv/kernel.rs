@@ -117,7 +117,7 @@ pub fn correlate(
     mut put: impl FnMut(usize, usize, usize, &[f32]),
 ) {
     let (plane, per_row) = (view.source.plane(), width.div_ceil(LANES));
-    let inner = if plane == 0 { 0 } else { view.source.data.len() / plane };
+    let inner = view.source.data.len().checked_div(plane).unwrap_or(0);
     let block = inner * view.taps.len() * BLOCK;
     let total = rows * per_row;
     if total == 0 {
