@@ -1,6 +1,8 @@
 //! `AutoencoderKLFlux2` against diffusers: outputs, and the gradient of every parameter.
 //! The references are made by `scripts/make_vae_fixtures.py`.
 
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{DType, Device, Tensor, Var};
 use rlrig::models::{
     Folder, Params,

@@ -1,6 +1,8 @@
 //! `Flux2Transformer2DModel` against diffusers: outputs, and the gradient of every parameter.
 //! The references are made by `scripts/make_flux2_fixtures.py`.
 
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{DType, Device, Tensor, Var};
 use rlrig::models::{
     Folder, Params,

@@ -1,5 +1,7 @@
 //! A whole training run on a tiny model: exact resume, logs, checkpoints, guards.
 
+#![allow(clippy::unwrap_used)]
+
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use rlrig::{

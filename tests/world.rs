@@ -1,5 +1,7 @@
 //! `rlrig world` from the outside: export writes what the oracle reads back.
 
+#![allow(clippy::unwrap_used)]
+
 use assert_cmd::Command;
 use rlrig::scene::{laion_sg::Record, parse::parse, tabletop::oracle};
 
