@@ -11,11 +11,13 @@ pub mod log;
 pub mod muon;
 pub mod objective_diffuser;
 pub mod objective_vae;
+pub mod objective_vlm;
 pub mod optim;
 pub mod pretrain;
 pub mod run;
 pub mod schedule;
 mod slices;
+pub mod vlm_tasks;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};

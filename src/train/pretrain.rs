@@ -4,6 +4,7 @@ use super::{
     Objective,
     objective_diffuser::{Diffuser, DiffuserConfig},
     objective_vae::{VaeConfig, VaeObjective},
+    objective_vlm::{VlmConfig, VlmObjective},
     optim::OptimConfig,
     run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
 };
@@ -51,6 +52,7 @@ pub struct PretrainConfig {
     pub optim: OptimConfig,
     pub diffuser: DiffuserConfig,
     pub autoencoder: VaeConfig,
+    pub vlm: VlmConfig,
 }
 
 impl Default for PretrainConfig {
@@ -62,6 +64,7 @@ impl Default for PretrainConfig {
             optim: OptimConfig::default(),
             diffuser: DiffuserConfig::default(),
             autoencoder: VaeConfig::default(),
+            vlm: VlmConfig::default(),
         }
     }
 }
@@ -145,7 +148,7 @@ fn build(config: &PretrainConfig, device: &Device) -> Result<Box<dyn Objective>>
     match config.objective {
         Kind::Autoencoder => Ok(Box::new(VaeObjective::new(&config.autoencoder, config.seed, device)?)),
         Kind::Diffuser => Ok(Box::new(Diffuser::new(&config.diffuser, config.seed, device)?)),
-        Kind::Vlm => usage!("the objective vlm is not part of this build"),
+        Kind::Vlm => Ok(Box::new(VlmObjective::new(&config.vlm, config.seed, device)?)),
     }
 }
 

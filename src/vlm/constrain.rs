@@ -18,6 +18,8 @@ use tokenizers::Tokenizer;
 /// The tokens of a byte-level vocabulary by their bytes; special tokens are not among them.
 pub struct Vocabulary {
     tokenizer: Tokenizer,
+    /// Added tokens that are text: a tokenizer finds them, from the left and the longest first, before all else.
+    phrases: HashMap<u32, String>,
     bytes: HashMap<u32, Vec<u8>>,
     trie: Vec<Node>,
 }
@@ -32,14 +34,17 @@ impl Vocabulary {
     pub fn new(chat: &Chat) -> Self {
         let tokenizer = chat.tokenizer();
         let alphabet = byte_alphabet();
-        let special = tokenizer.get_added_tokens_decoder();
+        let added = tokenizer.get_added_tokens_decoder();
         let mut bytes: HashMap<u32, Vec<u8>> = HashMap::new();
         for (token, id) in tokenizer.get_vocab(false) {
             let decoded: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
-            if let Some(decoded) = decoded.filter(|b| !b.is_empty() && !special.contains_key(&id)) {
+            if let Some(decoded) = decoded.filter(|b| !b.is_empty() && !added.contains_key(&id)) {
                 bytes.insert(id, decoded);
             }
         }
+        let phrases: HashMap<u32, String> =
+            added.into_iter().filter(|(_, t)| !t.special).map(|(id, t)| (id, t.content)).collect();
+        bytes.extend(phrases.iter().map(|(id, phrase)| (*id, phrase.clone().into_bytes())));
         let mut ids: Vec<u32> = bytes.keys().copied().collect();
         ids.sort_unstable();
         let mut trie = vec![Node::default()];
@@ -58,7 +63,23 @@ impl Vocabulary {
             }
             trie[at].tokens.push(id);
         }
-        Self { tokenizer: tokenizer.clone(), bytes, trie }
+        Self { tokenizer: tokenizer.clone(), phrases, bytes, trie }
+    }
+}
+
+impl Vocabulary {
+    /// How much of `text` no phrase can take that begins in it and ends in what follows.
+    fn settled(&self, text: &str) -> usize {
+        let mut at = 0;
+        while let Some(next) = text[at..].chars().next() {
+            let rest = &text[at..];
+            if self.phrases.values().any(|p| p.len() > rest.len() && p.starts_with(rest)) {
+                return at;
+            }
+            let whole = self.phrases.values().filter(|p| rest.starts_with(p.as_str())).map(String::len).max();
+            at += whole.unwrap_or(next.len_utf8());
+        }
+        at
     }
 }
 
@@ -367,21 +388,41 @@ impl Grammar {
         bytes.iter().try_fold(at.0, |state, byte| self.step(&mut walked, state, *byte)).map(Progress)
     }
 
+    /// Whether `word` begins with the token, or the token with `word`.
+    pub fn begins(&self, token: u32, word: &str) -> bool {
+        let bytes = self.vocabulary.bytes.get(&token);
+        bytes.is_some_and(|b| b.starts_with(word.as_bytes()) || word.as_bytes().starts_with(b))
+    }
+
     /// The tokens that must come next, and the progress behind them: none where the model has a choice.
+    ///
+    /// They are those that a tokenizer would make of the whole answer: where the next character could be punctuation,
+    /// which it might join with the end of the forced text, that end is left to the model.
     pub fn forced(&self, at: Progress) -> Result<(Vec<u32>, Progress)> {
-        let text = self.forced_text(at);
-        let encoding = self.vocabulary.tokenizer.encode_fast(text.as_str(), false);
-        let tokens = encoding.map_err(|e| anyhow!("cannot tokenize {text:?}: {e}"))?.get_ids().to_vec();
+        let encode = |text: &str| -> Result<Vec<u32>> {
+            let encoding = self.vocabulary.tokenizer.encode_fast(text, false);
+            Ok(encoding.map_err(|e| anyhow!("cannot tokenize {text:?}: {e}"))?.get_ids().to_vec())
+        };
+        let (text, joined) = self.forced_text(at);
+        let settled = self.vocabulary.settled(&text);
+        let joined = joined || settled < text.len();
+        let text = &text[..settled];
+        let mut tokens = encode(text)?;
+        if joined && !tokens.last().is_some_and(|last| self.vocabulary.phrases.contains_key(last)) {
+            let keep = text.rfind(|c: char| c.is_ascii_alphanumeric()).map_or(0, |i| i + 1);
+            // A blank begins a word of its own: what is before the last one stays.
+            let keep = text[keep..].rfind(' ').map_or(keep, |i| keep + i);
+            tokens = encode(&text[..keep])?;
+        }
         let end = tokens.iter().try_fold(at, |at, token| self.after(at, *token));
         Ok((tokens, end.context("the tokenizer does not write a forced text as it is")?))
     }
 
-    /// The text that must come next, whatever the model wants: up to the first place with a choice. Where punctuation
-    /// could follow it, its last word is left off, because a tokenizer would have joined the two.
-    fn forced_text(&self, at: Progress) -> String {
+    /// The text up to the first place with a choice, and whether punctuation may follow there.
+    fn forced_text(&self, at: Progress) -> (String, bool) {
         let mut walked = self.walked();
         let (mut state, mut bytes) = (at.0, Vec::new());
-        let open = loop {
+        let joined = loop {
             if walked.states[state].contains(&self.accept) {
                 break false;
             }
@@ -398,14 +439,8 @@ impl Grammar {
                 edges => break edges.iter().any(|(low, high)| (*low..=*high).any(|b| !b.is_ascii_alphanumeric())),
             }
         };
-        let mut text = String::from_utf8(bytes).unwrap_or_default();
-        if open {
-            let keep = text.rfind(|c: char| c.is_ascii_alphanumeric()).map_or(0, |i| i + 1);
-            // A blank begins a word of its own: what is before the last one stays.
-            let keep = text[keep..].rfind(' ').map_or(keep, |i| keep + i);
-            text.truncate(keep);
-        }
-        text
+        // Only literals of the schema are forced, so this is text; were it not, nothing would be.
+        (String::from_utf8(bytes).unwrap_or_default(), joined)
     }
 }
 
@@ -429,10 +464,12 @@ mod tests {
     };
     use serde_json::json;
 
-    fn vocabulary() -> (Arc<Vocabulary>, Chat) {
+    fn vocabulary(phrases: &[&str]) -> (Arc<Vocabulary>, Chat) {
         let texts = [prompts::verdict(false, "the red ball is left of the cube"), prompts::edit("move the \"ball\"")];
         let dir = tempfile::tempdir().unwrap();
-        vocabulary::train(texts.iter().cycle().take(40), 320 + SPECIALS.len()).unwrap().write(dir.path()).unwrap();
+        let vocabulary =
+            vocabulary::train_with_phrases(texts.iter().cycle().take(40), 330 + SPECIALS.len(), phrases).unwrap();
+        vocabulary.write(dir.path()).unwrap();
         let chat = Chat::open(&Folder::from(dir.path())).unwrap();
         (Arc::new(Vocabulary::new(&chat)), chat)
     }
@@ -446,7 +483,7 @@ mod tests {
 
     #[test]
     fn takes_the_answers_of_the_prompts_and_no_others() {
-        let (vocabulary, _) = vocabulary();
+        let (vocabulary, _) = vocabulary(&[]);
         let check = Grammar::new(&prompts::check_schema(), vocabulary.clone()).unwrap();
         for good in [prompts::verdict(true, ""), prompts::verdict(false, "a \"quoted\" naïve ☃ 漢 𝄞 reason")] {
             assert!(accepts(&check, &good), "{good}");
@@ -465,7 +502,7 @@ mod tests {
 
     #[test]
     fn a_model_that_knows_nothing_still_answers_in_json() {
-        let (vocabulary, chat) = vocabulary();
+        let (vocabulary, chat) = vocabulary(&["\", \"reflection\": \""]);
         for schema in [prompts::check_schema(), prompts::reflect_schema(), prompts::parse_schema()] {
             let grammar = Grammar::new(&schema, vocabulary.clone()).unwrap();
             for i in 0..20 {
@@ -493,23 +530,28 @@ mod tests {
 
     #[test]
     fn what_is_forced_is_tokenized_as_in_a_whole_answer() {
-        let (vocabulary, chat) = vocabulary();
-        let grammar = Grammar::new(&prompts::check_schema(), vocabulary).unwrap();
-        for answer in [prompts::verdict(true, ""), prompts::verdict(false, "the red ball is left of the cube")] {
-            let ids = chat.encode(&answer).unwrap();
-            let (mut at, mut seen) = (grammar.begin(), 0);
-            while !grammar.is_done(at) {
-                let (forced, next) = grammar.forced(at).unwrap();
-                assert_eq!(forced, ids[seen..seen + forced.len()], "{answer}");
-                (at, seen) = (next, seen + forced.len());
-                if let Some(token) = ids.get(seen) {
-                    at = grammar.after(at, *token).unwrap();
-                    seen += 1;
+        let answers = [prompts::VERDICT_HEAD, "\", \"reflection\": \"", "\"}"];
+        for phrases in [&[][..], &answers, &answers[1..], &["\", \"reflection\": \"\"}", "verdict\": \"yes"]] {
+            let (vocabulary, chat) = vocabulary(phrases);
+            let grammar = Grammar::new(&prompts::check_schema(), vocabulary).unwrap();
+            for answer in [prompts::verdict(true, ""), prompts::verdict(false, "the red ball is left of the cube")] {
+                let ids = chat.encode(&answer).unwrap();
+                assert_eq!(chat.decode(&ids).unwrap(), answer);
+                let (mut at, mut seen) = (grammar.begin(), 0);
+                while !grammar.is_done(at) {
+                    let (forced, next) = grammar.forced(at).unwrap();
+                    assert_eq!(forced, ids[seen..seen + forced.len()], "{answer}");
+                    (at, seen) = (next, seen + forced.len());
+                    if let Some(token) = ids.get(seen) {
+                        at = grammar.after(at, *token).unwrap();
+                        seen += 1;
+                    }
                 }
+                assert_eq!(seen, ids.len());
             }
-            assert_eq!(seen, ids.len());
+            let (head, _) = grammar.forced(grammar.begin()).unwrap();
+            assert!(prompts::VERDICT_HEAD.starts_with(&chat.decode(&head).unwrap()));
+            assert!(phrases.len() < 3 || head.len() == 1);
         }
-        let (head, _) = grammar.forced(grammar.begin()).unwrap();
-        assert_eq!(chat.decode(&head).unwrap(), prompts::VERDICT_HEAD);
     }
 }

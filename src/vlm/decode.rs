@@ -118,6 +118,13 @@ impl Answer {
         self.logprobs.resize(self.ids.len(), 0.0);
         self.chosen.resize(self.ids.len(), false);
     }
+
+    /// Puts tokens in front that the model had no choice about.
+    pub fn precede(&mut self, tokens: &[u32]) {
+        self.ids.splice(..0, tokens.iter().copied());
+        self.logprobs.splice(..0, tokens.iter().map(|_| 0.0));
+        self.chosen.splice(..0, tokens.iter().map(|_| false));
+    }
 }
 
 /// Where an answer under a grammar stands when the rows of a session are about to give it.

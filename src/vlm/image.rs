@@ -2,7 +2,7 @@
 //! sides are whole blocks and the area is in bounds, normalised, cut into patches, each repeated in time.
 
 use crate::models::{Folder, qwen3_vl::Patches};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use image::RgbImage;
 use serde::Deserialize;
@@ -66,13 +66,21 @@ impl ImageProcessor {
         } else {
             folder.json::<Processor>("processor_config.json")?.image_processor
         };
-        ensure!(
-            this.patch_size > 0 && this.merge_size > 0 && this.temporal_patch_size > 0,
-            "{}: the image processor has patches of no size",
-            folder.name()
-        );
-        ensure!(this.resample == 3, "{}: only bicubic resampling is supported", folder.name());
+        this.validate().with_context(|| format!("the image processor of {}", folder.name()))?;
         Ok(this)
+    }
+
+    /// Reads the text of a `preprocessor_config.json`.
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        let this: Self = serde_json::from_slice(json).context("this is no preprocessor_config.json")?;
+        this.validate()?;
+        Ok(this)
+    }
+
+    fn validate(&self) -> Result<()> {
+        ensure!(self.patch_size > 0 && self.merge_size > 0 && self.temporal_patch_size > 0, "patches of no size");
+        ensure!(self.resample == 3, "only bicubic resampling is supported");
+        Ok(())
     }
 
     fn bounds(&self) -> (usize, usize) {

@@ -67,7 +67,19 @@ pub fn train<S: AsRef<str> + Send>(
     texts: impl IntoIterator<Item = S, IntoIter: Send>,
     size: usize,
 ) -> Result<Vocabulary> {
-    let least = 256 + SPECIALS.len();
+    train_with_phrases(texts, size, &[])
+}
+
+/// The same with whole `phrases` as tokens.
+///
+/// BPE cannot learn them, because it splits at words first. So what every question and answer repeats costs one token
+/// each; from what lies between the phrases in `texts` the other tokens are learned.
+pub fn train_with_phrases<S: AsRef<str> + Send>(
+    texts: impl IntoIterator<Item = S, IntoIter: Send>,
+    size: usize,
+    phrases: &[&str],
+) -> Result<Vocabulary> {
+    let least = 256 + SPECIALS.len() + phrases.len();
     ensure!(size >= least, "a byte-level vocabulary has at least {least} tokens");
     let failed = |e: tokenizers::Error| anyhow!("cannot train a tokenizer: {e}");
     let bytes = ByteLevel::new(false, false, false);
@@ -81,11 +93,14 @@ pub fn train<S: AsRef<str> + Send>(
     tokenizer.with_pre_tokenizer(Some(words)).with_post_processor(Some(bytes)).with_decoder(Some(bytes));
     let mut trainer = BpeTrainer::builder()
         .show_progress(false)
-        .vocab_size(size - SPECIALS.len())
+        .vocab_size(size - SPECIALS.len() - phrases.len())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
-    tokenizer.train(&mut trainer, texts.into_iter()).map_err(failed)?;
+    let between = texts.into_iter().flat_map(|text| between(text.as_ref(), phrases));
+    tokenizer.train(&mut trainer, between).map_err(failed)?;
     tokenizer.add_special_tokens(SPECIALS.map(|s| AddedToken::from(s, true))).map_err(failed)?;
+    let phrases = phrases.iter().map(|p| AddedToken::from(*p, false).normalized(false));
+    tokenizer.add_tokens(phrases).map_err(failed)?;
     let config = json!({
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": false,
@@ -107,6 +122,15 @@ pub fn train<S: AsRef<str> + Send>(
         tokenizer: tokenizer.to_string(false).map_err(failed)?,
         config: serde_json::to_string_pretty(&config)?,
     })
+}
+
+/// The pieces of `text` that are no phrase.
+fn between(text: &str, phrases: &[&str]) -> Vec<String> {
+    let mut pieces = vec![text.to_owned()];
+    for phrase in phrases {
+        pieces = pieces.iter().flat_map(|piece| piece.split(phrase)).map(str::to_owned).collect();
+    }
+    pieces
 }
 
 /// The words of `texts` that `vocabulary` has no single token for, with the space that goes before them.

@@ -1,0 +1,551 @@
+//! Pretraining of the small vision-language model: [`super::vlm_tasks`] as an objective.
+//!
+//! Each picture is read once, by the vision tower and as the decoder's prefix, and its questions are asked in parallel
+//! over that prefix, as they will be when the model is used: the cost of a question is that of its own words. The loss is
+//! the cross entropy of the answers; in a verdict the word that decides weighs as much as all others together.
+
+use super::{
+    Batch, Metrics, Objective, Step, checkpoint,
+    vlm_tasks::{self, Lesson, Mix, Task},
+};
+use crate::{
+    models::{
+        Folder, Params,
+        qwen3::{self, RopeParameters},
+        qwen3_vl::{self, Features, Qwen3VL, VisionConfig, rope_positions},
+    },
+    rig::prompts,
+    scene::tabletop::{split::Split, world::SIDE},
+    tensor::{Mask, Precision, cross_entropy, rng::Stream},
+    vlm::{
+        Vlm,
+        chat::Chat,
+        decode::Sampling,
+        image::ImageProcessor,
+        prefix::Question,
+        vocabulary::{self, Vocabulary},
+    },
+};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use image::RgbImage;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, path::Path, path::PathBuf};
+
+/// The section `vlm` of a pretraining config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VlmConfig {
+    /// A model folder to go on from; `shape` then counts for nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<PathBuf>,
+    /// Claims about a picture at most, of those that a graph makes.
+    pub claims: usize,
+    /// Further claims about a picture, half of which hold.
+    pub probes: usize,
+    /// Questions for what in a picture fits some words.
+    pub queries: usize,
+    /// The share of pictures that are given with an edit.
+    pub act: f64,
+    /// The share of pictures that come with a caption to parse.
+    pub parse: f64,
+    /// From which step on pictures have up to how many objects.
+    pub curriculum: Vec<(u64, usize)>,
+    /// Pictures of an evaluation.
+    pub evaluation: usize,
+    /// Precision of the matrix products.
+    pub multiply: Precision,
+    pub shape: Shape,
+}
+
+/// The size of the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Shape {
+    pub patch: usize,
+    pub merge: usize,
+    pub vision_hidden: usize,
+    pub vision_layers: usize,
+    pub vision_heads: usize,
+    pub vision_mlp: usize,
+    /// Layers of the vision tower whose features are added to the first decoder layers.
+    pub deepstack: Vec<usize>,
+    pub hidden: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub key_value_heads: usize,
+    pub head_dim: usize,
+    pub mlp: usize,
+    /// Tokens of the vocabulary at most.
+    pub vocabulary: usize,
+}
+
+impl Default for VlmConfig {
+    fn default() -> Self {
+        Self {
+            start: None,
+            claims: 2,
+            probes: 5,
+            queries: 2,
+            act: 0.25,
+            parse: 0.1,
+            curriculum: vec![(0, 1), (200, 2), (500, 3)],
+            evaluation: 100,
+            multiply: Precision::F32,
+            shape: Shape::default(),
+        }
+    }
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            patch: 8,
+            merge: 2,
+            vision_hidden: 128,
+            vision_layers: 4,
+            vision_heads: 4,
+            vision_mlp: 512,
+            deepstack: vec![1, 2],
+            hidden: 192,
+            layers: 4,
+            heads: 6,
+            key_value_heads: 2,
+            head_dim: 32,
+            mlp: 512,
+            vocabulary: 768,
+        }
+    }
+}
+
+impl Shape {
+    /// The config of a model of this shape over a vocabulary of `size` tokens.
+    fn config(&self, chat: &Chat) -> Result<qwen3_vl::Config> {
+        let token = |name: &str| chat.token(name).with_context(|| format!("the vocabulary lacks {name}"));
+        let rope = |theta: f64| RopeParameters { rope_theta: Some(theta), ..RopeParameters::default() };
+        let pairs = self.head_dim / 2;
+        // Height and width get a third of the frequencies each, time the rest.
+        let section = [pairs - 2 * (pairs / 3), pairs / 3, pairs / 3];
+        Ok(qwen3_vl::Config {
+            text_config: qwen3::Config {
+                vocab_size: chat.tokenizer().get_vocab_size(true),
+                hidden_size: self.hidden,
+                intermediate_size: self.mlp,
+                num_hidden_layers: self.layers,
+                num_attention_heads: self.heads,
+                num_key_value_heads: Some(self.key_value_heads),
+                head_dim: self.head_dim,
+                rms_norm_eps: 1e-6,
+                tie_word_embeddings: true,
+                attention_bias: false,
+                hidden_act: "silu".to_owned(),
+                max_position_embeddings: 1024,
+                use_sliding_window: false,
+                // Positions are few: a small base spreads the frequencies over them.
+                rope_parameters: Some(RopeParameters {
+                    rope_type: Some("default".to_owned()),
+                    mrope_section: Some(section),
+                    mrope_interleaved: Some(true),
+                    ..rope(1000.0)
+                }),
+                rope_scaling: None,
+                rope_theta: None,
+            },
+            vision_config: VisionConfig {
+                depth: self.vision_layers,
+                hidden_size: self.vision_hidden,
+                intermediate_size: self.vision_mlp,
+                num_heads: self.vision_heads,
+                in_channels: 3,
+                patch_size: self.patch,
+                spatial_merge_size: self.merge,
+                temporal_patch_size: 2,
+                out_hidden_size: self.hidden,
+                num_position_embeddings: (SIDE as usize / self.patch).pow(2),
+                deepstack_visual_indexes: self.deepstack.clone(),
+                hidden_act: "gelu_pytorch_tanh".to_owned(),
+                rope_parameters: Some(RopeParameters { rope_type: Some("axial".to_owned()), ..rope(100.0) }),
+            },
+            image_token_id: token("<|image_pad|>")?,
+            video_token_id: token("<|video_pad|>")?,
+            vision_start_token_id: token("<|vision_start|>")?,
+            vision_end_token_id: token("<|vision_end|>")?,
+            tie_word_embeddings: true,
+        })
+    }
+
+    /// `preprocessor_config.json`: pictures of the tabletop world are looked at as they are, others near their size.
+    fn processor(&self) -> Value {
+        json!({
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "do_convert_rgb": true,
+            "do_resize": true,
+            "do_rescale": true,
+            "do_normalize": true,
+            "size": { "shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE },
+            "patch_size": self.patch,
+            "merge_size": self.merge,
+            "temporal_patch_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "rescale_factor": 1.0 / 255.0,
+            "resample": 3,
+        })
+    }
+}
+
+/// The files beside the tensors, by name.
+type Files = Vec<(String, Vec<u8>)>;
+
+/// Lessons whose texts the vocabulary is learned from.
+const TEXTS: u64 = 1500;
+
+/// The objective.
+pub struct VlmObjective {
+    vlm: Vlm,
+    params: Params,
+    files: Files,
+    config: VlmConfig,
+    seed: u64,
+}
+
+/// The questions of one batch that are asked together: one row each.
+#[derive(Default)]
+struct Group {
+    /// The picture of each row.
+    pictures: Vec<usize>,
+    /// What follows the prefix: the rest of the question and the answer.
+    ids: Vec<Vec<u32>>,
+    /// Where the answer begins in each row.
+    begins: Vec<usize>,
+    tasks: Vec<Task>,
+}
+
+/// Token losses of one task.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    loss: f64,
+    tokens: f64,
+    /// Tokens that the model holds for the likeliest.
+    right: f64,
+}
+
+impl VlmObjective {
+    pub fn new(config: &VlmConfig, seed: u64, device: &Device) -> Result<Self> {
+        let (params, chat, model_config, files) = match &config.start {
+            Some(path) => {
+                let folder = Folder::from(path.clone());
+                let names = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"];
+                let files = names.iter().chain(&["tokenizer_config.json", "chat_template.jinja"]);
+                let read = |name: &&str| Ok(((*name).to_owned(), folder.read(name)?.into_owned()));
+                let files: Files = files.map(read).collect::<Result<_>>()?;
+                let params = Params::open(&folder, "model", DType::F32, device)?.trained();
+                (params, Chat::open(&folder)?, folder.json("config.json")?, files)
+            }
+            None => {
+                let vocabulary = learn_vocabulary(config.shape.vocabulary)?;
+                let dir = tempfile::tempdir()?;
+                vocabulary.write(dir.path())?;
+                let chat = Chat::open(&Folder::from(dir.path()))?;
+                let model_config = config.shape.config(&chat)?;
+                let files = files(&config.shape, &model_config, &chat, vocabulary)?;
+                (Params::fresh(seed, DType::F32, device), chat, model_config, files)
+            }
+        };
+        let params = params.multiplied_in(config.multiply);
+        let model = Qwen3VL::new(&model_config, &params)?;
+        params.finish(|_| false)?;
+        let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
+        let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
+        Ok(Self { vlm: Vlm::new(model, chat, images)?, params, files, config: config.clone(), seed })
+    }
+
+    /// The model under training, for its evaluation elsewhere.
+    pub fn vlm(&self) -> &Vlm {
+        &self.vlm
+    }
+
+    fn mix(&self, step: u64) -> Mix {
+        let stage = self.config.curriculum.iter().rev().find(|(from, _)| *from <= step);
+        Mix {
+            objects: stage.map_or(3, |(_, objects)| *objects),
+            claims: self.config.claims,
+            probes: self.config.probes,
+            queries: self.config.queries,
+            act: self.config.act,
+            parse: self.config.parse,
+        }
+    }
+
+    /// Sorts the rows of a batch into short ones, long ones, and ones without a picture, so that padding stays little.
+    fn groups(&self, lessons: &[Lesson], grid: [usize; 2], prefix: &[u32]) -> Result<[Group; 3]> {
+        let mut groups: [Group; 3] = Default::default();
+        for (picture, lesson) in lessons.iter().enumerate() {
+            for row in &lesson.rows {
+                let (group, grid) = match row.task {
+                    Task::Check => (0, Some(grid)),
+                    Task::Act | Task::Describe => (1, Some(grid)),
+                    Task::Parse => (2, None),
+                };
+                let question = self.vlm.question(&row.question, grid)?;
+                let read = if grid.is_some() { prefix } else { &[] };
+                let rest = question.strip_prefix(read).context("a question begins with its picture")?;
+                let group = &mut groups[group];
+                group.pictures.push(picture);
+                group.begins.push(rest.len());
+                group.ids.push([rest, &self.vlm.reply(&row.answer)?].concat());
+                group.tasks.push(row.task);
+            }
+        }
+        Ok(groups)
+    }
+}
+
+impl Group {
+    /// The weighted sum of the answers' token losses, and what to log of each task.
+    ///
+    /// A row weighs 1, a verdict its share among those of a picture (`claims`); in a verdict the word at `decides` has
+    /// half of it. `states (rows, T, hidden)` are the decoder's.
+    fn loss(
+        &self,
+        vlm: &Vlm,
+        states: &Tensor,
+        claims: usize,
+        decides: usize,
+    ) -> Result<(Tensor, BTreeMap<&'static str, Tally>)> {
+        let width = states.dim(1)?;
+        let (mut places, mut targets, mut weights, mut kinds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (row, (ids, begin)) in self.ids.iter().zip(&self.begins).enumerate() {
+            let check = self.tasks[row] == Task::Check;
+            let answer = &ids[*begin..];
+            for (i, id) in answer.iter().enumerate() {
+                let decisive = check && i == decides;
+                let weight = match (check, decisive) {
+                    (true, true) => 1.0 / claims as f32,
+                    (true, false) => 0.5 / (claims * answer.len()) as f32,
+                    (false, _) => 1.0 / answer.len() as f32,
+                };
+                places.push((row * width + begin + i - 1) as u32);
+                targets.push(*id);
+                weights.push(weight);
+                kinds.push((self.tasks[row], decisive));
+            }
+        }
+        let device = states.device();
+        let places = Tensor::new(places, device)?;
+        let logits = vlm.model.head.forward(&states.flatten(0, 1)?.index_select(&places, 0)?)?;
+        let losses = cross_entropy(&logits, &Tensor::new(targets.as_slice(), device)?)?;
+
+        let mut tallies: BTreeMap<&'static str, Tally> = BTreeMap::new();
+        let values: Vec<f32> = losses.detach().to_vec1()?;
+        let best: Vec<u32> = logits.detach().argmax(1)?.to_vec1()?;
+        for (i, (task, decisive)) in kinds.iter().enumerate() {
+            let name = match (task, decisive) {
+                (Task::Check, true) => "verdict",
+                (Task::Check, false) => "reflection",
+                (Task::Act, _) => "act",
+                (Task::Parse, _) => "parse",
+                (Task::Describe, _) => "describe",
+            };
+            let tally = tallies.entry(name).or_default();
+            tally.loss += f64::from(values[i]);
+            tally.tokens += 1.0;
+            tally.right += f64::from(u8::from(best[i] == targets[i]));
+        }
+        let weights = Tensor::new(weights, device)?;
+        Ok(((losses * weights)?.sum_all()?, tallies))
+    }
+}
+
+impl Objective for VlmObjective {
+    fn vars(&self) -> BTreeMap<String, Var> {
+        self.params.vars()
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Step> {
+        let mix = self.mix(batch.step);
+        let seed = self.seed;
+        let made: Vec<(Lesson, RgbImage)> = batch
+            .indices()
+            .into_par_iter()
+            .map(|index| {
+                let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
+                let picture = vlm_tasks::picture(&mut Stream::new(seed, "vlm picture", index), &lesson.scene);
+                (lesson, picture)
+            })
+            .collect();
+        let (lessons, pictures): (Vec<Lesson>, Vec<RgbImage>) = made.into_iter().unzip();
+        let Vlm { model, .. } = &self.vlm;
+        let patches = self.vlm.images.patches(&pictures, model.decoder.device())?;
+        let features = model.vision.forward(&patches)?;
+        let grid = patches.grids.first().copied().context("an empty batch")?;
+        let prefix = self.vlm.prefix(grid)?;
+        let groups = self.groups(&lessons, grid, &prefix)?;
+        let decides = self.vlm.chat.encode(prompts::VERDICT_HEAD)?.len();
+
+        let config = model.config();
+        let merge = config.vision_config.spatial_merge_size;
+        let (positions, next) = rope_positions(&prefix, config.image_token_id, merge, 0, &mut [grid].into_iter())?;
+        let mut cache = model.decoder.cache();
+        let rows = vec![prefix.clone(); pictures.len()];
+        let angles = model.decoder.angles(&vec![positions; rows.len()])?;
+        model.forward(&rows, Some(&features), &angles, &Mask::causal(), Some(&mut cache))?;
+
+        let mut loss: Option<Tensor> = None;
+        let mut tallies: BTreeMap<&'static str, Tally> = BTreeMap::new();
+        for (kind, group) in groups.iter().enumerate().filter(|(_, g)| !g.ids.is_empty()) {
+            let seen = kind != 2;
+            let longest = group.ids.iter().map(Vec::len).max().unwrap_or(0);
+            let past = if seen { prefix.len() } else { 0 };
+            let pad =
+                |ids: &Vec<u32>| [ids.as_slice(), &vec![config.vision_end_token_id; longest - ids.len()]].concat();
+            let padded: Vec<Vec<u32>> = group.ids.iter().map(pad).collect();
+            let keys = group.ids.iter().map(|ids| 0..past + ids.len()).collect();
+            let angles = model.decoder.text_angles(if seen { next as usize } else { 0 }, longest)?;
+            let index: Vec<u32> = group.pictures.iter().map(|i| *i as u32).collect();
+            let mut cache = if seen { cache.rows(&index)? } else { model.decoder.cache() };
+            let mask = Mask { causal: true, keys: Some(keys) };
+            let states = model.forward(&padded, None::<&Features>, &angles, &mask, Some(&mut cache))?;
+            let (part, more) = group.loss(&self.vlm, &states, mix.claims + mix.probes, decides)?;
+            loss = Some(match loss {
+                Some(loss) => (loss + part)?,
+                None => part,
+            });
+            for (name, tally) in more {
+                let sum = tallies.entry(name).or_default();
+                sum.loss += tally.loss;
+                sum.tokens += tally.tokens;
+                sum.right += tally.right;
+            }
+        }
+        let loss = (loss.context("a batch without questions")? / pictures.len() as f64)?;
+        let metrics = tallies
+            .into_iter()
+            .flat_map(|(name, t)| {
+                [(format!("loss/{name}"), t.loss / t.tokens), (format!("right/{name}"), t.right / t.tokens)]
+            })
+            .collect();
+        Ok(Step { loss, metrics })
+    }
+
+    fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
+        self.measure(Split::Val, self.config.evaluation, 3)
+    }
+
+    fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        for (name, bytes) in &self.files {
+            let path = folder.join(name);
+            std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        let tensors = self.params.vars().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+        checkpoint::write_model(&folder.join("model.safetensors"), &tensors, dtype)
+    }
+}
+
+impl VlmObjective {
+    /// Verdicts and edits on `count` clean pictures of a split, by the code that the loop runs.
+    pub fn measure(&self, split: Split, count: usize, objects: usize) -> Result<Metrics> {
+        const AT_ONCE: usize = 16;
+        let seed = self.seed ^ 0x5eed;
+        let schema = prompts::check_schema();
+        let sampling = Sampling { temperature: 0.0, max_tokens: 40 };
+        let (mut objects_right, mut relations_right) = (Vec::new(), Vec::new());
+        let mut odds: Vec<(f64, bool)> = Vec::new();
+        let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
+        for start in (0..count).step_by(AT_ONCE) {
+            let indices = start as u64..(start + AT_ONCE).min(count) as u64;
+            let mix = Mix { objects, claims: 12, probes: 0, queries: 0, act: 0.0, parse: 0.0 };
+            let lessons: Vec<Lesson> = indices.clone().map(|i| vlm_tasks::lesson(seed, split, i, mix)).collect();
+            let pictures: Vec<RgbImage> =
+                lessons.iter().map(|l| crate::scene::tabletop::render::render(&l.scene)).collect();
+            let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
+            let asked: Vec<(usize, &vlm_tasks::Row)> = lessons
+                .iter()
+                .enumerate()
+                .flat_map(|(i, l)| l.rows.iter().filter(|r| r.task == Task::Check).map(move |r| (i, r)))
+                .collect();
+            let questions: Vec<Question> =
+                asked.iter().map(|(i, row)| Question { picture: Some(*i), text: &row.question }).collect();
+            for ((_, row), p) in asked.iter().zip(self.vlm.odds(&looked, &questions, &schema, ["yes", "no"])?) {
+                let truth = row.answer.starts_with(&format!("{}yes", prompts::VERDICT_HEAD));
+                let right = f64::from(u8::from((p >= 0.5) == truth));
+                let relation = crate::scene::relation::Spatial::ALL
+                    .iter()
+                    .any(|r| row.question.contains(&format!(" {} ", r.name())));
+                if relation { &mut relations_right } else { &mut objects_right }.push(right);
+                odds.push((p, truth));
+            }
+
+            let repairs: Vec<vlm_tasks::Repair> =
+                indices.filter_map(|i| vlm_tasks::repair(seed, split, i, objects)).collect();
+            let pictures: Vec<RgbImage> =
+                repairs.iter().map(|r| crate::scene::tabletop::render::render(&r.sample.scene)).collect();
+            let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
+            let questions: Vec<Question> =
+                repairs.iter().enumerate().map(|(i, r)| Question { picture: Some(i), text: &r.question }).collect();
+            let mut streams: Vec<Stream> = (0..repairs.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
+            let answers = self.vlm.answer(&looked, &questions, &prompts::reflect_schema(), sampling, &mut streams)?;
+            for (repair, answer) in repairs.iter().zip(answers) {
+                let answer: Value = serde_json::from_str(&self.vlm.chat.decode(&answer.ids)?)?;
+                let instruction = answer["edit"].as_str().unwrap_or_default();
+                let (ok, mends) = vlm_tasks::mends(instruction, &repair.sample.scene, &repair.sample.graph);
+                edits += 1.0;
+                formed += f64::from(u8::from(ok));
+                helped += f64::from(u8::from(mends));
+            }
+        }
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let all: Vec<f64> = objects_right.iter().chain(&relations_right).copied().collect();
+        Ok(vec![
+            ("verdicts".to_owned(), mean(&all)),
+            ("verdicts/objects".to_owned(), mean(&objects_right)),
+            ("verdicts/relations".to_owned(), mean(&relations_right)),
+            ("calibration_error".to_owned(), calibration_error(&odds)),
+            ("edits/well_formed".to_owned(), formed / f64::max(edits, 1.0)),
+            ("edits/mend".to_owned(), helped / f64::max(edits, 1.0)),
+        ])
+    }
+}
+
+/// The expected calibration error over ten bins of the predicted probability of "yes".
+fn calibration_error(odds: &[(f64, bool)]) -> f64 {
+    let mut bins = [(0.0, 0.0, 0.0); 10];
+    for (p, truth) in odds {
+        let bin = &mut bins[((p * 10.0) as usize).min(9)];
+        *bin = (bin.0 + 1.0, bin.1 + p, bin.2 + f64::from(u8::from(*truth)));
+    }
+    bins.iter().map(|(_, p, truth)| (p - truth).abs()).sum::<f64>() / odds.len().max(1) as f64
+}
+
+/// Learns the tokens from what will be asked and answered.
+fn learn_vocabulary(size: usize) -> Result<Vocabulary> {
+    let mix = Mix { objects: 3, claims: 12, probes: 1, queries: 1, act: 0.5, parse: 0.5 };
+    let lessons = (0..TEXTS).into_par_iter().map(|i| vlm_tasks::lesson(0, Split::Train, i, mix));
+    let texts: Vec<String> =
+        lessons.flat_map_iter(|lesson| lesson.rows.into_iter().flat_map(|r| [r.question, r.answer])).collect();
+    let phrases = vlm_tasks::phrases();
+    vocabulary::train_with_phrases(texts, size, &phrases.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// All files of the model's folder but its tensors.
+fn files(shape: &Shape, config: &qwen3_vl::Config, chat: &Chat, vocabulary: Vocabulary) -> Result<Files> {
+    let mut model = serde_json::to_value(config)?;
+    model["architectures"] = json!(["Qwen3VLForConditionalGeneration"]);
+    model["model_type"] = "qwen3_vl".into();
+    model["text_config"]["model_type"] = "qwen3_vl_text".into();
+    model["text_config"]["pad_token_id"] = chat.pad().into();
+    model["vision_config"]["model_type"] = "qwen3_vl".into();
+    let generation =
+        json!({ "do_sample": false, "eos_token_id": chat.special("eos_token"), "pad_token_id": chat.pad() });
+    let text = |value: &Value| serde_json::to_string_pretty(value).map(String::into_bytes);
+    Ok(vec![
+        ("config.json".to_owned(), text(&model)?),
+        ("generation_config.json".to_owned(), text(&generation)?),
+        ("preprocessor_config.json".to_owned(), text(&shape.processor())?),
+        ("tokenizer.json".to_owned(), vocabulary.tokenizer.into_bytes()),
+        ("tokenizer_config.json".to_owned(), vocabulary.config.into_bytes()),
+        ("chat_template.jinja".to_owned(), vocabulary::TEMPLATE.as_bytes().to_vec()),
+    ])
+}

@@ -1,0 +1,412 @@
+//! What the small VLM is taught: questions and answers about pictures of the tabletop world, in the words of
+//! [`crate::rig::prompts`], each with the exact truth.
+//!
+//! | task | question | answer |
+//! |---|---|---|
+//! | check | a claim, true or nearly so | the verdict, and what is wrong |
+//! | act | the prompt, the claims that failed and why | an edit that mends one of them |
+//! | parse (no picture) | a caption | its scene graph |
+//! | describe | what is in the picture, or what of it fits some words | the objects and where they are, from left to right |
+//!
+//! Nobody asks for the last one later: it is taught because one answer says as much about a picture as dozens of
+//! verdicts. Describing everything teaches the vision tower to see, and describing what fits some words teaches the
+//! decoder to look for what a question names; from verdicts alone both come late.
+
+use crate::{
+    rig::{
+        prompts,
+        roles::{Claim, Verdict},
+    },
+    scene::{
+        graph::{Object, Relation, SceneGraph},
+        relation::Spatial,
+        tabletop::{
+            caption::{Style, caption},
+            edit::{Edit, Kind},
+            render::render,
+            sample,
+            split::{self, Split},
+            tasks,
+            view::View,
+            world::{Colour, SIDE, Scene, Shape},
+        },
+    },
+    tensor::rng::Stream,
+};
+use image::RgbImage;
+use serde_json::{Value, json};
+
+/// The kinds of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    Check,
+    Act,
+    Parse,
+    Describe,
+}
+
+/// A question and its answer.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub task: Task,
+    pub question: String,
+    pub answer: String,
+}
+
+/// A scene and what is asked about it.
+pub struct Lesson {
+    pub scene: Scene,
+    pub rows: Vec<Row>,
+}
+
+/// How often what is taught.
+#[derive(Clone, Copy, Debug)]
+pub struct Mix {
+    /// Objects in a picture at most.
+    pub objects: usize,
+    /// Claims about a picture at most, of those that a graph makes.
+    pub claims: usize,
+    /// Further claims about a picture, of single objects and relations; half of them hold.
+    pub probes: usize,
+    /// Questions for what fits some words.
+    pub queries: usize,
+    /// The share of pictures that are given with an edit.
+    pub act: f64,
+    /// The share of pictures that come with a caption to parse.
+    pub parse: f64,
+}
+
+const DESCRIBE: &str = "List what the picture shows.";
+
+/// What questions and answers repeat word for word, each a single token of the small model's vocabulary.
+pub fn phrases() -> Vec<String> {
+    const MARK: &str = "\u{1}";
+    let object = || Claim::Object(MARK.into());
+    let failed = Verdict { claim: object(), yes: false, p_yes: 0.0, reflection: String::new() };
+    let reflect = |earlier: &[String]| prompts::reflect(MARK, &[failed.clone(), failed.clone()], earlier);
+    let texts = [
+        prompts::check(&object()),
+        prompts::verdict(true, MARK).replace("yes", MARK),
+        reflect(&[]),
+        reflect(&[MARK.into(), MARK.into()]),
+        prompts::edit(MARK),
+        prompts::parse(MARK),
+        spaced(&json!({ "objects": [MARK, MARK] })),
+        DESCRIBE.to_owned(),
+    ];
+    // In JSON the mark is escaped.
+    let pieces = texts.iter().flat_map(|text| text.split("\\u0001").flat_map(|part| part.split(MARK)));
+    let mut phrases: Vec<String> = pieces.filter(|piece| piece.len() > 1).map(str::to_owned).collect();
+    phrases.sort();
+    phrases.dedup();
+    phrases
+}
+
+/// JSON as the prompts write it: a blank behind commas and colons. No text of the tabletop world holds either.
+fn spaced(value: &Value) -> String {
+    value.to_string().replace(':', ": ").replace(',', ", ")
+}
+
+fn claim(claim: &tasks::Claim) -> Claim {
+    match claim {
+        tasks::Claim::Object(object) => Claim::Object(object.phrase()),
+        tasks::Claim::Relation { subject, predicate, object } => {
+            Claim::Relation { subject: subject.phrase(), relation: predicate.clone(), object: object.phrase() }
+        }
+    }
+}
+
+/// The verdicts on all claims of a graph about what is seen, each with what is wrong if anything is.
+pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
+    let matching = view.matching(graph);
+    let truth = view.judge(graph);
+    let verdict = |claim: Claim, yes: bool, reflection: &dyn Fn() -> String| Verdict {
+        claim,
+        yes,
+        p_yes: f64::from(u8::from(yes)),
+        reflection: if yes { String::new() } else { reflection() },
+    };
+    let missing = |object: &Object| {
+        // Something of this shape that nothing else in the graph stands for has another colour.
+        let spare = (0..view.objects.len())
+            .find(|i| !matching.contains(&Some(*i)) && view.objects[*i].shape.name() == object.label);
+        match spare {
+            Some(i) => format!("the {} is {}", object.label, view.objects[i].colour.name()),
+            None => format!("there is no {}", object.phrase()),
+        }
+    };
+    let objects = graph.objects.iter().enumerate().map(|(i, object)| {
+        let wrong = || match matching[i] {
+            Some(at) => format!("the {} is {}", object.phrase(), view.objects[at].size.name()),
+            None => missing(object),
+        };
+        verdict(Claim::Object(object.phrase()), truth.objects[i], &wrong)
+    });
+    let relations = graph.relations.iter().zip(&truth.relations).map(|(relation, holds)| {
+        let (subject, object) = (&graph.objects[relation.subject], &graph.objects[relation.object]);
+        let wrong = || match (matching[relation.subject], matching[relation.object]) {
+            (None, _) => missing(subject),
+            (_, None) => missing(object),
+            (Some(a), Some(b)) => match Spatial::ALL.into_iter().find(|r| view.holds(a, *r, b)) {
+                Some(actual) => format!("the {} is {} the {}", subject.phrase(), actual.name(), object.phrase()),
+                None => format!("the {} is not {} the {}", subject.phrase(), relation.predicate, object.phrase()),
+            },
+        };
+        let claimed = tasks::Claim::Relation {
+            subject: subject.clone(),
+            predicate: relation.predicate.clone(),
+            object: object.clone(),
+        };
+        verdict(claim(&claimed), *holds, &wrong)
+    });
+    objects.chain(relations).collect()
+}
+
+fn check_row(verdict: &Verdict) -> Row {
+    Row {
+        task: Task::Check,
+        question: prompts::check(&verdict.claim),
+        answer: prompts::verdict(verdict.yes, &verdict.reflection),
+    }
+}
+
+/// Every object that has all of `words`, with its centre in tenths of the picture, from left to right.
+fn describe_row(view: &View, words: &[&str]) -> Row {
+    let mut seen: Vec<_> = view.objects.iter().map(|o| (o.bounds.centre(), o.object().phrase())).collect();
+    seen.retain(|(_, phrase)| words.iter().all(|word| phrase.split(' ').any(|w| w == *word)));
+    seen.sort_by(|a, b| a.0.0.total_cmp(&b.0.0));
+    let question = [&[DESCRIBE], words].concat().join(" ");
+    let tenth = |x: f32| (x * 10.0 / SIDE as f32).clamp(0.0, 9.0) as u8;
+    let objects: Vec<String> =
+        seen.into_iter().map(|((x, y), phrase)| format!("{phrase} {} {}", tenth(x), tenth(y))).collect();
+    Row { task: Task::Describe, question, answer: spaced(&json!({ "objects": objects })) }
+}
+
+/// What fits some attributes of an object that is seen, or one that is nearly so.
+fn query_row(rng: &mut Stream, view: &View) -> Row {
+    let object = if rng.chance(0.7) { seen(rng, view) } else { unlike(rng, view) };
+    let phrase = object.phrase();
+    let mut words: Vec<&str> = phrase.split(' ').filter(|_| rng.chance(0.7)).collect();
+    if words.is_empty() {
+        words.push(&object.label);
+    }
+    describe_row(view, &words)
+}
+
+/// An object of the picture, its size said or not.
+fn seen(rng: &mut Stream, view: &View) -> Object {
+    let object = view.objects[rng.below(view.objects.len())].object();
+    let skip = rng.below(2);
+    Object::new(object.label, object.attributes[skip..].to_vec())
+}
+
+/// An object that differs from one of the picture in one thing, often taken from another one there.
+fn unlike(rng: &mut Stream, view: &View) -> Object {
+    let other = view.objects[rng.below(view.objects.len())];
+    let mut near = view.objects[rng.below(view.objects.len())];
+    let borrowed = rng.chance(0.5);
+    match rng.below(5) {
+        0 | 1 => near.shape = if borrowed { other.shape } else { *rng.choose(Shape::ALL) },
+        2 | 3 => near.colour = if borrowed { other.colour } else { *rng.choose(Colour::ALL) },
+        _ => near.size = near.size.other(),
+    }
+    let object = near.object();
+    let skip = rng.below(2);
+    Object::new(object.label, object.attributes[skip..].to_vec())
+}
+
+/// Claims of single objects and of relations between two, about half of them true.
+fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
+    let relation = rng.chance(0.6) && view.objects.len() > 1;
+    let wanted = rng.chance(0.5);
+    for _ in 0..20 {
+        let graph = if relation {
+            let a = rng.below(view.objects.len());
+            let b = (a + 1 + rng.below(view.objects.len() - 1)) % view.objects.len();
+            let spatial = if rng.chance(0.75) { *rng.choose(&Spatial::DIRECTIONS) } else { *rng.choose(&Spatial::ALL) };
+            let objects: Vec<Object> = [a, b].iter().map(|i| view.objects[*i].object()).collect();
+            if view.certainty(a, spatial, b).abs() < sample::MARGIN
+                || (split == Split::Train && split::held_out(&objects[0], spatial, &objects[1]))
+            {
+                continue;
+            }
+            let skip = [rng.below(2), rng.below(2)];
+            let short = |(o, skip): (&Object, usize)| Object::new(o.label.clone(), o.attributes[skip..].to_vec());
+            let relations = vec![Relation { subject: 0, predicate: spatial.name().into(), object: 1 }];
+            SceneGraph { objects: objects.iter().zip(skip).map(short).collect(), relations }
+        } else {
+            let object = if wanted { seen(rng, view) } else { unlike(rng, view) };
+            SceneGraph { objects: vec![object], relations: Vec::new() }
+        };
+        let verdict = verdicts(view, &graph).pop()?;
+        if verdict.yes == wanted {
+            return Some(verdict);
+        }
+    }
+    None
+}
+
+/// A caption and its graph, objects in the order of their mention.
+fn parse_row(rng: &mut Stream, split: Split, objects: usize) -> Row {
+    let (_, graph) = sample::draw(rng, split, 1, objects);
+    let graph = graph.canonical();
+    let style = match split {
+        Split::TestParaphrase => Style::Paraphrase,
+        _ if rng.chance(0.2) => Style::Triples,
+        _ => Style::Natural,
+    };
+    let answer = json!({
+        "objects": graph.objects.iter().map(Object::phrase).collect::<Vec<_>>(),
+        "relations": graph.relations.iter().map(|r| json!([r.subject, r.predicate, r.object])).collect::<Vec<_>>(),
+    });
+    Row { task: Task::Parse, question: prompts::parse(&caption(rng, &graph, style)), answer: spaced(&answer) }
+}
+
+/// A picture that misses something of its prompt, asked what would mend it.
+pub struct Repair {
+    pub sample: tasks::ActSample,
+    pub verdicts: Vec<Verdict>,
+    pub question: String,
+}
+
+/// The repair number `index`; `None` where only something too many is wrong, which no claim says.
+pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Option<Repair> {
+    let sample = tasks::act(seed, split, index, objects);
+    if sample.edit.kind() == Kind::Remove {
+        return None;
+    }
+    let mut rng = Stream::new(seed, "vlm repair", index);
+    let mut verdicts = verdicts(&sample.scene.view(), &sample.graph);
+    if verdicts.iter().all(|v| v.yes) {
+        return None;
+    }
+    if rng.chance(0.2) {
+        verdicts.iter_mut().for_each(|v| v.reflection.clear());
+    }
+    // Later rounds know of earlier edits.
+    let earlier: Vec<String> = (0..rng.below(5).saturating_sub(2))
+        .map(|i| tasks::edit(seed ^ 0xed17, Split::Train, index * 2 + i as u64, 2, 3).instruction)
+        .collect();
+    let question = prompts::reflect(&sample.prompt, &verdicts, &earlier);
+    Some(Repair { sample, verdicts, question })
+}
+
+/// Whether an instruction is one that can be read and carried out, and whether it then mends more than it breaks.
+pub fn mends(instruction: &str, scene: &Scene, graph: &SceneGraph) -> (bool, bool) {
+    let Ok(edit) = Edit::parse(instruction) else { return (false, false) };
+    let before = scene.view().judge(graph).satisfied();
+    let target = edit.apply(&mut Stream::new(0, "mends", 0), scene);
+    (true, target.is_some_and(|t| t.view().judge(graph).satisfied() > before))
+}
+
+/// The lesson number `index` of a split.
+pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
+    let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
+    let repair = if rng.chance(mix.act) { repair(seed, split, index, mix.objects) } else { None };
+    let (scene, mut checks, mut rows) = match repair {
+        Some(Repair { sample, verdicts, question }) => {
+            let row = Row { task: Task::Act, question, answer: prompts::edit(&sample.instruction) };
+            (sample.scene, verdicts, vec![row])
+        }
+        None => {
+            let sample = tasks::check(seed, split, index, mix.objects);
+            let view = sample.scene.view();
+            let verdicts = verdicts(&view, &sample.graph);
+            (sample.scene, verdicts, vec![describe_row(&view, &[])])
+        }
+    };
+    rng.shuffle(&mut checks);
+    checks.truncate(mix.claims);
+    let view = scene.view();
+    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, split, &view)));
+    rows.extend((0..mix.queries).map(|_| query_row(&mut rng, &view)));
+    rows.extend(checks.iter().map(check_row));
+    if rng.chance(mix.parse) {
+        rows.push(parse_row(&mut rng, split, mix.objects));
+    }
+    Lesson { scene, rows }
+}
+
+/// The picture of a scene, often a little spoilt as drawn pictures are: noise, blur, other light.
+pub fn picture(rng: &mut Stream, scene: &Scene) -> RgbImage {
+    let mut picture = render(scene);
+    if rng.chance(0.3) {
+        picture = blurred(&picture, rng.range(0.2, 1.0) as f32);
+    }
+    if rng.chance(0.4) {
+        let (noise, light) = (rng.range(1.0, 12.0) as f32, rng.range(-12.0, 12.0) as f32);
+        let values = rng.normals(picture.as_raw().len());
+        for (pixel, value) in picture.iter_mut().zip(values) {
+            *pixel = (f32::from(*pixel) + noise * value + light).round().clamp(0.0, 255.0) as u8;
+        }
+    }
+    picture
+}
+
+/// The mean of each pixel and its neighbours in both directions, mixed in by `share`.
+fn blurred(picture: &RgbImage, share: f32) -> RgbImage {
+    let (w, h) = (picture.width() as usize, picture.height() as usize);
+    let pixels = picture.as_raw();
+    let mut out = picture.clone();
+    for (i, value) in out.iter_mut().enumerate() {
+        let (x, y, c) = (i / 3 % w, i / 3 / w, i % 3);
+        let at = |x: usize, y: usize| f32::from(pixels[(y * w + x) * 3 + c]);
+        let (left, right) = (x.saturating_sub(1), (x + 1).min(w - 1));
+        let (up, down) = (y.saturating_sub(1), (y + 1).min(h - 1));
+        let mean = (at(x, y) + at(left, y) + at(right, y) + at(x, up) + at(x, down)) / 5.0;
+        *value = (at(x, y) + share * (mean - at(x, y))).round() as u8;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, queries: 1, act: 0.4, parse: 0.2 };
+
+    #[test]
+    fn verdicts_are_those_of_the_world_and_say_what_is_wrong() {
+        for index in 0..200 {
+            let sample = tasks::check(5, Split::Train, index, 3);
+            let verdicts = verdicts(&sample.scene.view(), &sample.graph);
+            let truth: Vec<(Claim, bool)> = sample.claims().iter().map(|(c, yes)| (claim(c), *yes)).collect();
+            assert_eq!(verdicts.iter().map(|v| (v.claim.clone(), v.yes)).collect::<Vec<_>>(), truth);
+            assert!(verdicts.iter().all(|v| v.yes == v.reflection.is_empty()));
+        }
+    }
+
+    #[test]
+    fn what_is_taught_mends_the_picture() {
+        let repairs: Vec<Repair> = (0..100).filter_map(|i| repair(5, Split::Train, i, 3)).collect();
+        assert!(repairs.len() > 50);
+        for Repair { sample, .. } in &repairs {
+            assert!(mends(&sample.instruction, &sample.scene, &sample.graph).0, "{}", sample.instruction);
+        }
+        let helped = repairs.iter().filter(|r| mends(&r.sample.instruction, &r.sample.scene, &r.sample.graph).1);
+        assert!(helped.count() * 10 >= repairs.len() * 8);
+    }
+
+    #[test]
+    fn all_tasks_are_taught_and_about_half_of_the_claims_hold() {
+        let lessons: Vec<Lesson> = (0..400).map(|i| lesson(5, Split::Train, i, MIX)).collect();
+        let rows = |task| lessons.iter().flat_map(|l| &l.rows).filter(move |r| r.task == task);
+        let (act, describe) = (rows(Task::Act).count(), rows(Task::Describe).count());
+        assert!(act > 80 && describe > 600 && rows(Task::Parse).count() > 40, "{act} {describe}");
+        let yes = rows(Task::Check).filter(|r| r.answer.contains("\"yes\"")).count() as f64;
+        let share = yes / rows(Task::Check).count() as f64;
+        assert!((0.4..0.6).contains(&share), "{share} of the claims hold");
+        for row in lessons.iter().flat_map(|l| &l.rows) {
+            assert!(serde_json::from_str::<Value>(&row.answer).is_ok(), "{}", row.answer);
+        }
+    }
+
+    #[test]
+    fn questions_and_answers_are_made_of_phrases_and_words() {
+        let phrases = phrases();
+        let left = |text: &str| phrases.iter().fold(text.to_owned(), |text, p| text.replace(p.as_str(), "|"));
+        for row in lesson(5, Split::Train, 1, MIX).rows.iter().filter(|r| r.task == Task::Check) {
+            assert!(!left(&row.question).contains(['"', '{', '?']), "{}", left(&row.question));
+        }
+    }
+}
