@@ -211,6 +211,9 @@ pub struct VlmObjective {
     seed: u64,
 }
 
+/// Rows whose lengths differ by less than this are padded to one length.
+const BUCKET: usize = 10;
+
 /// The questions of one batch that are asked together: one row each.
 #[derive(Default)]
 struct Group {
@@ -279,23 +282,21 @@ impl VlmObjective {
         }
     }
 
-    /// Sorts the rows of a batch into short ones, long ones, and ones without a picture, so that padding stays little.
-    fn groups(&self, lessons: &[Lesson], grid: [usize; 2], prefix: &[u32]) -> Result<[Group; 3]> {
-        let mut groups: [Group; 3] = Default::default();
+    /// Sorts the rows of a batch by whether they have a picture and about how long they are, so that padding stays
+    /// little.
+    fn groups(&self, lessons: &[Lesson], grid: [usize; 2], prefix: &[u32]) -> Result<BTreeMap<(bool, usize), Group>> {
+        let mut groups: BTreeMap<(bool, usize), Group> = BTreeMap::new();
         for (picture, lesson) in lessons.iter().enumerate() {
             for row in &lesson.rows {
-                let (group, grid) = match row.task {
-                    Task::Check => (0, Some(grid)),
-                    Task::Act | Task::Describe => (1, Some(grid)),
-                    Task::Parse => (2, None),
-                };
-                let question = self.vlm.question(&row.question, grid)?;
-                let read = if grid.is_some() { prefix } else { &[] };
+                let seen = row.task != Task::Parse;
+                let question = self.vlm.question(&row.question, seen.then_some(grid))?;
+                let read = if seen { prefix } else { &[] };
                 let rest = question.strip_prefix(read).context("a question begins with its picture")?;
-                let group = &mut groups[group];
+                let ids = [rest, &self.vlm.reply(&row.answer)?].concat();
+                let group = groups.entry((seen, ids.len() / BUCKET)).or_default();
                 group.pictures.push(picture);
                 group.begins.push(rest.len());
-                group.ids.push([rest, &self.vlm.reply(&row.answer)?].concat());
+                group.ids.push(ids);
                 group.tasks.push(row.task);
             }
         }
@@ -395,17 +396,16 @@ impl Objective for VlmObjective {
 
         let mut loss: Option<Tensor> = None;
         let mut tallies: BTreeMap<&'static str, Tally> = BTreeMap::new();
-        for (kind, group) in groups.iter().enumerate().filter(|(_, g)| !g.ids.is_empty()) {
-            let seen = kind != 2;
+        for ((seen, _), group) in &groups {
             let longest = group.ids.iter().map(Vec::len).max().unwrap_or(0);
-            let past = if seen { prefix.len() } else { 0 };
+            let past = if *seen { prefix.len() } else { 0 };
             let pad =
                 |ids: &Vec<u32>| [ids.as_slice(), &vec![config.vision_end_token_id; longest - ids.len()]].concat();
             let padded: Vec<Vec<u32>> = group.ids.iter().map(pad).collect();
             let keys = group.ids.iter().map(|ids| 0..past + ids.len()).collect();
-            let angles = model.decoder.text_angles(if seen { next as usize } else { 0 }, longest)?;
+            let angles = model.decoder.text_angles(if *seen { next as usize } else { 0 }, longest)?;
             let index: Vec<u32> = group.pictures.iter().map(|i| *i as u32).collect();
-            let mut cache = if seen { cache.rows(&index)? } else { model.decoder.cache() };
+            let mut cache = if *seen { cache.rows(&index)? } else { model.decoder.cache() };
             let mask = Mask { causal: true, keys: Some(keys) };
             let states = model.forward(&padded, None::<&Features>, &angles, &mask, Some(&mut cache))?;
             let (part, more) = group.loss(&self.vlm, &states, mix.claims + mix.probes, decides)?;
