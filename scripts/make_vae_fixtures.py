@@ -65,6 +65,13 @@ def main():
         golden |= {f"grad.{n}": p.grad for n, p in model.named_parameters()}
         save_file({k: v.detach().contiguous() for k, v in golden.items()}, OUT / name / "golden.safetensors")
 
+    # The shipped weights, stored in half precision and computed with in single precision.
+    torch.manual_seed(1)
+    model = AutoencoderKLFlux2.from_pretrained(OUT.parents[2] / "weights" / "tabletop" / "vae", torch_dtype=torch.float32)
+    z = torch.randn(1, model.config.latent_channels, 4, 6)
+    with torch.no_grad():
+        save_file(dict(z=z, y=model.decode(z).sample), OUT / "shipped.safetensors")
+
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ mod kernel;
 
 use super::cpu::{self, Shared};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
-use kernel::{LANES, Padded, View, correlate, pack, products};
+use kernel::{LANES, Padded, View, correlate, pack, products, store};
 use rayon::prelude::*;
 
 /// Floats of a task's buffer: what stays in the second-level cache.
@@ -108,14 +108,10 @@ fn forward(s: &Sizes, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
             buffer.fill(picture, s.input, s.input_rows(start, end), s.padding.0);
             let taps = s.taps(buffer);
             let view = View { source: buffer, taps: &taps, step: s.stride * buffer.row() };
-            correlate(&view, &packed, s.out, (end - start, ow), |o, row, column, values| {
-                let mut biased = [0f32; LANES];
-                for (biased, value) in biased.iter_mut().zip(values) {
-                    *biased = value + bias[o];
-                }
+            correlate(&view, &packed, s.out, (end - start, ow), |o, row, column, values, n| {
                 let at = image * s.output_len() + (o * oh + start + row) * ow + column;
                 // SAFETY: a task has its own image and rows.
-                unsafe { shared.slice(at, values.len()) }.copy_from_slice(&biased[..values.len()]);
+                unsafe { store(shared.at(at), &values.map(|v| v + bias[o]), n) };
             });
         },
     );
@@ -169,13 +165,13 @@ fn backward_input(s: &Sizes, grad: &[f32], weight: &[f32]) -> Vec<f32> {
             // A later parity may have one row or column less.
             let count = |n: usize, r: usize| (n + s.stride - 1 - r) / s.stride;
             let size = (end.min(count(h, *ry)).saturating_sub(start), count(w, *rx));
-            correlate(&view, packed, s.inner, size, |i, row, column, values| {
+            correlate(&view, packed, s.inner, size, |i, row, column, values, n| {
                 let at = image * s.input_len() + (i * h + (start + row) * s.stride + ry) * w + column * s.stride + rx;
                 if s.stride == 1 {
                     // SAFETY: a task has its own image and rows.
-                    unsafe { shared.slice(at, values.len()) }.copy_from_slice(values);
+                    unsafe { store(shared.at(at), values, n) };
                 } else {
-                    for (k, value) in values.iter().enumerate() {
+                    for (k, value) in values.iter().enumerate().take(n) {
                         // SAFETY: as above, and a phase has its own rows and columns.
                         unsafe { shared.at(at + k * s.stride).write(*value) };
                     }

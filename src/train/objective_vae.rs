@@ -302,3 +302,67 @@ fn to_tensor(images: &[RgbImage], device: &Device) -> Result<Tensor> {
     });
     Ok(Tensor::from_vec(values, (images.len(), 3, h, w), device)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::Folder;
+
+    fn small() -> VaeObjective {
+        let config = VaeConfig {
+            block_out_channels: vec![4, 8],
+            latent_channels: 2,
+            norm_num_groups: 2,
+            crop: 32,
+            crop_steps: 1,
+            statistics: 8,
+            held_out: 2,
+            ..VaeConfig::default()
+        };
+        VaeObjective::new(&config, 0, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn parts_and_whole_pictures_give_every_variable_a_gradient() {
+        let objective = small();
+        for step in 0..2 {
+            let Step { loss, .. } = objective.loss(&Batch { step, rows: 0..2, size: 2 }).unwrap();
+            let grads = loss.backward().unwrap();
+            assert!(objective.vars().values().all(|var| grads.get(var).is_some()));
+        }
+    }
+
+    #[test]
+    fn a_saved_model_standardises_its_tokens() {
+        let objective = small();
+        let dir = tempfile::tempdir().unwrap();
+        objective.save(dir.path(), DType::F32).unwrap();
+        let folder = Folder::from(dir.path());
+        let config: Config = folder.json("config.json").unwrap();
+        let params = Params::open(&folder, "diffusion_pytorch_model", DType::F32, &Device::Cpu).unwrap();
+        let model = Autoencoder::new(&config, &params).unwrap();
+        let x = objective.pictures("autoencoder-statistics", Split::Train, 0..8).unwrap();
+        let tokens = model.latents(&x).unwrap().transpose(0, 1).unwrap().flatten_from(1).unwrap();
+        for channel in tokens.to_vec2::<f32>().unwrap() {
+            let n = channel.len() as f32;
+            let mean = channel.iter().sum::<f32>() / n;
+            let var = channel.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / n;
+            // `batch_norm_eps` takes a little from the variance of a model that was not trained.
+            assert!(mean.abs() < 1e-3 && (0.9..1.01).contains(&var), "mean {mean}, variance {var}");
+        }
+    }
+
+    #[test]
+    fn the_shipped_autoencoder_gives_unseen_pictures_back() {
+        let folder = Folder::from(concat!(env!("CARGO_MANIFEST_DIR"), "/weights/tabletop/vae"));
+        let config: Config = folder.json("config.json").unwrap();
+        let params = Params::open(&folder, "diffusion_pytorch_model", DType::F32, &Device::Cpu).unwrap();
+        let model = Autoencoder::new(&config, &params).unwrap();
+        for split in [Split::Test, Split::TestMany] {
+            let x = small().pictures("autoencoder-shipped", split, 0..4).unwrap();
+            let y = model.pixels(&model.latents(&x).unwrap()).unwrap().clamp(-1f32, 1f32).unwrap();
+            let mse = (y - x).unwrap().sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(psnr(f64::from(mse)) > 34.0, "{}: {:.2} dB", split.name(), psnr(f64::from(mse)));
+        }
+    }
+}

@@ -17,7 +17,7 @@ const SEGMENTS: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "
 const GRAD_BLOCK: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "aarch64")) { 3 } else { 2 };
 const GRAD_TAPS: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "aarch64")) { 9 } else { 5 };
 
-type Vector = [f32; LANES];
+pub type Vector = [f32; LANES];
 
 /// # Safety
 /// `x[at..at + LANES]` must exist.
@@ -26,6 +26,22 @@ unsafe fn load(x: &[f32], at: usize) -> Vector {
     debug_assert!(at + LANES <= x.len());
     // SAFETY: the caller's promise.
     unsafe { x.as_ptr().add(at).cast::<Vector>().read_unaligned() }
+}
+
+/// Writes the first `n` of `values`.
+///
+/// # Safety
+/// `n` is at most [`LANES`], and as many elements from `to` on may be written by no other task.
+#[inline(always)]
+pub unsafe fn store(to: *mut f32, values: &Vector, n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if n == LANES {
+            to.cast::<Vector>().write_unaligned(*values); // of a known size: no call of memcpy
+        } else {
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, n);
+        }
+    }
 }
 
 /// Rows of one picture in a padded buffer: `channels` planes of `rows` rows, each row split into `phases` interleaved sets
@@ -108,13 +124,13 @@ pub struct View<'a> {
 }
 
 /// `out(o, y, x) = sum over i, t of weight(o, i, t) * source(i, y * step + x + taps[t])` for `rows` rows of `width`;
-/// `put(o, y, x, values)` takes up to [`LANES`] neighbouring results, for `o < out` only.
+/// `put(o, y, x, values, n)` takes neighbouring results, of which the first `n` exist, for `o < out` only.
 pub fn correlate(
     view: &View,
     packed: &[f32],
     out: usize,
     (rows, width): (usize, usize),
-    mut put: impl FnMut(usize, usize, usize, &[f32]),
+    mut put: impl FnMut(usize, usize, usize, &Vector, usize),
 ) {
     let (plane, per_row) = (view.source.plane(), width.div_ceil(LANES));
     let inner = view.source.data.len().checked_div(plane).unwrap_or(0);
@@ -137,7 +153,7 @@ pub fn correlate(
             for (o, segments) in tile.iter().enumerate().take(out - (block_index * BLOCK).min(out)) {
                 for (s, values) in segments.iter().enumerate().take(total - first) {
                     let (y, x) = ((first + s) / per_row, (first + s) % per_row * LANES);
-                    put(block_index * BLOCK + o, y, x, &values[..LANES.min(width - x)]);
+                    put(block_index * BLOCK + o, y, x, values, LANES.min(width - x));
                 }
             }
         }
