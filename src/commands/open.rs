@@ -11,6 +11,7 @@ use crate::{
         vlm_roles::Critic,
     },
     usage,
+    vlm::Vlm,
 };
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
@@ -151,7 +152,7 @@ pub fn critic(found: &Found, (device, dtype): (&Device, DType), adapters: &mut A
     let params = params.adapted(taken);
     let model = qwen3_vl::Qwen3VL::new(&config, &params)?;
     params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
-    Critic::new(model, folder)
+    Ok(Critic(Vlm::of(model, folder)?))
 }
 
 /// How the model paints: the flags, and its own defaults for the rest.

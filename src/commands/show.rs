@@ -101,9 +101,10 @@ impl Console {
     }
 }
 
-/// A verdict's claim, and why it does not hold.
+/// A verdict's claim, and what was seen instead if it does not hold.
 pub fn claim(verdict: &Verdict) -> String {
-    let why = if verdict.reflection.is_empty() { String::new() } else { format!(" ({})", verdict.reflection) };
+    let told = !verdict.yes && !verdict.reflection.is_empty();
+    let why = if told { format!(" (seen: {})", verdict.reflection) } else { String::new() };
     printable(&format!("{}{why}", verdict.claim))
 }
 

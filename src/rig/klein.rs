@@ -139,10 +139,13 @@ impl Editor for Painter {
     }
 }
 
-/// What the Checker saw, as a prompt: the claims that hold, and what holds instead of the others.
+/// What the Checker saw, as a prompt without places: the claims that hold, and what was seen instead of the others.
 fn shown(verdicts: &[Verdict]) -> String {
-    let said = verdicts.iter().map(|v| if v.yes { v.claim.to_string() } else { v.reflection.clone() });
-    said.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
+    let words = |text: &str| -> String {
+        text.split_inclusive([' ', ',']).filter(|word| !word.contains(|c: char| c.is_ascii_digit())).collect()
+    };
+    let said = verdicts.iter().map(|v| if v.yes { v.claim.to_string() } else { words(&v.reflection) });
+    said.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
@@ -159,7 +162,7 @@ mod tests {
             reflection: reflection.into(),
         };
         let verdicts =
-            [verdict("red ball", true, ""), verdict("green ring", false, "a blue ring"), verdict("star", false, "")];
-        assert_eq!(shown(&verdicts), "red ball; a blue ring");
+            [verdict("red ball", true, ""), verdict("ring", false, "blue ring 30 45"), verdict("star", false, "")];
+        assert_eq!(shown(&verdicts), "red ball; blue ring");
     }
 }

@@ -6,34 +6,45 @@
 //!
 //! | asked | answer |
 //! |---|---|
-//! | a claim ([`check`]) | `{"verdict": "no", "reflection": "the large red ball is right of the small blue cube"}` |
+//! | a claim ([`check`]) | `{"reflection": "large red ball 70 45, small blue cube 25 40", "verdict": "no"}` |
 //! | an edit ([`reflect`]) | `{"edit": "move the large red ball to the left of the small blue cube"}` |
 //! | the graph of a prompt ([`parse`]) | `{"objects": ["large red ball", ..], "relations": [[0, "left of", 1], ..]}` |
+//!
+//! The Checker looks before it decides: it first writes what the picture has of the claim and where, then the verdict. A
+//! verdict in one word from nothing is learned late and is a guess more often; what was seen is also what the Actor needs.
 
 use super::roles::{Claim, Verdict};
 use serde_json::{Value, json};
 
-/// The text of an answer to [`check`] up to the word that decides: P(yes) is read from the logits that follow it.
-pub const VERDICT_HEAD: &str = "{\"verdict\": \"";
+/// The words of a verdict: P(yes) is read from the logits where the answer chooses between them.
+pub const VERDICTS: [&str; 2] = ["yes", "no"];
 
 /// The question about one claim.
 pub fn check(claim: &Claim) -> String {
     format!(
-        "Does the picture show \"{claim}\"? Answer in JSON with \"verdict\" (yes or no) and \"reflection\" (what is wrong)."
+        "Does the picture show \"{claim}\"? Answer in JSON with \"reflection\" (what is seen of it, and where: x and y in \
+         percent) and \"verdict\" (yes or no)."
     )
 }
 
-/// The answer to [`check`]; the reflection of a claim that holds is empty.
-pub fn verdict(yes: bool, reflection: &str) -> String {
-    format!("{VERDICT_HEAD}{}\", \"reflection\": {}}}", if yes { "yes" } else { "no" }, Value::from(reflection))
+/// The answer to [`check`].
+pub fn verdict(reflection: &str, yes: bool) -> String {
+    format!("{{\"reflection\": {}, {VERDICT}{}\"}}", Value::from(reflection), VERDICTS[usize::from(!yes)])
+}
+
+const VERDICT: &str = "\"verdict\": \"";
+
+/// An answer to [`check`] up to the word that decides.
+pub fn undecided(answer: &str) -> &str {
+    answer.rfind(VERDICT).map_or("", |at| &answer[..at + VERDICT.len()])
 }
 
 /// The JSON schema of an answer to [`check`].
 pub fn check_schema() -> Value {
     json!({
         "type": "object",
-        "properties": { "verdict": { "enum": ["yes", "no"] }, "reflection": { "type": "string", "maxLength": 160 } },
-        "required": ["verdict", "reflection"],
+        "properties": { "reflection": { "type": "string", "maxLength": 160 }, "verdict": { "enum": VERDICTS } },
+        "required": ["reflection", "verdict"],
         "additionalProperties": false
     })
 }
@@ -113,8 +124,8 @@ mod tests {
     #[test]
     fn answers_are_what_their_schemas_say() {
         for (text, schema) in [
-            (verdict(true, ""), check_schema()),
-            (verdict(false, "a \"quoted\" reason"), check_schema()),
+            (verdict("", true), check_schema()),
+            (verdict("a \"quoted\" reason", false), check_schema()),
             (edit("move the red ball"), reflect_schema()),
         ] {
             let answer: Value = serde_json::from_str(&text).unwrap();
@@ -122,7 +133,7 @@ mod tests {
             let keys: Vec<Value> = answer.as_object().unwrap().keys().map(|k| Value::from(k.as_str())).collect();
             assert_eq!(&keys, required, "the keys come in the schema's order");
         }
-        assert!(verdict(false, "x").starts_with(&format!("{VERDICT_HEAD}no")));
+        assert_eq!(undecided(&verdict("x", false)), "{\"reflection\": \"x\", \"verdict\": \"");
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub struct Verdict {
     pub yes: bool,
     /// The probability of "yes" by the Checker's logits.
     pub p_yes: f64,
-    /// What is wrong, in a few words; empty where nothing is.
+    /// What was seen of it and where, in a few words.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reflection: String,
 }

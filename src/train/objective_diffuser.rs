@@ -265,8 +265,8 @@ impl Diffuser {
         Ok(self.klein.autoencoder.latents(&pixels)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
     }
 
-    /// The summed loss of samples that all draw, or all edit.
-    fn sum(&self, examples: &[(u64, Example)], batch: &Batch) -> Result<Tensor> {
+    /// The loss of each of some samples that all draw, or all edit, `(B)`, and their noise levels.
+    fn losses(&self, examples: &[(u64, Example)], batch: &Batch) -> Result<(Tensor, Vec<f32>)> {
         let device = self.klein.device();
         let targets = self.tokens(examples.iter().map(|(_, e)| &e.target))?; // (B, N, C)
         let (b, n, c) = targets.dims3()?;
@@ -280,7 +280,7 @@ impl Diffuser {
             noise.extend(rng.normals(n * c));
         }
         let noise = Tensor::from_vec(noise, (b, n, c), device)?;
-        let sigma = Tensor::from_vec(levels, b, device)?;
+        let sigma = Tensor::from_slice(&levels, b, device)?;
         let t = sigma.reshape((b, 1, 1))?;
         let velocity = (&noise - &targets)?;
         let mut x = (&targets + velocity.broadcast_mul(&t)?)?;
@@ -320,7 +320,7 @@ impl Diffuser {
         let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
         let predicted = self.klein.transformer.forward(&x, &given)?.narrow(1, 0, n)?;
         let error = (predicted - velocity)?.sqr()?;
-        Ok((error.sum_all()? / (n * c) as f64)?)
+        Ok(((error.sum((1, 2))? / (n * c) as f64)?, levels))
     }
 
     /// Held-out pictures drawn from prompts, or edited; the same for every evaluation.
@@ -351,6 +351,8 @@ impl Diffuser {
     }
 }
 
+/// Bounds of the noise levels whose losses are logged apart.
+const NOISE: [f32; 5] = [0.0, 0.5, 0.8, 0.93, 1.01];
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 /// The name of weights files in diffusers' folders.
@@ -458,8 +460,20 @@ impl Objective for Diffuser {
             if examples.is_empty() {
                 continue;
             }
-            let sum = self.sum(examples, batch)?;
-            metrics.push((name.to_owned(), f64::from(sum.to_scalar::<f32>()?) / examples.len() as f64));
+            let (losses, levels) = self.losses(examples, batch)?;
+            let values: Vec<f32> = losses.to_vec1()?;
+            let mean = |of: &dyn Fn(f32) -> bool| {
+                let some: Vec<f64> =
+                    levels.iter().zip(&values).filter(|(t, _)| of(**t)).map(|(_, loss)| f64::from(*loss)).collect();
+                (!some.is_empty()).then(|| some.iter().sum::<f64>() / some.len() as f64)
+            };
+            metrics.extend(mean(&|_| true).map(|loss| (name.to_owned(), loss)));
+            // Layout is decided at the highest levels, shape below, the rest is finish.
+            for window in NOISE.windows(2) {
+                let inside = mean(&|t| (window[0]..window[1]).contains(&t));
+                metrics.extend(inside.map(|loss| (format!("{name}/noise_{:.2}", window[0]), loss)));
+            }
+            let sum = losses.sum_all()?;
             total = Some(match total {
                 Some(total) => (total + sum)?,
                 None => sum,

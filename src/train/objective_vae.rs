@@ -5,11 +5,15 @@
 //! outlines sharp without a discriminator) and KL is that of the latents to the standard normal. All are means, over pixels
 //! or latent numbers. The weight of KL is larger than latent diffusion's: the deviation that it buys makes the decoder
 //! forgive the small errors of generated latents, and makes the latents smooth.
+//!
+//! With `coarse` the first three channels are held to the picture itself at the latents' size, and the statistics give the
+//! others, which carry the detail, a smaller deviation. Free latents change twice as fast as pixels do when a thing moves
+//! by some pixels, and a Diffuser learns them late; where coarse numbers dominate it learns layout, colour and shape first.
 
 use super::{Batch, Group, Metrics, Objective, Rule, Step, optim};
 use crate::{
     models::{
-        Params,
+        Folder, Params,
         autoencoder::{Autoencoder, Config},
     },
     scene::tabletop::{
@@ -29,11 +33,16 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Pictures encoded at once where no gradient is needed.
 const CHUNK: u64 = 16;
+/// Latent channels that hold the small picture: red, green and blue.
+const COARSE: usize = 3;
+/// The small picture's numbers in the latents: `GAIN (x - BACKGROUND)`, about normal and 0 where nothing is.
+const GAIN: f64 = 3.0;
+const BACKGROUND: f64 = 0.8;
 /// Columns of a sheet of sample pictures.
 const SAMPLES: u64 = 8;
 
@@ -41,6 +50,13 @@ const SAMPLES: u64 = 8;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VaeConfig {
+    /// An autoencoder's folder to go on from; its sizes replace those below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+    /// Weight of the squared difference between the first three latent channels and the small picture.
+    pub coarse: f64,
+    /// The deviation that the other channels of the tokens have after normalization; 1 where there is no coarse part.
+    pub detail: f64,
     pub block_out_channels: Vec<usize>,
     pub latent_channels: usize,
     pub layers_per_block: usize,
@@ -66,6 +82,9 @@ pub struct VaeConfig {
 impl Default for VaeConfig {
     fn default() -> Self {
         Self {
+            init: None,
+            coarse: 0.0,
+            detail: 1.0,
             block_out_channels: vec![12, 24, 48, 64],
             latent_channels: 6,
             layers_per_block: 1,
@@ -108,8 +127,18 @@ pub struct VaeObjective {
 
 impl VaeObjective {
     pub fn new(config: &VaeConfig, seed: u64, device: &Device) -> Result<Self> {
-        let params = Params::fresh(seed, DType::F32, device);
-        let model = Autoencoder::new(&config.model(), &params)?;
+        let (sizes, params) = match &config.init {
+            Some(folder) => {
+                let folder = Folder::from(folder);
+                let params = Params::open(&folder, "diffusion_pytorch_model", DType::F32, device)?.trained();
+                (folder.json("config.json")?, params)
+            }
+            None => (config.model(), Params::fresh(seed, DType::F32, device)),
+        };
+        let model = Autoencoder::new(&sizes, &params)?;
+        if config.coarse > 0.0 && sizes.latent_channels <= COARSE {
+            usage!("autoencoder.coarse needs more than {COARSE} latent_channels");
+        }
         let token = model.config.pixels_per_token();
         if !(config.crop as usize).is_multiple_of(token) || !(1..=SIDE).contains(&config.crop) {
             usage!("autoencoder.crop must be a multiple of {token}, at most {SIDE}, not {}", config.crop);
@@ -158,8 +187,12 @@ impl VaeObjective {
             }
         }
         let mean: Vec<f64> = sums.iter().map(|sum| sum / n).collect();
-        let unbiased = |(square, mean): (&f64, &f64)| ((square / n - mean * mean) * n / (n - 1.0)) as f32;
-        let var: Vec<f32> = squares.iter().zip(&mean).map(unbiased).collect();
+        // A channel's four numbers of a token lie side by side.
+        let share = |i: usize| if i < 4 * COARSE { 1.0 } else { self.config.detail };
+        let unbiased = |(i, (square, mean)): (usize, (&f64, &f64))| {
+            ((square / n - mean * mean) * n / (n - 1.0) / share(i).powi(2)) as f32
+        };
+        let var: Vec<f32> = squares.iter().zip(&mean).enumerate().map(unbiased).collect();
         let mean: Vec<f32> = mean.into_iter().map(|m| m as f32).collect();
         let device = self.params.device();
         Ok((Tensor::from_vec(mean, channels, device)?, Tensor::from_vec(var, channels, device)?))
@@ -188,8 +221,14 @@ impl Objective for VaeObjective {
         let loss = (error.abs()?.mean_all()? + (&squared * self.config.squared)?)?;
         let loss = ((loss + (edges(&error)? * self.config.edge)?)? + (&kl * self.config.kl)?)?;
         let value = |x: &Tensor| -> Result<f64> { Ok(f64::from(x.to_scalar::<f32>()?)) };
-        let metrics = vec![("mse".into(), value(&squared)?), ("kl".into(), value(&kl)?)];
-        Ok(Step { loss, metrics })
+        let mut metrics = vec![("mse".into(), value(&squared)?), ("kl".into(), value(&kl)?)];
+        if self.config.coarse == 0.0 {
+            return Ok(Step { loss, metrics });
+        }
+        let small = ((x.avg_pool2d(x.dim(2)? / mean.dim(2)?)? - BACKGROUND)? * GAIN)?;
+        let coarse = (mean.narrow(1, 0, COARSE)? - small)?.sqr()?.mean_all()?;
+        metrics.push(("coarse".into(), value(&coarse)?));
+        Ok(Step { loss: (loss + (coarse * self.config.coarse)?)?, metrics })
     }
 
     /// PSNR of held-out pictures, from their latents and from latents with noise of a part of their deviation.

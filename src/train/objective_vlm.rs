@@ -2,7 +2,7 @@
 //!
 //! Each picture is read once, by the vision tower and as the decoder's prefix, and its questions are asked in parallel
 //! over that prefix, as they will be when the model is used: the cost of a question is that of its own words. The loss is
-//! the cross entropy of the answers; in a verdict the word that decides weighs as much as all others together.
+//! the cross entropy of the answers' tokens, where the word that decides a verdict weighs more than others.
 
 use super::{
     Batch, Metrics, Objective, Step, checkpoint,
@@ -45,8 +45,6 @@ pub struct VlmConfig {
     pub claims: usize,
     /// Further claims about a picture, half of which hold.
     pub probes: usize,
-    /// Questions for what in a picture fits some words.
-    pub queries: usize,
     /// The share of pictures that are given with an edit.
     pub act: f64,
     /// The share of pictures that come with a caption to parse.
@@ -88,7 +86,6 @@ impl Default for VlmConfig {
             start: None,
             claims: 2,
             probes: 5,
-            queries: 2,
             act: 0.25,
             parse: 0.1,
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
@@ -211,6 +208,10 @@ pub struct VlmObjective {
     seed: u64,
 }
 
+/// How much more the word that decides a verdict weighs than another token.
+const DECISIVE: f32 = 4.0;
+/// About how many tokens are answered of a picture: it keeps the loss of the order of 1.
+const TOKENS: f32 = 64.0;
 /// Rows whose lengths differ by less than this are padded to one length.
 const BUCKET: usize = 10;
 
@@ -223,6 +224,8 @@ struct Group {
     ids: Vec<Vec<u32>>,
     /// Where the answer begins in each row.
     begins: Vec<usize>,
+    /// Where the word is that decides, in a verdict.
+    decides: Vec<Option<usize>>,
     tasks: Vec<Task>,
 }
 
@@ -276,7 +279,6 @@ impl VlmObjective {
             objects: stage.map_or(3, |(_, objects)| *objects),
             claims: self.config.claims,
             probes: self.config.probes,
-            queries: self.config.queries,
             act: self.config.act,
             parse: self.config.parse,
         }
@@ -296,6 +298,10 @@ impl VlmObjective {
                 let group = groups.entry((seen, ids.len() / BUCKET)).or_default();
                 group.pictures.push(picture);
                 group.begins.push(rest.len());
+                group.decides.push(match row.task {
+                    Task::Check => Some(rest.len() + self.vlm.chat.encode(prompts::undecided(&row.answer))?.len()),
+                    _ => None,
+                });
                 group.ids.push(ids);
                 group.tasks.push(row.task);
             }
@@ -305,32 +311,17 @@ impl VlmObjective {
 }
 
 impl Group {
-    /// The weighted sum of the answers' token losses, and what to log of each task.
-    ///
-    /// A row weighs 1, a verdict its share among those of a picture (`claims`); in a verdict the word at `decides` has
-    /// half of it. `states (rows, T, hidden)` are the decoder's.
-    fn loss(
-        &self,
-        vlm: &Vlm,
-        states: &Tensor,
-        claims: usize,
-        decides: usize,
-    ) -> Result<(Tensor, BTreeMap<&'static str, Tally>)> {
+    /// The weighted sum of the answers' token losses, and what to log of each task; `states (rows, T, hidden)` are the
+    /// decoder's.
+    fn loss(&self, vlm: &Vlm, states: &Tensor) -> Result<(Tensor, BTreeMap<&'static str, Tally>)> {
         let width = states.dim(1)?;
         let (mut places, mut targets, mut weights, mut kinds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (row, (ids, begin)) in self.ids.iter().zip(&self.begins).enumerate() {
-            let check = self.tasks[row] == Task::Check;
-            let answer = &ids[*begin..];
-            for (i, id) in answer.iter().enumerate() {
-                let decisive = check && i == decides;
-                let weight = match (check, decisive) {
-                    (true, true) => 1.0 / claims as f32,
-                    (true, false) => 0.5 / (claims * answer.len()) as f32,
-                    (false, _) => 1.0 / answer.len() as f32,
-                };
-                places.push((row * width + begin + i - 1) as u32);
+            for (i, id) in ids.iter().enumerate().skip(*begin) {
+                let decisive = self.decides[row] == Some(i);
+                places.push((row * width + i - 1) as u32);
                 targets.push(*id);
-                weights.push(weight);
+                weights.push(if decisive { DECISIVE } else { 1.0 } / TOKENS);
                 kinds.push((self.tasks[row], decisive));
             }
         }
@@ -384,7 +375,6 @@ impl Objective for VlmObjective {
         let grid = patches.grids.first().copied().context("an empty batch")?;
         let prefix = self.vlm.prefix(grid)?;
         let groups = self.groups(&lessons, grid, &prefix)?;
-        let decides = self.vlm.chat.encode(prompts::VERDICT_HEAD)?.len();
 
         let config = model.config();
         let merge = config.vision_config.spatial_merge_size;
@@ -408,7 +398,7 @@ impl Objective for VlmObjective {
             let mut cache = if *seen { cache.rows(&index)? } else { model.decoder.cache() };
             let mask = Mask { causal: true, keys: Some(keys) };
             let states = model.forward(&padded, None::<&Features>, &angles, &mask, Some(&mut cache))?;
-            let (part, more) = group.loss(&self.vlm, &states, mix.claims + mix.probes, decides)?;
+            let (part, more) = group.loss(&self.vlm, &states)?;
             loss = Some(match loss {
                 Some(loss) => (loss + part)?,
                 None => part,
@@ -456,7 +446,7 @@ impl VlmObjective {
         let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
         for start in (0..count).step_by(AT_ONCE) {
             let indices = start as u64..(start + AT_ONCE).min(count) as u64;
-            let mix = Mix { objects, claims: 12, probes: 0, queries: 0, act: 0.0, parse: 0.0 };
+            let mix = Mix { objects, claims: 12, probes: 0, act: 0.0, parse: 0.0 };
             let lessons: Vec<Lesson> = indices.clone().map(|i| vlm_tasks::lesson(seed, split, i, mix)).collect();
             let pictures: Vec<RgbImage> =
                 lessons.iter().map(|l| crate::scene::tabletop::render::render(&l.scene)).collect();
@@ -468,8 +458,10 @@ impl VlmObjective {
                 .collect();
             let questions: Vec<Question> =
                 asked.iter().map(|(i, row)| Question { picture: Some(*i), text: &row.question }).collect();
-            for ((_, row), p) in asked.iter().zip(self.vlm.odds(&looked, &questions, &schema, ["yes", "no"])?) {
-                let truth = row.answer.starts_with(&format!("{}yes", prompts::VERDICT_HEAD));
+            let decisions = self.vlm.decide(&looked, &questions, &schema, prompts::VERDICTS, 40)?;
+            for ((_, row), decision) in asked.iter().zip(decisions) {
+                let p = decision.probability;
+                let truth = row.answer.ends_with("\"yes\"}");
                 let right = f64::from(u8::from((p >= 0.5) == truth));
                 let relation = crate::scene::relation::Spatial::ALL
                     .iter()
@@ -521,7 +513,7 @@ fn calibration_error(odds: &[(f64, bool)]) -> f64 {
 
 /// Learns the tokens from what will be asked and answered.
 fn learn_vocabulary(size: usize) -> Result<Vocabulary> {
-    let mix = Mix { objects: 3, claims: 12, probes: 1, queries: 1, act: 0.5, parse: 0.5 };
+    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, parse: 0.5 };
     let lessons = (0..TEXTS).into_par_iter().map(|i| vlm_tasks::lesson(0, Split::Train, i, mix));
     let texts: Vec<String> =
         lessons.flat_map_iter(|lesson| lesson.rows.into_iter().flat_map(|r| [r.question, r.answer])).collect();

@@ -465,7 +465,7 @@ mod tests {
     use serde_json::json;
 
     fn vocabulary(phrases: &[&str]) -> (Arc<Vocabulary>, Chat) {
-        let texts = [prompts::verdict(false, "the red ball is left of the cube"), prompts::edit("move the \"ball\"")];
+        let texts = [prompts::verdict("the red ball is left of the cube", false), prompts::edit("move the \"ball\"")];
         let dir = tempfile::tempdir().unwrap();
         let vocabulary =
             vocabulary::train_with_phrases(texts.iter().cycle().take(40), 330 + SPECIALS.len(), phrases).unwrap();
@@ -485,11 +485,11 @@ mod tests {
     fn takes_the_answers_of_the_prompts_and_no_others() {
         let (vocabulary, _) = vocabulary(&[]);
         let check = Grammar::new(&prompts::check_schema(), vocabulary.clone()).unwrap();
-        for good in [prompts::verdict(true, ""), prompts::verdict(false, "a \"quoted\" naïve ☃ 漢 𝄞 reason")] {
+        for good in [prompts::verdict("", true), prompts::verdict("a \"quoted\" naïve ☃ 漢 𝄞 reason", false)] {
             assert!(accepts(&check, &good), "{good}");
         }
-        let long = prompts::verdict(false, &"x".repeat(161));
-        for bad in ["", "{}", "{\"verdict\": \"maybe\", \"reflection\": \"\"}", "{\"verdict\":\"yes\"", &long] {
+        let long = prompts::verdict(&"x".repeat(161), false);
+        for bad in ["", "{}", "{\"reflection\": \"\", \"verdict\": \"maybe\"}", "{\"reflection\": \"\"", &long] {
             assert!(!accepts(&check, bad), "{bad}");
         }
         let parse = Grammar::new(&prompts::parse_schema(), vocabulary).unwrap();
@@ -502,7 +502,7 @@ mod tests {
 
     #[test]
     fn a_model_that_knows_nothing_still_answers_in_json() {
-        let (vocabulary, chat) = vocabulary(&["\", \"reflection\": \""]);
+        let (vocabulary, chat) = vocabulary(&["\", \"verdict\": \""]);
         for schema in [prompts::check_schema(), prompts::reflect_schema(), prompts::parse_schema()] {
             let grammar = Grammar::new(&schema, vocabulary.clone()).unwrap();
             for i in 0..20 {
@@ -530,11 +530,12 @@ mod tests {
 
     #[test]
     fn what_is_forced_is_tokenized_as_in_a_whole_answer() {
-        let answers = [prompts::VERDICT_HEAD, "\", \"reflection\": \"", "\"}"];
-        for phrases in [&[][..], &answers, &answers[1..], &["\", \"reflection\": \"\"}", "verdict\": \"yes"]] {
+        const HEAD: &str = "{\"reflection\": \"";
+        let answers = [HEAD, "\", \"verdict\": \"", "\"}"];
+        for phrases in [&[][..], &answers, &answers[1..], &["\", \"verdict\": \"yes\"}", "reflection\": \"the"]] {
             let (vocabulary, chat) = vocabulary(phrases);
             let grammar = Grammar::new(&prompts::check_schema(), vocabulary).unwrap();
-            for answer in [prompts::verdict(true, ""), prompts::verdict(false, "the red ball is left of the cube")] {
+            for answer in [prompts::verdict("", true), prompts::verdict("the red ball is left of the cube", false)] {
                 let ids = chat.encode(&answer).unwrap();
                 assert_eq!(chat.decode(&ids).unwrap(), answer);
                 let (mut at, mut seen) = (grammar.begin(), 0);
@@ -550,7 +551,7 @@ mod tests {
                 assert_eq!(seen, ids.len());
             }
             let (head, _) = grammar.forced(grammar.begin()).unwrap();
-            assert!(prompts::VERDICT_HEAD.starts_with(&chat.decode(&head).unwrap()));
+            assert!(HEAD.starts_with(&chat.decode(&head).unwrap()));
             assert!(phrases.len() < 3 || head.len() == 1);
         }
     }

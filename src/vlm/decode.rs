@@ -110,6 +110,8 @@ pub struct Answer {
     pub logprobs: Vec<f32>,
     /// Whether each token was chosen among several; a constraint leaves no choice in many places.
     pub chosen: Vec<bool>,
+    /// Where the constraint left only the choice between [`Constrained::words`]: the probability of the first.
+    pub odds: Option<f64>,
 }
 
 impl Answer {
@@ -133,6 +135,8 @@ pub struct Constrained<'g> {
     pub grammar: &'g Grammar,
     /// Behind what the rows of the session have read of the answer so far.
     pub progress: Progress,
+    /// Two words between which an answer decides.
+    pub words: Option<[&'g str; 2]>,
 }
 
 /// Answers every row of `session` behind which the logits are `logits (rows, vocabulary)`. Row `i` draws from
@@ -160,7 +164,10 @@ pub fn answer(
             let full = answer.ids.len() >= sampling.max_tokens;
             let begun = answer.ids.len();
             let done = match (constrained, &mut progress[row]) {
-                (Some(Constrained { grammar, .. }), Some(at)) => {
+                (Some(Constrained { grammar, words, .. }), Some(at)) => {
+                    if let (Some(words), None) = (words, answer.odds) {
+                        answer.odds = odds(logits, grammar, *at, words)?;
+                    }
                     let allowed = if full { grammar.closing(*at).into() } else { grammar.allowed(*at) };
                     let token = choose(logits, Some(&allowed), sampling.temperature, &mut streams[row])?;
                     answer.ids.push(token);
@@ -205,6 +212,22 @@ pub fn answer(
         }
         logits = session.extend(&tokens, None)?;
     }
+}
+
+/// The probability that the text goes on with the first word rather than the second, if it can only go on with these:
+/// every token that begins one counts for it.
+fn odds(logits: &[f32], grammar: &Grammar, at: Progress, words: [&str; 2]) -> Result<Option<f64>> {
+    let allowed = grammar.allowed(at);
+    let mut mass = [0.0; 2];
+    let logit = |token: &u32| logits.get(*token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    let best = allowed.iter().map(logit).fold(f32::NEG_INFINITY, f32::max);
+    for token in allowed.iter() {
+        let Some(word) = words.iter().position(|word| grammar.begins(*token, word)) else { return Ok(None) };
+        mass[word] += f64::from(logit(token) - best).exp();
+    }
+    let odds = mass[0] / (mass[0] + mass[1]);
+    ensure!(odds.is_finite(), "the model's logits are not finite: its weights are broken");
+    Ok(Some(odds))
 }
 
 /// The natural logarithm of the softmax of `logits` at `token`.

@@ -14,7 +14,6 @@ pub mod vocabulary;
 use crate::models::{Folder, qwen3_vl::Qwen3VL};
 use ::image::RgbImage;
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device};
 use chat::{Chat, Message, Rendering};
 use constrain::{Grammar, Vocabulary};
 use image::ImageProcessor;
@@ -37,8 +36,9 @@ pub struct Vlm {
 }
 
 impl Vlm {
-    /// Opens a folder as `save_pretrained` of transformers writes it: model, tokenizer and processor in one.
-    pub fn open(folder: &Folder, dtype: DType, device: &Device) -> Result<Self> {
+    /// Puts `model` together with the tokenizer and the processor of its folder, as `save_pretrained` of transformers
+    /// writes them.
+    pub fn of(model: Qwen3VL, folder: &Folder) -> Result<Self> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Ends {
@@ -49,9 +49,8 @@ impl Vlm {
         struct Generation {
             eos_token_id: Option<Ends>,
         }
-        let mut this =
-            Self::new(Qwen3VL::open(folder, dtype, device)?, Chat::open(folder)?, ImageProcessor::open(folder)?)
-                .with_context(|| format!("the parts of {} do not fit", folder.name()))?;
+        let mut this = Self::new(model, Chat::open(folder)?, ImageProcessor::open(folder)?)
+            .with_context(|| format!("the parts of {} do not fit", folder.name()))?;
         if folder.has("generation_config.json") {
             match folder.json::<Generation>("generation_config.json")?.eos_token_id {
                 Some(Ends::One(end)) => this.ends = vec![end],

@@ -3,7 +3,6 @@
 
 use super::{
     Vlm,
-    constrain::{Grammar, Progress},
     decode::{Answer, Constrained, Pictures, Sampling, Session, answer},
 };
 use crate::{models::qwen3_vl::Patches, tensor::rng::Stream};
@@ -28,12 +27,12 @@ pub struct Question<'a> {
     pub text: &'a str,
 }
 
-/// Which of two words an answer takes at its first choice, and how.
+/// An answer that decides between two words.
 #[derive(Clone, Debug)]
 pub struct Decision {
     /// The probability of the first word against the second.
     pub probability: f64,
-    /// The whole answer, with the likelier of the words.
+    /// The whole answer.
     pub text: String,
 }
 
@@ -86,18 +85,6 @@ impl Vlm {
         Ok(ids)
     }
 
-    /// For every question the probability that its answer in JSON of `schema`, whose first choice is between two words,
-    /// takes the first of them.
-    pub fn odds(&self, looked: &Looked, questions: &[Question], schema: &Value, words: [&str; 2]) -> Result<Vec<f64>> {
-        if questions.is_empty() {
-            return Ok(Vec::new());
-        }
-        let grammar = self.grammar(schema)?;
-        let (head, progress) = grammar.forced(grammar.begin())?;
-        let (_, logits) = looked.ask(questions, &head)?;
-        logits.to_vec2::<f32>()?.iter().map(|logits| odds(logits, &grammar, progress, words)).collect()
-    }
-
     /// Answers every question in JSON of `schema`; question `i` draws from `streams[i]`.
     pub fn answer(
         &self,
@@ -107,94 +94,47 @@ impl Vlm {
         sampling: Sampling,
         streams: &mut [Stream],
     ) -> Result<Vec<Answer>> {
+        self.fill(looked, questions, (schema, None), sampling, streams)
+    }
+
+    /// Answers every question greedily in JSON of `schema`, which has a choice between two words in it.
+    pub fn decide(
+        &self,
+        looked: &Looked,
+        questions: &[Question],
+        schema: &Value,
+        words: [&str; 2],
+        max_tokens: usize,
+    ) -> Result<Vec<Decision>> {
+        let sampling = Sampling { temperature: 0.0, max_tokens };
+        let mut unused: Vec<Stream> = (0..questions.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
+        let answers = self.fill(looked, questions, (schema, Some(words)), sampling, &mut unused)?;
+        let decision = |answer: Answer| {
+            let probability = answer.odds.context("the schema does not offer the words to choose from")?;
+            Ok(Decision { probability, text: self.chat.decode(&answer.ids)? })
+        };
+        answers.into_iter().map(decision).collect()
+    }
+
+    fn fill(
+        &self,
+        looked: &Looked,
+        questions: &[Question],
+        (schema, words): (&Value, Option<[&str; 2]>),
+        sampling: Sampling,
+        streams: &mut [Stream],
+    ) -> Result<Vec<Answer>> {
         if questions.is_empty() {
             return Ok(Vec::new());
         }
         let grammar = self.grammar(schema)?;
         let (head, progress) = grammar.forced(grammar.begin())?;
         let (session, logits) = looked.ask(questions, &head)?;
-        let constrained = Some(Constrained { grammar: &grammar, progress });
+        let constrained = Some(Constrained { grammar: &grammar, progress, words });
         let mut answers = answer(session, logits, sampling, &self.ends, constrained, streams)?;
         for answer in &mut answers {
             answer.precede(&head);
         }
         Ok(answers)
     }
-
-    /// Answers every question in JSON of `schema`, whose first choice is between the words `first` and `second`: the
-    /// likelier one is taken, then the answer goes on greedily.
-    pub fn decide(
-        &self,
-        looked: &Looked,
-        questions: &[Question],
-        schema: &Value,
-        [first, second]: [&str; 2],
-        max_tokens: usize,
-    ) -> Result<Vec<Decision>> {
-        if questions.is_empty() {
-            return Ok(Vec::new());
-        }
-        let grammar = self.grammar(schema)?;
-        let (head, progress) = grammar.forced(grammar.begin())?;
-        let (mut session, logits) = looked.ask(questions, &head)?;
-        let probability: Vec<f64> = logits
-            .to_vec2::<f32>()?
-            .iter()
-            .map(|logits| odds(logits, &grammar, progress, [first, second]))
-            .collect::<Result<_>>()?;
-
-        let (mut texts, mut tails, mut at) = (Vec::new(), Vec::new(), Vec::new());
-        for p in &probability {
-            let word = if *p >= 0.5 { first } else { second };
-            let mut ids = self.chat.encode(word)?;
-            let behind = ids.iter().try_fold(progress, |at, id| grammar.after(at, *id));
-            let (forced, next) =
-                grammar.forced(behind.context("the schema does not offer the words to choose from")?)?;
-            ids.extend(forced);
-            texts.push([head.as_slice(), &ids].concat());
-            tails.push(ids);
-            at.push(next);
-        }
-        let logits = session.extend(&tails, None)?;
-        // After either word the grammar may stand elsewhere: the rows go on in two groups.
-        let mut decisions: Vec<Decision> =
-            probability.iter().map(|p| Decision { probability: *p, text: String::new() }).collect();
-        while let Some(progress) = at.iter().zip(&decisions).find(|(_, d)| d.text.is_empty()).map(|(at, _)| *at) {
-            let rows: Vec<usize> =
-                (0..at.len()).filter(|i| at[*i] == progress && decisions[*i].text.is_empty()).collect();
-            let index: Vec<u32> = rows.iter().map(|i| *i as u32).collect();
-            let rest = if grammar.is_done(progress) {
-                vec![Answer::default(); rows.len()]
-            } else {
-                let logits = logits.index_select(&Tensor::new(index, logits.device())?, 0)?;
-                let constrained = Some(Constrained { grammar: &grammar, progress });
-                let sampling = Sampling { temperature: 0.0, max_tokens };
-                let mut unused: Vec<Stream> = rows.iter().map(|i| Stream::new(0, "greedy", *i as u64)).collect();
-                answer(session.rows(&rows)?, logits, sampling, &self.ends, constrained, &mut unused)?
-            };
-            for (row, rest) in rows.iter().zip(rest) {
-                decisions[*row].text = self.chat.decode(&[texts[*row].as_slice(), &rest.ids].concat())?;
-                ensure!(!decisions[*row].text.is_empty(), "an answer without text");
-            }
-        }
-        Ok(decisions)
-    }
-}
-
-/// The probability that the text goes on with the first word rather than the second: tokens that begin either count.
-fn odds(logits: &[f32], grammar: &Grammar, at: Progress, words: [&str; 2]) -> Result<f64> {
-    let allowed = grammar.allowed(at);
-    let logit = |token: &u32| logits.get(*token as usize).copied().unwrap_or(f32::NEG_INFINITY);
-    let best = allowed.iter().map(logit).fold(f32::NEG_INFINITY, f32::max);
-    ensure!(best.is_finite(), "the model's logits are not finite");
-    let mut mass = [0.0; 2];
-    for token in allowed.iter() {
-        for (mass, word) in mass.iter_mut().zip(words) {
-            if grammar.begins(*token, word) {
-                *mass += f64::from(logit(token) - best).exp();
-            }
-        }
-    }
-    ensure!(mass[0] + mass[1] > 0.0, "the schema does not offer the words to choose from");
-    Ok(mass[0] / (mass[0] + mass[1]))
 }
