@@ -17,6 +17,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "weights" / "tabletop"
@@ -57,10 +58,52 @@ def picture(folder):
     assert difference <= 1, "rlrig and diffusers draw different pictures"
 
 
+def answers(image):
+    """The greedy answers of transformers about a picture's claims, and their odds of "yes", beside those of rlrig."""
+    folder = FOLDER / "vlm"
+    document = json.loads(rlrig("check", "--image", image, "--prompt", PROMPT, "--vlm", folder, "--dtype", "f32", "--json"))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    seen = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
+    places = int(seen["image_grid_thw"].prod()) // processor.merge_size**2
+    yes, no = (tokenizer(word).input_ids[0] for word in ("yes", "no"))
+    for verdict in document["verdicts"]:
+        claim = verdict["claim"]
+        words = claim.get("object") or " ".join(claim["relation"][key] for key in ("subject", "relation", "object"))
+        question = (
+            f'Does the picture show "{words}"? Answer in JSON with "reflection" (what is seen of it, and where: x and y '
+            'in percent) and "verdict" (yes or no).'
+        )
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * places)
+        ids = torch.tensor([tokenizer(text).input_ids])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            pixel_values=seen["pixel_values"],
+            image_grid_thw=seen["image_grid_thw"],
+            max_new_tokens=60,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        said = out.sequences[0, ids.shape[1] :].tolist()
+        answer = json.loads(tokenizer.decode(said, skip_special_tokens=True))
+        word = max(i for i, token in enumerate(said) if token in (yes, no))
+        p_yes = out.logits[word][0, [yes, no]].softmax(0)[0].item()
+        print(f"{words}: {answer['reflection']}; P(yes) {p_yes:.4f} and {verdict['p_yes']:.4f} of rlrig")
+        assert answer["reflection"] == verdict.get("reflection", ""), "rlrig and transformers see different things"
+        assert abs(p_yes - verdict["p_yes"]) < 1e-3, "rlrig and transformers are not equally sure"
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         picture(Path(folder))
-    print("the shipped weights are those of a Flux2KleinPipeline")
+        answers(Path(folder) / "rlrig.png")
+    print("the shipped weights are those of a Flux2KleinPipeline and of a Qwen3VLForConditionalGeneration")
 
 
 if __name__ == "__main__":

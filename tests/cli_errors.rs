@@ -269,6 +269,26 @@ fn noise_that_does_not_fit() {
     bad(2, "not finite");
 }
 
+/// A limit on the size of files stands in for a full disk: writes fail in the middle in the same way.
+#[cfg(unix)]
+#[test]
+fn a_disk_without_room_leaves_nothing_half_written() {
+    let rig = Rig::new();
+    let full = |args: &[&str]| {
+        let mut call = vec!["-c", "trap '' XFSZ; ulimit -f 1; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_rlrig")];
+        call.extend(args);
+        Command::new("sh").args(call).current_dir(rig.dir.path()).env("RLRIG_LOG", "error").output().unwrap()
+    };
+    let models = ["--model", "klein", "--vlm", "vlm", "--steps", "2", "--rounds", "1"];
+    let draw = |out: &[&str]| full(&[&["generate", "--prompt", PROMPT][..], &models, out].concat());
+    refuses(&draw(&["--out", "picture.png"]), 1, "picture.png", "a picture");
+    assert!(rig.names().is_empty(), "{:?}", rig.names());
+    let trajectory = draw(&["--out", "picture.png", "--trajectory", "turns"]);
+    assert_eq!(trajectory.status.code(), Some(1), "{}", stderr(&trajectory));
+    assert!(!rig.path("picture.png").exists());
+    refuses(&full(&["world", "export", "--split", "val", "--count", "1", "--out", "world"]), 1, "world", "an export");
+}
+
 /// Starts a loop of many rounds, interrupts it as soon as stderr says `when`, and gives its exit code and last words.
 #[cfg(unix)]
 fn interrupted(rig: &Rig, steps: &str, when: &str) -> (Option<i32>, String) {

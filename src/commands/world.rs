@@ -2,6 +2,7 @@
 
 use crate::{
     cli::{World, WorldExport, WorldOracle},
+    io::{png, write_file},
     scene::{
         laion_sg::Record,
         tabletop::{oracle, render, split::Split, tasks},
@@ -36,7 +37,14 @@ fn export(args: &WorldExport) -> Result<()> {
             let sample = tasks::text_to_image(args.seed, split, index, fewest, most);
             let name = format!("{index:06}.png");
             let path = images.join(&name);
-            render::render(&sample.scene).save(&path).with_context(|| format!("writing {}", path.display()))?;
+            let png = png::encode(&render::render(&sample.scene), &[])?;
+            // Too many to sync each; but none is left half-written.
+            std::fs::write(&path, png)
+                .or_else(|error| {
+                    std::fs::remove_file(&path)?;
+                    Err(error)
+                })
+                .with_context(|| format!("cannot write {}", path.display()))?;
             Ok((name, sample))
         })
         .collect::<Result<_>>()?;
@@ -47,7 +55,7 @@ fn export(args: &WorldExport) -> Result<()> {
     let records: Vec<Record> = samples.iter().enumerate().map(record).collect();
     let list = args.out.join(format!("{}.json", split.name()));
     let text = serde_json::to_string_pretty(&records)?;
-    std::fs::write(&list, text).with_context(|| format!("writing {}", list.display()))?;
+    write_file(&list, text.as_bytes(), true)?;
     println!("{}", list.display());
     Ok(())
 }

@@ -142,8 +142,12 @@ pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
     let matching = view.matching(graph);
     let truth = view.judge(graph);
     let seen = |i: usize| evidence(view, &graph.objects[i], matching[i]);
-    let verdict =
-        |claim: Claim, yes: bool, reflection: String| Verdict { claim, yes, p_yes: f64::from(u8::from(yes)), reflection };
+    let verdict = |claim: Claim, yes: bool, reflection: String| Verdict {
+        claim,
+        yes,
+        p_yes: f64::from(u8::from(yes)),
+        reflection,
+    };
     let objects = graph
         .objects
         .iter()
