@@ -328,7 +328,11 @@ pub struct Eval {
 #[derive(Subcommand, Debug)]
 pub enum Train {
     /// Train one of the shipped models from nothing: autoencoder, Diffuser or VLM
-    Pretrain(Pretrain),
+    #[command(after_help = PRETRAIN_EXAMPLES)]
+    Pretrain(Run),
+    /// Reflection-GRPO: train the Actor (stage 1) or the Editor (stage 2) by what the Checker says of their edits
+    #[command(after_help = GRPO_EXAMPLES)]
+    Grpo(Run),
 }
 
 const PRETRAIN_EXAMPLES: &str = "\
@@ -339,9 +343,17 @@ Examples:
 
 Keys of the configuration can be set in the environment too: RLRIG_CONFIG__OPTIM__LR=2e-3 is --set optim.lr=2e-3.";
 
+const GRPO_EXAMPLES: &str = "\
+Examples:
+  rlrig train grpo --config configs/tabletop/grpo-actor.toml
+  rlrig train grpo --config configs/tabletop/grpo-editor.toml --set editor.loss=grpo-guard --dry-run
+  rlrig train grpo --resume runs/grpo-actor
+  rlrig generate --adapter runs/grpo-actor/model --prompt \"...\"       use what was trained
+
+Keys of the configuration can be set in the environment too: RLRIG_CONFIG__GROUP__SIZE=16 is --set group.size=16.";
+
 #[derive(Args, Debug)]
-#[command(after_help = PRETRAIN_EXAMPLES)]
-pub struct Pretrain {
+pub struct Run {
     /// The run's configuration
     #[arg(long, value_name = "FILE.toml", required_unless_present = "resume")]
     pub config: Option<PathBuf>,

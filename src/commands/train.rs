@@ -1,11 +1,13 @@
 //! `rlrig train`.
 
 use crate::{
-    cli::{Pretrain, Train},
+    cli::{self, Train},
     train::{
         Metrics,
+        grpo_config::GrpoConfig,
         optim::Outcome,
-        pretrain::Request,
+        pretrain::PretrainConfig,
+        request::{Request, RunConfig},
         run::{End, Event, Plan, Rehearsal, peak_memory},
     },
 };
@@ -21,18 +23,19 @@ use std::{
 
 pub fn run(command: &Train) -> Result<()> {
     match command {
-        Train::Pretrain(args) => pretrain(args),
+        Train::Pretrain(args) => train::<PretrainConfig>("pretrain", args),
+        Train::Grpo(args) => train::<GrpoConfig>("grpo", args),
     }
 }
 
-fn pretrain(args: &Pretrain) -> Result<()> {
+fn train<C: RunConfig>(command: &str, args: &cli::Run) -> Result<()> {
     let request = Request {
         config: args.config.clone(),
         resume: args.resume.clone(),
         out: args.out.clone(),
         set: args.set.clone(),
     };
-    let prepared = request.prepare()?;
+    let prepared = request.prepare::<C>()?;
     let folder = prepared.folder.display().to_string();
     if args.dry_run {
         let Rehearsal { plan, metrics, seconds } = prepared.rehearse()?;
@@ -48,7 +51,7 @@ fn pretrain(args: &Pretrain) -> Result<()> {
     match end {
         End::Done => println!("{folder}/model"),
         End::Stopped(step) => {
-            eprintln!("stopped after step {step}; go on with: rlrig train pretrain --resume {folder}");
+            eprintln!("stopped after step {step}; go on with: rlrig train {command} --resume {folder}");
         }
     }
     Ok(())

@@ -264,10 +264,22 @@ impl Klein {
         size: (usize, usize),
         guidance: f64,
     ) -> Result<Field<'_>> {
+        self.field_of(&self.transformer, prompts, references, size, guidance)
+    }
+
+    /// The same by another transformer of the same shape, such as one with adapters.
+    pub fn field_of<'a>(
+        &'a self,
+        transformer: &'a flux2::Flux2,
+        prompts: &[&str],
+        references: &[Vec<Tensor>],
+        size: (usize, usize),
+        guidance: f64,
+    ) -> Result<Field<'a>> {
         let text = self.embed(prompts)?;
         let negative = if self.guided(guidance) { self.embed(&[""])?.pop() } else { None };
         let given = Given { text: &text, guidance: negative.as_ref().map(|n| (n, guidance)), references, size };
-        Field::new(&self.transformer, (self.dtype, &self.device), &given, &self.evaluations)
+        Field::new(transformer, (self.dtype, &self.device), &given, &self.evaluations)
     }
 
     /// The latents `(C, h, w)` of a picture, which is cut to whole tokens around its middle; larger pictures than klein reads

@@ -3,9 +3,13 @@
 
 use super::{Adapter, Folder};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
-use std::collections::{BTreeSet, HashMap};
+use serde_json::json;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::Path,
+};
 
 #[derive(Deserialize)]
 struct Config {
@@ -65,13 +69,41 @@ impl Peft {
     }
 }
 
+/// Writes a trained adapter so that PEFT loads it onto the model of the same layer names.
+pub fn write(adapter: &Adapter, folder: &Path, dtype: DType) -> Result<()> {
+    let (mut layers, mut tensors) = (BTreeSet::new(), BTreeMap::new());
+    for (name, var) in adapter.vars() {
+        layers.extend(name.strip_suffix(".lora_A.weight").map(str::to_owned));
+        tensors.insert(format!("base_model.model.{name}"), var.detach().to_dtype(dtype)?);
+    }
+    let config = json!({
+        "peft_type": "LORA",
+        "r": adapter.rank(),
+        "lora_alpha": adapter.alpha(),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "use_dora": false,
+        "use_rslora": false,
+        "target_modules": layers,
+    });
+    let path = folder.join("adapter_config.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&config)? + "\n")
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    let path = folder.join("adapter_model.safetensors");
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize_to_file(&tensors, Some(metadata), &path)
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::models::{Linear, Params};
-    use candle_core::DType;
 
-    fn write(config: &str, names: &[&str]) -> tempfile::TempDir {
+    fn folder(config: &str, names: &[&str]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("adapter_config.json"), config).unwrap();
         let ones = |name: &&str| {
@@ -90,7 +122,7 @@ mod tests {
                 let names = [format!("{head}block.lin.lora_A.weight"), format!("{head}block.lin.lora_B.weight")];
                 let config =
                     format!("{{\"r\": 2, \"lora_alpha\": 8, \"use_rslora\": {rslora}, \"peft_type\": \"LORA\"}}");
-                let dir = write(&config, &names.each_ref().map(String::as_str));
+                let dir = folder(&config, &names.each_ref().map(String::as_str));
                 let adapter = Peft::open(&Folder::from(dir.path())).unwrap().adapter(0.5);
                 let weight = HashMap::from([(
                     "block.lin.weight".to_owned(),
@@ -107,9 +139,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_reads_back() {
+        let adapter = Adapter::fresh(2, 8.0, vec!["lin".into()], 3);
+        let weight = Tensor::zeros((4, 3), DType::F32, &Device::Cpu).unwrap();
+        let params = || {
+            let weight = HashMap::from([("block.lin.weight".to_owned(), weight.clone())]);
+            Params::loaded(weight, "test", DType::F32, &Device::Cpu)
+        };
+        let linear = Linear::new(3, 4, &params().adapted(vec![adapter.clone()]).at("block.lin")).unwrap();
+        let x = Tensor::ones((1, 3), DType::F32, &Device::Cpu).unwrap();
+        let y = |linear: &Linear| linear.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(y(&linear), [[0.0; 4]]);
+        adapter.vars()["block.lin.lora_B.weight"]
+            .set(&Tensor::ones((4, 2), DType::F32, &Device::Cpu).unwrap())
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        write(&adapter, dir.path(), DType::F32).unwrap();
+        let read = Peft::open(&Folder::from(dir.path())).unwrap();
+        assert_eq!(read.layers, BTreeSet::from(["block.lin".to_owned()]));
+        let again = Linear::new(3, 4, &params().adapted(vec![read.adapter(1.0)]).at("block.lin")).unwrap();
+        assert_ne!(y(&again), [[0.0; 4]]);
+        assert_eq!(y(&again), y(&linear));
+    }
+
+    #[test]
     fn what_is_no_plain_lora_is_an_error() {
         let error = |config: &str, names: &[&str]| {
-            let dir = write(config, names);
+            let dir = folder(config, names);
             format!("{:#}", Peft::open(&Folder::from(dir.path())).err().unwrap())
         };
         let fine = "{\"r\": 2, \"lora_alpha\": 8}";

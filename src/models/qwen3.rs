@@ -235,6 +235,12 @@ impl Cache {
         self.0.iter().map(both).collect::<candle_core::Result<_>>().map(Self)
     }
 
+    /// The same without its graph.
+    pub fn detach(&self) -> Self {
+        let pair = |pair: &Option<(Tensor, Tensor)>| pair.as_ref().map(|(k, v)| (k.detach(), v.detach()));
+        Self(self.0.iter().map(pair).collect())
+    }
+
     /// The rows `rows` of the batch, any of them any number of times: those still decoding, or one prefix for many.
     pub fn rows(&self, rows: &[u32]) -> candle_core::Result<Self> {
         self.map(|x| x.index_select(&Tensor::new(rows, x.device())?, 0))

@@ -3,10 +3,13 @@
 //! An [`Objective`] says what is learned: its variables and its loss on a batch. [`run`] drives it: optimiser, moving
 //! average, evaluation, samples, checkpoints, logs. A run is a folder and resumes exactly.
 
+pub mod actor;
 pub mod adamw;
 pub mod checkpoint;
+pub mod editor;
 pub mod ema;
 pub mod grpo;
+pub mod grpo_config;
 pub mod log;
 pub mod muon;
 pub mod objective_diffuser;
@@ -14,6 +17,9 @@ pub mod objective_vae;
 pub mod objective_vlm;
 pub mod optim;
 pub mod pretrain;
+pub mod replay;
+pub mod request;
+pub mod rollout;
 pub mod run;
 pub mod schedule;
 mod slices;

@@ -376,7 +376,7 @@ enum Sample {
 }
 
 /// Pictures of one size in rows of `columns`.
-fn tiled(pictures: &[RgbImage], columns: usize) -> RgbImage {
+pub(super) fn tiled(pictures: &[RgbImage], columns: usize) -> RgbImage {
     let rows = pictures.len().div_ceil(columns);
     let mut sheet = RgbImage::new(columns as u32 * SIDE, rows as u32 * SIDE);
     for (i, picture) in pictures.iter().enumerate() {

@@ -6,20 +6,12 @@ use super::{
     objective_vae::{VaeConfig, VaeObjective},
     objective_vlm::{VlmConfig, VlmObjective},
     optim::OptimConfig,
-    run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
+    request::RunConfig,
+    run::TrainConfig,
 };
-use crate::{
-    config::{self, Layers},
-    usage,
-};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
-};
 
 /// What is pretrained; each has a section of the config by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,93 +61,37 @@ impl Default for PretrainConfig {
     }
 }
 
-impl PretrainConfig {
-    /// The resolved config as a file, without the sections of other objectives.
-    fn to_toml(&self) -> Result<String> {
-        let mut table = toml::Table::try_from(self).context("the config does not serialise")?;
-        for other in Kind::ALL.into_iter().filter(|kind| *kind != self.objective) {
-            table.remove(other.section());
+impl RunConfig for PretrainConfig {
+    fn train(&self) -> &TrainConfig {
+        &self.train
+    }
+
+    fn optim(&self) -> &OptimConfig {
+        &self.optim
+    }
+
+    fn build(&self, device: &Device) -> Result<Box<dyn Objective>> {
+        match self.objective {
+            Kind::Autoencoder => Ok(Box::new(VaeObjective::new(&self.autoencoder, self.seed, device)?)),
+            Kind::Diffuser => Ok(Box::new(Diffuser::new(&self.diffuser, self.seed, device)?)),
+            Kind::Vlm => Ok(Box::new(VlmObjective::new(&self.vlm, self.seed, device)?)),
         }
-        config::to_toml(&table)
-    }
-}
-
-/// The file in a run's folder that holds its resolved config.
-pub const CONFIG: &str = "config.toml";
-
-/// A run as asked for: a new one from a config file, or one to go on with.
-pub struct Request {
-    pub config: Option<PathBuf>,
-    pub resume: Option<PathBuf>,
-    pub out: Option<PathBuf>,
-    /// `key=value` pairs.
-    pub set: Vec<String>,
-}
-
-/// A checked request: its config and its folder.
-pub struct Prepared {
-    pub config: PretrainConfig,
-    pub folder: PathBuf,
-    objective: Box<dyn Objective>,
-}
-
-impl Request {
-    /// Resolves the config and builds the objective; writes nothing.
-    pub fn prepare(&self) -> Result<Prepared> {
-        let (file, folder) = match (&self.resume, &self.config) {
-            (Some(folder), _) => (folder.join(CONFIG), folder.clone()),
-            (None, Some(file)) => {
-                let name = file.file_stem().unwrap_or(file.as_os_str());
-                (file.clone(), self.out.clone().unwrap_or_else(|| Path::new("runs").join(name)))
-            }
-            (None, None) => usage!("give --config FILE, or --resume FOLDER"),
-        };
-        if self.resume.is_some() && !file.is_file() {
-            usage!("{} is no run's folder: it has no {CONFIG}", folder.display());
-        }
-        if self.resume.is_none() && folder.join(CONFIG).exists() {
-            usage!("{0} already holds a run; go on with --resume {0}, or choose another --out", folder.display());
-        }
-        let config = Layers::<PretrainConfig>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
-        let objective = build(&config, &Device::Cpu)?;
-        Ok(Prepared { config, folder, objective })
-    }
-}
-
-impl Prepared {
-    /// Trains until the end or until `stop` is set.
-    pub fn train(mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<End> {
-        let folder = &self.folder;
-        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let (path, new) = (folder.join(CONFIG), folder.join("config.new"));
-        let text = self.config.to_toml()?;
-        // Renamed into place: a run that is killed here still has its config.
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        let hooks = Hooks { stop, report };
-        run::train(&mut *self.objective, &self.config.train, &self.config.optim, folder, hooks)
     }
 
-    /// One pass forward and backward and one evaluation, without training.
-    pub fn rehearse(mut self) -> Result<Rehearsal> {
-        run::rehearse(&mut *self.objective, &self.config.train, &self.config.optim)
-    }
-}
-
-/// The objective that `config` names, on `device`.
-fn build(config: &PretrainConfig, device: &Device) -> Result<Box<dyn Objective>> {
-    match config.objective {
-        Kind::Autoencoder => Ok(Box::new(VaeObjective::new(&config.autoencoder, config.seed, device)?)),
-        Kind::Diffuser => Ok(Box::new(Diffuser::new(&config.diffuser, config.seed, device)?)),
-        Kind::Vlm => Ok(Box::new(VlmObjective::new(&config.vlm, config.seed, device)?)),
+    fn unused(&self) -> Vec<&'static str> {
+        Kind::ALL.into_iter().filter(|kind| *kind != self.objective).map(Kind::section).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Usage;
+    use crate::{
+        config::Layers,
+        error::Usage,
+        train::request::{CONFIG, Request},
+    };
+    use std::{fs, path::Path};
 
     fn request(dir: &Path, config: &str) -> Request {
         let path = dir.join("example.toml");
@@ -164,7 +100,7 @@ mod tests {
     }
 
     fn mistake(request: &Request) -> String {
-        let error = request.prepare().err().unwrap();
+        let error = request.prepare::<PretrainConfig>().err().unwrap();
         assert!(error.is::<Usage>(), "{error:?}");
         error.to_string()
     }

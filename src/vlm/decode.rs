@@ -82,7 +82,8 @@ impl<'m> Session<'m> {
         let angles = model.decoder.angles(&positions)?;
         let features = pictures.map(|p| p.features);
         let states = model.forward(&rows, features, &angles, &mask, Some(&mut self.cache))?; // (rows, longest, hidden)
-        self.cache = self.cache.align_right(&ends)?;
+        // Without its graph: no conversation needs gradients, and with them it would keep the activations of every token.
+        self.cache = self.cache.align_right(&ends)?.detach();
         for (start, end) in self.starts.iter_mut().zip(&ends) {
             *start += past + longest - end;
         }

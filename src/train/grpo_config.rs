@@ -1,0 +1,235 @@
+//! The config of Reflection-GRPO: which models, which of the two is trained, how groups are sampled and rewarded.
+
+use super::{
+    Objective,
+    actor::{Actor, ActorConfig},
+    editor::{Editor, EditorConfig},
+    grpo::Scale,
+    optim::OptimConfig,
+    request::RunConfig,
+    run::TrainConfig,
+};
+use crate::{
+    models::{Adapter, Folder, built_in},
+    rig::reward::{ByVerdicts, Reward},
+    usage,
+};
+use anyhow::{Result, ensure};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// Who learns; each has a section of the config by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Learner {
+    /// Stage 1: the VLM that writes edits.
+    Actor,
+    /// Stage 2: the flow transformer that carries them out.
+    Editor,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GrpoConfig {
+    pub objective: Learner,
+    pub seed: u64,
+    pub models: ModelsConfig,
+    pub adapter: AdapterConfig,
+    pub group: GroupConfig,
+    pub train: TrainConfig,
+    pub optim: OptimConfig,
+    pub actor: ActorConfig,
+    pub editor: EditorConfig,
+}
+
+/// Folders of the models; the built-in ones where none is given.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelsConfig {
+    /// The pipeline: Diffuser and Editor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<PathBuf>,
+    /// The VLM: Checker and Actor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vlm: Option<PathBuf>,
+}
+
+/// The low-rank adapter that is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdapterConfig {
+    pub rank: usize,
+    pub alpha: f64,
+    /// The layers by the ends of their names; the learner's usual ones if there are none.
+    pub targets: Vec<String>,
+}
+
+/// How groups are made and what their members are worth.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GroupConfig {
+    /// Members of a group. `train.batch` counts groups.
+    pub size: usize,
+    pub scale: Scale,
+    pub combine: Combine,
+    /// Rewards by name, each with its weight; one of weight 0 is only logged.
+    pub rewards: BTreeMap<String, f64>,
+    /// Training stops when a larger share of a step's rewards is missing.
+    pub max_missing: f64,
+}
+
+/// How several rewards become one advantage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Combine {
+    #[default]
+    SumThenNormalise,
+    NormaliseThenSum,
+}
+
+impl Default for GrpoConfig {
+    fn default() -> Self {
+        Self {
+            objective: Learner::Actor,
+            seed: 0,
+            models: ModelsConfig::default(),
+            adapter: AdapterConfig::default(),
+            group: GroupConfig::default(),
+            train: TrainConfig::default(),
+            optim: OptimConfig::default(),
+            actor: ActorConfig::default(),
+            editor: EditorConfig::default(),
+        }
+    }
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self { rank: 16, alpha: 32.0, targets: Vec::new() }
+    }
+}
+
+impl Default for GroupConfig {
+    fn default() -> Self {
+        Self {
+            size: 8,
+            scale: Scale::Group,
+            combine: Combine::SumThenNormalise,
+            rewards: BTreeMap::new(),
+            max_missing: 0.25,
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// A new adapter; `usual` are the layers where the config names none.
+    pub fn fresh(&self, usual: &[&str], seed: u64) -> Result<Adapter> {
+        if self.rank == 0 || !self.alpha.is_finite() {
+            usage!("adapter.rank is 1 or more, not {}", self.rank);
+        }
+        let usual = || usual.iter().map(|t| (*t).to_owned()).collect();
+        let targets = if self.targets.is_empty() { usual() } else { self.targets.clone() };
+        Ok(Adapter::fresh(self.rank, self.alpha, targets, seed))
+    }
+}
+
+impl GroupConfig {
+    /// Refuses groups that teach nothing, and rewards that the learner, who has `own` ones beside those by verdicts, does
+    /// not know.
+    pub fn check(&self, own: &[&str]) -> Result<()> {
+        if self.size < 2 {
+            usage!("group.size is at least 2, not {}: a single member has nothing to be compared with", self.size);
+        }
+        if self.size < 8 {
+            tracing::warn!("groups of {} are small: the mean of a group is a rough baseline", self.size);
+        }
+        let known: Vec<&str> = ByVerdicts::ALL.iter().map(|r| r.name()).chain(own.iter().copied()).collect();
+        if let Some(name) = self.rewards.keys().find(|name| !known.contains(&name.as_str())) {
+            usage!("group.rewards: there is no reward {name:?}; there are {}", known.join(", "));
+        }
+        if self.rewards.values().all(|weight| *weight == 0.0) || !self.rewards.values().all(|w| w.is_finite()) {
+            usage!("group.rewards gives no reward a weight, or one that is no number");
+        }
+        Ok(())
+    }
+
+    /// Whether a reward is asked for, be it for the log alone.
+    pub fn asks(&self, name: &str) -> bool {
+        self.rewards.contains_key(name)
+    }
+}
+
+impl ModelsConfig {
+    /// The pipeline's folder.
+    pub fn pipeline(&self) -> Result<Folder> {
+        folder(self.model.as_ref(), built_in::PIPELINE, "models.model")
+    }
+
+    /// The VLM's folder.
+    pub fn vlm(&self) -> Result<Folder> {
+        let folder = folder(self.vlm.as_ref(), built_in::VLM, "models.vlm")?;
+        if self.vlm.is_some() { Ok(folder) } else { folder.require("vlm") }
+    }
+}
+
+fn folder(path: Option<&PathBuf>, parts: &[&'static str], key: &str) -> Result<Folder> {
+    if let Some(path) = path {
+        if !path.is_dir() {
+            usage!("{key}: there is no folder {}", path.display());
+        }
+        return Ok(Folder::from(path.clone()));
+    }
+    let missing = built_in::missing(parts);
+    ensure!(missing.is_empty(), "this rlrig was built without {}; set {key} to a folder", missing.join(", "));
+    Ok(built_in::tabletop())
+}
+
+impl RunConfig for GrpoConfig {
+    fn train(&self) -> &TrainConfig {
+        &self.train
+    }
+
+    fn optim(&self) -> &OptimConfig {
+        &self.optim
+    }
+
+    fn build(&self, device: &Device) -> Result<Box<dyn Objective>> {
+        match self.objective {
+            Learner::Actor => Ok(Box::new(Actor::new(self, device)?)),
+            Learner::Editor => Ok(Box::new(Editor::new(self, device)?)),
+        }
+    }
+
+    fn unused(&self) -> Vec<&'static str> {
+        match self.objective {
+            Learner::Actor => vec!["editor"],
+            Learner::Editor => vec!["actor"],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Usage;
+
+    #[test]
+    fn groups_that_teach_nothing_are_refused() {
+        let config = |size, rewards: &[(&str, f64)]| GroupConfig {
+            size,
+            rewards: rewards.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect(),
+            ..GroupConfig::default()
+        };
+        assert!(config(2, &[("gain", 1.0), ("format", 0.1)]).check(&["format"]).is_ok());
+        for (config, word) in [
+            (config(1, &[("gain", 1.0)]), "at least 2"),
+            (config(8, &[("gian", 1.0)]), "no reward \"gian\""),
+            (config(8, &[("oracle", 0.0)]), "no reward a weight"),
+            (config(8, &[]), "no reward a weight"),
+        ] {
+            let error = config.check(&["oracle"]).unwrap_err();
+            assert!(error.is::<Usage>() && error.to_string().contains(word), "{error}");
+        }
+    }
+}

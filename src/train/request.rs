@@ -1,0 +1,101 @@
+//! A run as asked for on the command line: its config resolved, its folder found, its objective built.
+
+use super::{
+    Objective,
+    optim::OptimConfig,
+    run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
+};
+use crate::{
+    config::{self, Layers},
+    usage,
+};
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde::{Serialize, de::DeserializeOwned};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
+
+/// The file in a run's folder that holds its resolved config.
+pub const CONFIG: &str = "config.toml";
+
+/// The config of a kind of training.
+pub trait RunConfig: Default + Serialize + DeserializeOwned {
+    fn train(&self) -> &TrainConfig;
+    fn optim(&self) -> &OptimConfig;
+    /// The objective that it names.
+    fn build(&self, device: &Device) -> Result<Box<dyn Objective>>;
+    /// The sections of objectives that it does not name.
+    fn unused(&self) -> Vec<&'static str>;
+
+    /// The resolved config as a file, without the sections that count for nothing.
+    fn to_toml(&self) -> Result<String> {
+        let mut table = toml::Table::try_from(self).context("the config does not serialise")?;
+        for section in self.unused() {
+            table.remove(section);
+        }
+        config::to_toml(&table)
+    }
+}
+
+/// A run as asked for: a new one from a config file, or one to go on with.
+pub struct Request {
+    pub config: Option<PathBuf>,
+    pub resume: Option<PathBuf>,
+    pub out: Option<PathBuf>,
+    /// `key=value` pairs.
+    pub set: Vec<String>,
+}
+
+/// A checked request: its config and its folder.
+pub struct Prepared<C> {
+    pub config: C,
+    pub folder: PathBuf,
+    objective: Box<dyn Objective>,
+}
+
+impl Request {
+    /// Resolves the config and builds the objective; writes nothing.
+    pub fn prepare<C: RunConfig>(&self) -> Result<Prepared<C>> {
+        let (file, folder) = match (&self.resume, &self.config) {
+            (Some(folder), _) => (folder.join(CONFIG), folder.clone()),
+            (None, Some(file)) => {
+                let name = file.file_stem().unwrap_or(file.as_os_str());
+                (file.clone(), self.out.clone().unwrap_or_else(|| Path::new("runs").join(name)))
+            }
+            (None, None) => usage!("give --config FILE, or --resume FOLDER"),
+        };
+        if self.resume.is_some() && !file.is_file() {
+            usage!("{} is no run's folder: it has no {CONFIG}", folder.display());
+        }
+        if self.resume.is_none() && folder.join(CONFIG).exists() {
+            usage!("{0} already holds a run; go on with --resume {0}, or choose another --out", folder.display());
+        }
+        let config = Layers::<C>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
+        let objective = config.build(&Device::Cpu)?;
+        Ok(Prepared { config, folder, objective })
+    }
+}
+
+impl<C: RunConfig> Prepared<C> {
+    /// Trains until the end or until `stop` is set.
+    pub fn train(mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<End> {
+        let folder = &self.folder;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let (path, new) = (folder.join(CONFIG), folder.join("config.new"));
+        let text = self.config.to_toml()?;
+        // Renamed into place: a run that is killed here still has its config.
+        fs::write(&new, text)
+            .and_then(|()| fs::rename(&new, &path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        let hooks = Hooks { stop, report };
+        run::train(&mut *self.objective, self.config.train(), self.config.optim(), folder, hooks)
+    }
+
+    /// One pass forward and backward and one evaluation, without training.
+    pub fn rehearse(mut self) -> Result<Rehearsal> {
+        run::rehearse(&mut *self.objective, self.config.train(), self.config.optim())
+    }
+}

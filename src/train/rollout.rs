@@ -1,0 +1,201 @@
+//! What the trainers of Actor and Editor share: the frozen models, their adapted copies, and what a group's members are
+//! worth.
+
+use super::{
+    Metrics,
+    grpo::advantages,
+    grpo_config::{Combine, GroupConfig},
+};
+use crate::{
+    flow::Klein,
+    models::{Adapter, Folder, Params, flux2::Flux2, qwen3_vl::Qwen3VL},
+    rig::{
+        reward::{ByVerdicts, Reward as _, Sample, Weighted},
+        roles::{Decode, Picture, Verdict},
+        vlm_roles::Critic,
+    },
+    vlm::Vlm,
+};
+use anyhow::{Result, bail};
+use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+/// The largest difference from 1 that the ratio of a token's probabilities, replayed and as drawn, may have: decoding word
+/// by word and reading at once round differently.
+pub const TOKEN_RATIO: f64 = 1e-3;
+/// The same for a step of the flow, which is replayed in the shape it was taken in. Clip ranges are of this order.
+pub const FLOW_RATIO: f64 = 1e-6;
+
+/// The frozen VLM as Checker, and a copy with `adapters` on the same weights as Actor, if asked for.
+pub fn vlm(folder: &Folder, device: &Device, adapter: Option<&Adapter>) -> Result<(Critic, Option<Vlm>)> {
+    let config = folder.json("config.json")?;
+    let params = Params::open(folder, "model", DType::F32, device)?;
+    let frozen = Qwen3VL::new(&config, &params)?;
+    params.finish(|name| name == "lm_head.weight")?;
+    let adapted = |adapter: &Adapter| Vlm::of(Qwen3VL::new(&config, &with(&params, adapter))?, folder);
+    let adapted = adapter.map(adapted).transpose()?;
+    Ok((Critic(Vlm::of(frozen, folder)?), adapted))
+}
+
+/// The frozen pipeline, and copies of its transformer on the same weights, each with an adapter.
+pub fn pipeline(folder: &Folder, device: &Device, adapters: &[&Adapter]) -> Result<(Arc<Klein>, Vec<Flux2>)> {
+    let mut klein = Klein::open(folder, DType::F32, device, Vec::new())?;
+    let transformer = folder.require("transformer")?;
+    let params = Params::open(&transformer, "diffusion_pytorch_model", DType::F32, device)?;
+    let config = klein.transformer.config().clone();
+    klein.transformer = Flux2::new(&config, &params)?;
+    let adapted = adapters.iter().map(|adapter| Flux2::new(&config, &with(&params, adapter)));
+    Ok((Arc::new(klein), adapted.collect::<Result<_>>()?))
+}
+
+/// The tensors that a model took, for another model that has an adapter beside them.
+fn with(params: &Params, adapter: &Adapter) -> Params {
+    let tensors = params.tensors().into_iter().collect();
+    Params::loaded(tensors, "the model", params.dtype(), params.device()).adapted(vec![adapter.clone()])
+}
+
+/// The decoder of pictures that are kept as latents.
+pub fn decoder(klein: &Arc<Klein>) -> Decode {
+    let klein = klein.clone();
+    Arc::new(move |latents: &[Tensor]| klein.decode(latents))
+}
+
+/// A picture as the pipeline would have drawn it: its latents, and the pixels they stand for.
+pub fn through_latents(klein: &Klein, decode: &Decode, pixels: &image::RgbImage) -> Result<Picture> {
+    Ok(Picture::from_latents(klein.encode(pixels)?, decode.clone()))
+}
+
+/// A reward by name, one number for each rollout; one that is not finite is missing.
+pub type Reward = (String, Vec<f64>);
+
+/// The rewards by verdicts that `config` asks for. `before` has the verdicts on each group's picture, `after` those on each
+/// rollout's, group by group.
+pub fn by_verdicts(config: &GroupConfig, before: &[&[Verdict]], after: &[Vec<Verdict>]) -> Result<Vec<Reward>> {
+    let known = |name: &&String| ByVerdicts::ALL.iter().any(|r| r.name() == name.as_str());
+    let names: Vec<(&str, f64)> = config.rewards.keys().filter(known).map(|name| (name.as_str(), 1.0)).collect();
+    let samples: Vec<Sample> =
+        after.iter().enumerate().map(|(i, after)| Sample { before: Some(before[i / config.size]), after }).collect();
+    Ok(Weighted::named(names)?.score(&samples)?.parts)
+}
+
+/// What the rollouts of some groups are worth.
+pub struct Judged {
+    /// One for each rollout; 0 where its reward is missing.
+    pub advantages: Vec<f32>,
+    /// 1, or 0 where the reward is missing.
+    pub counts: Vec<f32>,
+    pub metrics: Metrics,
+}
+
+/// Weighs the rewards of rollouts that come group by group. The metrics have TRL's names.
+pub fn judge(config: &GroupConfig, rewards: &[Reward]) -> Result<Judged> {
+    let count = rewards.first().map_or(0, |(_, values)| values.len());
+    let groups: Vec<u64> = (0..count).map(|i| (i / config.size) as u64).collect();
+    let weight = |name: &str| config.rewards.get(name).copied().unwrap_or(0.0);
+    let mut total = vec![0.0; count];
+    for (name, values) in rewards.iter().filter(|(name, _)| weight(name) != 0.0) {
+        total.iter_mut().zip(values).for_each(|(total, value)| *total += weight(name) * value);
+    }
+    let summed = advantages(&total, &groups, config.scale)?;
+    let missing = summed.missing_count() as f64 / count.max(1) as f64;
+    if missing > config.max_missing {
+        bail!("{:.0}% of a step's rewards are missing (group.max_missing allows less)", 100.0 * missing);
+    }
+    let mut metrics = vec![
+        ("reward".to_owned(), summed.reward),
+        ("reward_std".to_owned(), summed.reward_std),
+        ("frac_reward_zero_std".to_owned(), summed.frac_reward_zero_std()),
+        ("rewards/missing".to_owned(), missing),
+    ];
+    let mut apart = vec![0.0; count];
+    for (name, values) in rewards {
+        let alone = advantages(values, &groups, config.scale)?;
+        apart.iter_mut().zip(&alone.values).for_each(|(sum, value)| *sum += weight(name) as f32 * value);
+        metrics.push((format!("rewards/{name}/mean"), alone.reward));
+        metrics.push((format!("rewards/{name}/std"), alone.reward_std));
+    }
+    let chosen = match config.combine {
+        Combine::SumThenNormalise => summed.values,
+        Combine::NormaliseThenSum => apart,
+    };
+    let counts: Vec<f32> = summed.missing.iter().map(|missing| f32::from(u8::from(!missing))).collect();
+    let advantages = chosen.iter().zip(&counts).map(|(advantage, counts)| advantage * counts).collect();
+    Ok(Judged { advantages, counts, metrics })
+}
+
+/// Holds the replayed log-probabilities to those of the rollout: before an update both are the same policy's, so their
+/// ratios are 1. Returns the largest difference from it.
+pub fn check_ratio(replayed: &Tensor, drawn: &Tensor, mask: &Tensor, limit: f64) -> Result<f64> {
+    let log_ratio = ((replayed.detach() - drawn)? * mask)?;
+    let off = f64::from((log_ratio.exp()? - 1.0)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?);
+    // Not a number is off as well.
+    if !(off <= limit) {
+        bail!(
+            "before the update the policy's ratio to the one that drew must be 1, but it is off by {off:.2e} (at most \
+             {limit:.0e} is rounding): rollout and replay do not compute the same"
+        );
+    }
+    Ok(off)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn config(combine: Combine) -> GroupConfig {
+        let rewards =
+            BTreeMap::from([("gain".to_owned(), 1.0), ("format".to_owned(), 0.5), ("oracle".to_owned(), 0.0)]);
+        GroupConfig { size: 2, combine, rewards, ..GroupConfig::default() }
+    }
+
+    fn rewards(gain: [f64; 4]) -> Vec<Reward> {
+        vec![
+            ("gain".into(), gain.to_vec()),
+            ("format".into(), vec![1.0, 0.0, 1.0, 1.0]),
+            ("oracle".into(), vec![0.0, 9.0, 9.0, 0.0]),
+        ]
+    }
+
+    fn metric(judged: &Judged, name: &str) -> f64 {
+        judged.metrics.iter().find(|(known, _)| known == name).expect("the metric").1
+    }
+
+    #[test]
+    fn rewards_are_weighed_in_either_order_and_logged_apart() -> Result<()> {
+        let rewards = rewards([0.0, 0.5, 0.25, 0.25]);
+        let summed = judge(&config(Combine::SumThenNormalise), &rewards)?;
+        // In the first group what one loses the other gains: 0 + 0.5 against 0.5 + 0.
+        assert_eq!(summed.advantages, [0.0; 4]);
+        assert_eq!(metric(&summed, "frac_reward_zero_std"), 1.0);
+        assert_eq!(metric(&summed, "reward"), 0.5 + 0.125);
+        assert_eq!(metric(&summed, "rewards/oracle/mean"), 4.5);
+        let apart = judge(&config(Combine::NormaliseThenSum), &rewards)?;
+        assert!(apart.advantages[1] > 0.3 && apart.advantages[0] < -0.3, "{:?}", apart.advantages);
+        assert_eq!(apart.advantages[2..], [0.0, 0.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn missing_rewards_are_masked_and_too_many_are_fatal() -> Result<()> {
+        let one = judge(&config(Combine::SumThenNormalise), &rewards([0.0, 1.0, f64::NAN, 0.5]))?;
+        assert_eq!((one.counts.as_slice(), one.advantages[2]), (&[1.0, 1.0, 0.0, 1.0][..], 0.0));
+        assert_eq!(metric(&one, "rewards/missing"), 0.25);
+        let two = judge(&config(Combine::SumThenNormalise), &rewards([0.0, f64::NAN, f64::NAN, 0.5]));
+        assert!(two.err().expect("an error").to_string().contains("50%"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_ratio_that_is_not_one_is_refused_with_its_size() -> Result<()> {
+        let tensor = |x: [f32; 2]| Tensor::new(&[x], &Device::Cpu);
+        let (drawn, all, first) = (tensor([-1.0, -2.0])?, tensor([1.0, 1.0])?, tensor([1.0, 0.0])?);
+        assert_eq!(check_ratio(&drawn, &drawn, &all, 0.0)?, 0.0);
+        let other = tensor([-1.0, -1.9])?;
+        assert_eq!(check_ratio(&other, &drawn, &first, 0.0)?, 0.0);
+        let error = check_ratio(&other, &drawn, &all, 1e-3).expect_err("an error").to_string();
+        assert!(error.contains("off by 1.05e-1"), "{error}");
+        assert!(check_ratio(&tensor([f32::NAN, 0.0])?, &drawn, &all, 1e-3).is_err());
+        Ok(())
+    }
+}
