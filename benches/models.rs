@@ -10,7 +10,8 @@ use rlrig::{
     rig::prompts,
     tensor::rng::Stream,
     train::{
-        pretrain::Request,
+        pretrain::PretrainConfig,
+        request::Request,
         run::{End, Event},
     },
     vlm::{
@@ -66,7 +67,7 @@ fn main() -> Result<()> {
         set: set.map(str::to_owned).to_vec(),
     };
     let mut seconds = f64::INFINITY;
-    let end = request.prepare()?.train(&Arc::new(AtomicBool::new(false)), &mut |event| {
+    let end = request.prepare::<PretrainConfig>()?.train(&Arc::new(AtomicBool::new(false)), &mut |event| {
         if let Event::Step(_, metrics) = event {
             let time = metrics.iter().find(|(name, _)| name == "step_time").map_or(f64::INFINITY, |(_, time)| *time);
             seconds = seconds.min(time);
