@@ -187,19 +187,27 @@ fn seen(rng: &mut Stream, view: &View) -> Object {
     Object::new(object.label, object.attributes[skip..].to_vec())
 }
 
-/// An object that differs from one of the picture in one thing, often taken from another one there.
+/// What differs from something of the picture in one thing, often taken from another one there.
 fn unlike(rng: &mut Stream, view: &View) -> Object {
-    let other = view.objects[rng.below(view.objects.len())];
-    let mut near = view.objects[rng.below(view.objects.len())];
-    let borrowed = rng.chance(0.5);
-    match rng.below(5) {
-        0 | 1 => near.shape = if borrowed { other.shape } else { *rng.choose(Shape::ALL) },
-        2 | 3 => near.colour = if borrowed { other.colour } else { *rng.choose(Colour::ALL) },
-        _ => near.size = near.size.other(),
-    }
-    let object = near.object();
+    let near = view.objects[rng.below(view.objects.len())];
+    let object = match rng.below(5) {
+        0 => Seen { size: near.size.other(), ..near }.object(),
+        _ => mistaken(rng, view, near),
+    };
     let skip = rng.below(2);
     Object::new(object.label, object.attributes[skip..].to_vec())
+}
+
+/// `near` with another shape or colour.
+fn mistaken(rng: &mut Stream, view: &View, mut near: Seen) -> Object {
+    let other = view.objects[rng.below(view.objects.len())];
+    let borrowed = rng.chance(0.5);
+    if rng.chance(0.5) {
+        near.shape = if borrowed { other.shape } else { *rng.choose(Shape::ALL) };
+    } else {
+        near.colour = if borrowed { other.colour } else { *rng.choose(Colour::ALL) };
+    }
+    near.object()
 }
 
 /// Claims of single objects and of relations between two, about half of them true.
@@ -211,7 +219,12 @@ fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
             let a = rng.below(view.objects.len());
             let b = (a + 1 + rng.below(view.objects.len() - 1)) % view.objects.len();
             let spatial = if rng.chance(0.75) { *rng.choose(&Spatial::DIRECTIONS) } else { *rng.choose(&Spatial::ALL) };
-            let objects: Vec<Object> = [a, b].iter().map(|i| view.objects[*i].object()).collect();
+            let mut objects: Vec<Object> = [a, b].iter().map(|i| view.objects[*i].object()).collect();
+            // A relation is false too where one of its two is not there, wherever the other is.
+            if !wanted && rng.chance(0.5) {
+                let which = rng.below(2);
+                objects[which] = mistaken(rng, view, view.objects[[a, b][which]]);
+            }
             if view.certainty(a, spatial, b).abs() < sample::MARGIN
                 || (split == Split::Train && split::held_out(&objects[0], spatial, &objects[1]))
             {
