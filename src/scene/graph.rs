@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// One object: a label and its attributes in the order they are said (`large`, `red`).
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Object {
     pub label: String,
     #[serde(default)]
@@ -28,7 +28,7 @@ impl Object {
 }
 
 /// `subject predicate object`, by index into [`SceneGraph::objects`].
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Relation {
     pub subject: usize,
     pub predicate: String,
@@ -36,7 +36,7 @@ pub struct Relation {
 }
 
 /// What a picture should show, or does show.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SceneGraph {
     pub objects: Vec<Object>,
     #[serde(default)]

@@ -2,9 +2,9 @@
 //!
 //! The paper derives entities and predicates from the extracted triples ([`derived`]); its authors' code takes three
 //! separate lists, compares them as sets by exact text, and gives 0 for an empty union ([`strict`]). Both collapse equal
-//! names; [`multiset`] counts them, and [`with_attributes`] names objects by their whole phrase.
+//! names; [`multiset`] counts them. Objects are named by their label, or with their attributes by [`Object::phrase`].
 
-use super::graph::{Object, SceneGraph};
+use super::graph::{Object, Relation, SceneGraph};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -21,58 +21,67 @@ pub struct Iou {
 }
 
 /// A graph as the three lists that are compared.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lists {
-    pub triples: Vec<(String, String, String)>,
+    /// Subject, predicate, object.
+    pub triples: Vec<Triple>,
     pub objects: Vec<String>,
     pub predicates: Vec<String>,
 }
 
+type Triple = (String, String, String);
+
 impl Lists {
     /// All triples, all objects (also those without a relation) and all predicates, with objects named by `name`.
     pub fn of(graph: &SceneGraph, name: impl Fn(&Object) -> String) -> Self {
-        let objects: Vec<String> = graph.objects.iter().map(name).collect();
-        let triples = graph.relations.iter().filter_map(|r| {
-            let (subject, object) = (objects.get(r.subject)?.clone(), objects.get(r.object)?.clone());
-            Some((subject, r.predicate.clone(), object))
-        });
-        let triples: Vec<(String, String, String)> = triples.collect();
+        Self::held(graph, name, |_| true, |_| true)
+    }
+
+    /// What a judge confirms of a graph: the objects and the relations for whose index the answer is true. As in the
+    /// authors' code, a triple may be confirmed where one of its objects is not.
+    pub fn held(
+        graph: &SceneGraph,
+        name: impl Fn(&Object) -> String,
+        object: impl Fn(usize) -> bool,
+        relation: impl Fn(usize) -> bool,
+    ) -> Self {
+        let names: Vec<String> = graph.objects.iter().map(name).collect();
+        let triple = |(i, r): (usize, &Relation)| {
+            let (subject, object) = (names.get(r.subject)?.clone(), names.get(r.object)?.clone());
+            relation(i).then(|| (subject, r.predicate.clone(), object))
+        };
+        let triples: Vec<Triple> = graph.relations.iter().enumerate().filter_map(triple).collect();
         let predicates = triples.iter().map(|t| t.1.clone()).collect();
+        let objects = names.into_iter().enumerate().filter(|(i, _)| object(*i)).map(|(_, name)| name).collect();
         Self { triples, objects, predicates }
     }
 
     /// Only what the triples name.
-    fn of_triples(self) -> Self {
+    fn of_triples(&self) -> Self {
         let objects = self.triples.iter().flat_map(|t| [t.0.clone(), t.2.clone()]).collect();
-        Self { objects, ..self }
+        Self { objects, ..self.clone() }
     }
 }
 
-fn label(object: &Object) -> String {
+/// An object's name without its attributes.
+pub fn label(object: &Object) -> String {
     object.label.clone()
 }
 
-/// As the authors' code: sets of triples, objects and predicates by exact text, objects by their label.
-pub fn strict(seen: &SceneGraph, wanted: &SceneGraph) -> Iou {
-    compare(&Lists::of(seen, label), &Lists::of(wanted, label), set_iou, set_iou)
+/// As the authors' code: sets of triples, objects and predicates by exact text.
+pub fn strict(seen: &Lists, wanted: &Lists) -> Iou {
+    compare(seen, wanted, set_iou, set_iou)
 }
 
 /// As the paper: objects and predicates are those that the triples name.
-pub fn derived(seen: &SceneGraph, wanted: &SceneGraph) -> Iou {
-    compare(&Lists::of(seen, label).of_triples(), &Lists::of(wanted, label).of_triples(), set_iou, set_iou)
+pub fn derived(seen: &Lists, wanted: &Lists) -> Iou {
+    compare(&seen.of_triples(), &wanted.of_triples(), set_iou, set_iou)
 }
 
 /// As [`strict`], but what occurs twice counts twice.
-pub fn multiset(seen: &SceneGraph, wanted: &SceneGraph) -> Iou {
-    compare(&Lists::of(seen, label), &Lists::of(wanted, label), multiset_iou, multiset_iou)
+pub fn multiset(seen: &Lists, wanted: &Lists) -> Iou {
+    compare(seen, wanted, multiset_iou, multiset_iou)
 }
-
-/// As [`multiset`], with objects named by attributes and label.
-pub fn with_attributes(seen: &SceneGraph, wanted: &SceneGraph) -> Iou {
-    compare(&Lists::of(seen, Object::phrase), &Lists::of(wanted, Object::phrase), multiset_iou, multiset_iou)
-}
-
-type Triple = (String, String, String);
 
 fn compare(
     seen: &Lists,
@@ -113,28 +122,47 @@ mod tests {
     use super::*;
     use crate::scene::parse::parse;
 
-    #[test]
-    fn the_four_variants_differ_where_they_should() {
-        let wanted = parse("red ball left of blue cube; green ball above blue cube; star").unwrap();
-        let seen = parse("red ball left of blue cube; yellow ring above blue cube").unwrap();
-        // Triples: {ball left cube, ball above cube} against {ball left cube, ring above cube}.
-        let s = strict(&seen, &wanted);
-        assert_eq!((s.graph, s.entities, s.relations), (1.0 / 3.0, 0.5, 1.0));
-        // Without the star, which no triple names: {ball, cube} against {ball, cube, ring}.
-        assert_eq!(derived(&seen, &wanted).entities, 2.0 / 3.0);
-        // {ball, ball, cube, star} against {ball, cube, ring}.
-        assert_eq!(multiset(&seen, &wanted).entities, 2.0 / 5.0);
-        // {red ball, green ball, blue cube, star} against {red ball, blue cube, yellow ring}.
-        assert_eq!(with_attributes(&seen, &wanted).entities, 2.0 / 5.0);
+    fn lists(text: &str) -> Lists {
+        Lists::of(&parse(text).unwrap(), label)
     }
 
     #[test]
-    fn bounds_hold_and_empty_graphs_score_zero() {
-        let graph = parse("a red ball left of a blue cube, and a star inside a ring").unwrap();
-        let empty = SceneGraph::default();
-        for iou in [strict, derived, multiset, with_attributes] {
+    fn the_variants_differ_where_they_should() {
+        let (wanted, seen) = (
+            "red ball left of blue cube; green ball above blue cube; star",
+            "red ball left of blue cube; yellow ring above blue cube",
+        );
+        // Triples: {ball left cube, ball above cube} against {ball left cube, ring above cube}.
+        let s = strict(&lists(seen), &lists(wanted));
+        assert_eq!((s.graph, s.entities, s.relations), (1.0 / 3.0, 0.5, 1.0));
+        // Without the star, which no triple names: {ball, cube} against {ball, cube, ring}.
+        assert_eq!(derived(&lists(seen), &lists(wanted)).entities, 2.0 / 3.0);
+        // {ball, ball, cube, star} against {ball, cube, ring}.
+        assert_eq!(multiset(&lists(seen), &lists(wanted)).entities, 2.0 / 5.0);
+        // {red ball, green ball, blue cube, star} against {red ball, blue cube, yellow ring}.
+        let phrases = |text| Lists::of(&parse(text).unwrap(), Object::phrase);
+        assert_eq!(strict(&phrases(seen), &phrases(wanted)).entities, 2.0 / 5.0);
+    }
+
+    #[test]
+    fn a_judge_confirms_objects_and_triples_apart() {
+        let graph = parse("red ball left of blue cube; star above blue cube").unwrap();
+        let seen = Lists::held(&graph, label, |i| i == 0, |i| i == 1);
+        assert_eq!(seen.objects, ["ball"]);
+        assert_eq!(seen.triples, [("star".to_owned(), "above".to_owned(), "cube".to_owned())]);
+        let iou = strict(&seen, &Lists::of(&graph, label));
+        assert_eq!((iou.graph, iou.entities, iou.relations), (0.5, 1.0 / 3.0, 0.5));
+    }
+
+    #[test]
+    fn bounds_hold_both_ways_and_empty_graphs_score_zero() {
+        let (graph, other) =
+            (lists("a red ball left of a blue cube, and a star inside a ring"), lists("ball above cube"));
+        let empty = Lists::default();
+        for iou in [strict, derived, multiset] {
             let same = iou(&graph, &graph);
             assert_eq!((same.graph, same.entities, same.relations), (1.0, 1.0, 1.0));
+            assert_eq!(iou(&graph, &other), iou(&other, &graph));
             for (a, b) in [(&graph, &empty), (&empty, &graph), (&empty, &empty)] {
                 assert_eq!(iou(a, b).graph + iou(a, b).entities + iou(a, b).relations, 0.0);
             }

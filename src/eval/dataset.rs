@@ -1,0 +1,323 @@
+//! What is evaluated on: one [`Sample`] a prompt, from LAION-SG's files or from the tabletop world.
+
+use super::records::{Entry, Flaws, Records};
+use crate::{
+    scene::{
+        graph::SceneGraph,
+        relation::Spatial,
+        tabletop::{split::Split, tasks},
+    },
+    tensor::rng::Stream,
+    usage,
+};
+use anyhow::{Context, Result};
+use std::{
+    collections::BinaryHeap,
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
+
+/// A prompt, and the scene graph that a picture of it is measured against.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sample {
+    /// Its place in the data set before anything is filtered; seeds follow it.
+    pub index: u64,
+    pub id: String,
+    pub dataset: &'static str,
+    pub split: String,
+    pub prompt: String,
+    pub graph: SceneGraph,
+}
+
+/// How a prompt is worded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wording {
+    /// The triples of the graph, joined by ";", as in the paper.
+    Triples,
+    /// The caption of the data set.
+    Caption,
+    /// The caption, then the triples.
+    Both,
+}
+
+impl Wording {
+    /// A graph's prompt. Without a caption it is the triples.
+    fn prompt(self, caption: &str, graph: &SceneGraph) -> String {
+        match self {
+            Self::Caption if !caption.is_empty() => caption.to_owned(),
+            Self::Both if !caption.is_empty() => format!("{caption}; {}", graph.triple_text()),
+            _ => graph.triple_text(),
+        }
+    }
+}
+
+/// Which samples of a data set.
+#[derive(Clone, Copy, Debug)]
+pub struct Selection {
+    pub wording: Wording,
+    /// Samples with fewer relations are left out; the data set's own loader leaves out those with none.
+    pub min_relations: usize,
+    pub min_objects: usize,
+    /// Leaves out relations that are not spatial.
+    pub spatial_only: bool,
+    pub limit: Option<usize>,
+    /// With a limit: a random subset by this seed instead of the first.
+    pub subset: Option<u64>,
+    /// Part `shard.0` of `shard.1`, counted from 1, of what the rest selects.
+    pub shard: (usize, usize),
+}
+
+impl Selection {
+    fn admits(&self, graph: &SceneGraph) -> bool {
+        graph.relations.len() >= self.min_relations && graph.objects.len() >= self.min_objects
+    }
+
+    /// Every `n`th of what was selected.
+    fn shard<T>(&self, samples: Vec<T>) -> Vec<T> {
+        let (part, parts) = self.shard;
+        samples.into_iter().skip(part - 1).step_by(parts).collect()
+    }
+}
+
+/// The samples of the tabletop world's `split`, drawn by `seed`.
+pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sample>> {
+    let (fewest, most) = split.objects();
+    let limit = selection.limit.unwrap_or(500);
+    let sample = |index: u64| {
+        let drawn = tasks::text_to_image(seed, split, index, fewest.max(selection.min_objects).min(most), most);
+        Sample {
+            index,
+            id: format!("{}-{index:05}", split.name()),
+            dataset: "tabletop",
+            split: split.name().to_owned(),
+            prompt: selection.wording.prompt(&drawn.prompt, &drawn.graph),
+            graph: drawn.graph,
+        }
+    };
+    // Most scenes pass; a bound for requests that none can meet.
+    let tried = (0..100 * limit as u64).map(sample);
+    let samples: Vec<Sample> = tried.filter(|s| selection.admits(&s.graph)).take(limit).collect();
+    if samples.len() < limit {
+        usage!("the split {} has too few scenes with so many objects and relations", split.name());
+    }
+    Ok(selection.shard(samples))
+}
+
+/// The samples of a LAION-SG file, or of the file of `split` in a folder, and the flaws that were found.
+pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Vec<Sample>, Flaws)> {
+    let path = file_of(data, split)?;
+    let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut records = Records::new(BufReader::with_capacity(1 << 16, file));
+    let mut chosen = Chosen::new(selection);
+    let mut index = 0;
+    while !chosen.full() {
+        let entry = records.next_entry().with_context(|| path.display().to_string())?;
+        let Some(Entry { id, caption, graph }) = entry else { break };
+        let graph = if selection.spatial_only { spatial(graph) } else { graph };
+        if selection.admits(&graph) {
+            let prompt = selection.wording.prompt(&caption, &graph);
+            chosen.offer(Sample { index, id, dataset: "laion-sg", split: split.to_owned(), prompt, graph });
+        }
+        index += 1;
+    }
+    let samples = chosen.finish();
+    if samples.is_empty() {
+        usage!("{}: none of {index} records has enough objects and relations", path.display());
+    }
+    Ok((selection.shard(samples), records.flaws))
+}
+
+/// The file itself, or the one of a folder whose name has the split in it.
+fn file_of(data: &Path, split: &str) -> Result<PathBuf> {
+    if data.is_file() {
+        return Ok(data.to_owned());
+    }
+    let entries = std::fs::read_dir(data).with_context(|| format!("cannot read {}", data.display()))?;
+    let paths = entries.flatten().map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
+    files.sort();
+    let name = |path: &PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    match files.iter().find(|path| name(path).contains(split)) {
+        Some(path) => Ok(path.clone()),
+        None => {
+            let names: Vec<String> = files.iter().map(name).collect();
+            usage!("{} has no .json file of the split \"{split}\"; it has {names:?}", data.display())
+        }
+    }
+}
+
+/// The first samples that are offered, or a random subset that does not depend on their order.
+struct Chosen {
+    limit: usize,
+    subset: Option<u64>,
+    first: Vec<Sample>,
+    /// By the number each sample draws, the highest on top.
+    drawn: BinaryHeap<(u64, Sample)>,
+}
+
+impl Chosen {
+    fn new(selection: &Selection) -> Self {
+        let limit = selection.limit.unwrap_or(usize::MAX);
+        Self { limit, subset: selection.subset, first: Vec::new(), drawn: BinaryHeap::new() }
+    }
+
+    fn full(&self) -> bool {
+        self.subset.is_none() && self.first.len() >= self.limit
+    }
+
+    fn offer(&mut self, sample: Sample) {
+        let Some(seed) = self.subset else { return self.first.push(sample) };
+        self.drawn.push((Stream::new(seed, "subset", sample.index).next_u64(), sample));
+        if self.drawn.len() > self.limit {
+            self.drawn.pop();
+        }
+    }
+
+    fn finish(mut self) -> Vec<Sample> {
+        self.first.extend(self.drawn.into_iter().map(|(_, sample)| sample));
+        self.first.sort_by_key(|sample| sample.index);
+        self.first
+    }
+}
+
+/// A graph's spatial relations, and all its objects.
+fn spatial(mut graph: SceneGraph) -> SceneGraph {
+    graph.relations.retain(|r| is_spatial(&r.predicate));
+    graph
+}
+
+/// Words of place that LAION-SG's relations use, beside those that have a definition in code.
+const PLACES: &[&str] = &[
+    "above",
+    "across from",
+    "adjacent to",
+    "against",
+    "along",
+    "among",
+    "around",
+    "at",
+    "atop",
+    "attached to",
+    "behind",
+    "below",
+    "beneath",
+    "beside",
+    "between",
+    "close to",
+    "covering",
+    "far from",
+    "in",
+    "in front of",
+    "inside",
+    "left of",
+    "near",
+    "next to",
+    "on",
+    "on top of",
+    "opposite",
+    "over",
+    "overlapping",
+    "right of",
+    "surrounded by",
+    "surrounding",
+    "to the left of",
+    "to the right of",
+    "under",
+    "underneath",
+    "within",
+];
+
+/// Whether a relation says where things are: a word of place, alone or behind a verb of posture ("standing next to").
+pub fn is_spatial(predicate: &str) -> bool {
+    let text = predicate.to_lowercase();
+    let posture =
+        ["is", "are", "sitting", "standing", "lying", "located", "placed", "positioned", "resting", "situated"];
+    let rest =
+        text.split_once(' ').filter(|(first, _)| posture.contains(first)).map_or(text.as_str(), |(_, rest)| rest);
+    let rest = rest.strip_prefix("on the ").filter(|r| r.starts_with("left") || r.starts_with("right")).unwrap_or(rest);
+    Spatial::from_name(rest).is_some() || PLACES.contains(&rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Selection = Selection {
+        wording: Wording::Triples,
+        min_relations: 1,
+        min_objects: 1,
+        spatial_only: false,
+        limit: None,
+        subset: None,
+        shard: (1, 1),
+    };
+
+    fn fixture() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/laion_sg/flawed.json")
+    }
+
+    fn ids(selection: Selection) -> Vec<String> {
+        laion_sg(&fixture(), "test", &selection).unwrap().0.into_iter().map(|s| s.id).collect()
+    }
+
+    #[test]
+    fn filters_leave_what_they_should() {
+        assert_eq!(ids(ALL).len(), 8);
+        assert_eq!(ids(Selection { min_relations: 5, ..ALL }), ["9"]);
+        // "walking along" is no place, so the ninth has four spatial relations.
+        assert!(laion_sg(&fixture(), "test", &Selection { min_relations: 5, spatial_only: true, ..ALL }).is_err());
+        assert_eq!(ids(Selection { min_relations: 4, spatial_only: true, ..ALL }), ["9"]);
+        assert_eq!(ids(Selection { min_objects: 3, ..ALL }), ["9"]);
+        assert_eq!(ids(Selection { limit: Some(2), ..ALL }), ["1", "2"]);
+    }
+
+    #[test]
+    fn shards_part_the_selection_and_a_subset_is_random_but_fixed() {
+        let parts: Vec<Vec<String>> = (1..=3).map(|i| ids(Selection { shard: (i, 3), ..ALL })).collect();
+        assert_eq!(parts[0], ["1", "4", "8"]);
+        let mut joined = parts.concat();
+        joined.sort();
+        assert_eq!(joined, ids(ALL));
+        let subset = |seed| ids(Selection { limit: Some(4), subset: Some(seed), ..ALL });
+        assert_eq!(subset(1), subset(1));
+        assert!((2..20).any(|seed| subset(seed) != subset(1)));
+        assert_eq!(subset(1).len(), 4);
+    }
+
+    #[test]
+    fn prompts_are_worded_as_asked() {
+        let prompt = |wording| laion_sg(&fixture(), "test", &Selection { wording, ..ALL }).unwrap().0[0].prompt.clone();
+        assert_eq!(prompt(Wording::Triples), "tall stone tower attached to arched stone bridge");
+        assert_eq!(prompt(Wording::Caption), "Picture 1");
+        assert_eq!(prompt(Wording::Both), "Picture 1; tall stone tower attached to arched stone bridge");
+    }
+
+    #[test]
+    fn a_folder_is_searched_for_the_split() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(fixture(), dir.path().join("LAION-SG_test.json")).unwrap();
+        assert_eq!(laion_sg(dir.path(), "test", &ALL).unwrap().0.len(), 8);
+        let error = laion_sg(dir.path(), "train", &ALL).unwrap_err().to_string();
+        assert!(error.contains("LAION-SG_test.json"), "{error}");
+    }
+
+    #[test]
+    fn the_world_gives_as_many_as_asked_and_no_graph_without_relations() {
+        let selection = Selection { limit: Some(30), ..ALL };
+        let samples = tabletop(Split::Test, 0, &selection).unwrap();
+        assert_eq!(samples.len(), 30);
+        assert!(samples.iter().all(|s| !s.graph.relations.is_empty() && s.prompt == s.graph.triple_text()));
+        assert!(tabletop(Split::Test, 0, &Selection { min_relations: 50, ..selection }).is_err());
+    }
+
+    #[test]
+    fn words_of_place_are_known() {
+        for yes in ["left of", "on the left of", "to the right of", "standing next to", "surrounded by", "On top of"] {
+            assert!(is_spatial(yes), "{yes}");
+        }
+        for no in ["wearing", "walking along", "adorn", "made of", ""] {
+            assert!(!is_spatial(no), "{no}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! One line of `samples.jsonl`: one picture, what was asked, what the judges say, and what it cost.
+//!
+//! Every aggregate can be computed again from these lines. A mode's result after `r` rounds is the picture whose
+//! `result_after` has `r`; its cost is that of all pictures of the same `id`, `mode` and `seed`.
+
+use super::{
+    dataset::Sample,
+    metrics::{self, Answer, Metrics, Oracle},
+    modes::Mode,
+};
+use crate::{
+    rig::{
+        cycle::{Action, Outcome, best},
+        roles::Verdict,
+    },
+    scene::{
+        iou::{self, Lists},
+        tabletop::oracle,
+    },
+};
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    pub id: String,
+    pub dataset: String,
+    pub split: String,
+    pub mode: Mode,
+    /// The evaluation's seed; `noise` is the picture's own, for `rlrig generate --seed`.
+    pub seed: u64,
+    pub noise: u64,
+    /// From 1, of `rounds` that were made.
+    pub round: usize,
+    pub rounds: usize,
+    /// The rounds after which this picture is the mode's result.
+    pub result_after: Vec<usize>,
+    pub prompt: String,
+    /// What made it from the picture of round `from`; absent for the drawing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edit: Option<Edited>,
+    /// Under the run's folder.
+    pub file: String,
+    pub reference: Lists,
+    /// What the judge confirms of it.
+    pub extracted: Lists,
+    pub claims: Vec<Answer>,
+    pub metrics: Metrics,
+    pub cost: Cost,
+    /// GenEval's keys.
+    pub filename: String,
+    pub tag: String,
+    pub correct: bool,
+    pub reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Edited {
+    pub from: usize,
+    pub instruction: String,
+}
+
+/// What a picture cost, with its check.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Of the flow network, for one picture each.
+    pub evaluations: u64,
+    pub seconds: f64,
+}
+
+/// What makes the pictures of one prompt one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    pub mode: Mode,
+    pub seed: u64,
+    pub id: String,
+}
+
+impl Line {
+    pub fn key(&self) -> Key {
+        Key { mode: self.mode, seed: self.seed, id: self.id.clone() }
+    }
+}
+
+/// What one prompt's loop left.
+pub struct Made<'a> {
+    pub sample: &'a Sample,
+    pub mode: Mode,
+    pub seed: u64,
+    pub noise: u64,
+    pub outcome: &'a Outcome,
+    /// The mode's rounds at most.
+    pub rounds: usize,
+    /// Network evaluations of each turn.
+    pub evaluations: &'a [u64],
+    /// The judge's verdicts on each turn, where it is another than the Checker.
+    pub judged: Option<&'a [Vec<Verdict>]>,
+}
+
+impl Made<'_> {
+    /// A line for each turn.
+    pub fn lines(&self) -> Result<Vec<Line>> {
+        let turns = &self.outcome.turns;
+        ensure!(self.evaluations.len() == turns.len(), "the evaluations of {} turns are known", self.evaluations.len());
+        let result = |round: usize| best(&turns[..turns.len().min(round)]);
+        (0..turns.len())
+            .map(|i| self.line(i, (1..=self.rounds).filter(|round| result(*round) == Some(i)).collect()))
+            .collect()
+    }
+
+    fn line(&self, i: usize, result_after: Vec<usize>) -> Result<Line> {
+        let Self { sample, mode, outcome, .. } = self;
+        let (turn, graph) = (&outcome.turns[i], &sample.graph);
+        let oracle = match sample.dataset {
+            "tabletop" => Some(Oracle::new(&oracle::read(turn.picture.pixels()?), graph)),
+            _ => None,
+        };
+        let judge = self.judged.map_or(&turn.verdicts, |judged| &judged[i]);
+        let p: Vec<f64> = judge.iter().map(|v| v.p_yes).collect();
+        let truths = oracle.as_ref().map(|o| o.judgement.objects.iter().chain(&o.judgement.relations));
+        let mut truths = truths.into_iter().flatten().copied();
+        let answer = |(verdict, judge): (&Verdict, &f64)| Answer {
+            claim: verdict.claim.clone(),
+            checker: verdict.p_yes,
+            judge: *judge,
+            oracle: truths.next(),
+        };
+        let claims: Vec<Answer> = turn.verdicts.iter().zip(&p).map(answer).collect();
+        let confirmed: Vec<bool> = p.iter().map(|p| *p >= 0.5).collect();
+        let wrong = |a: &&Answer| !a.oracle.unwrap_or(a.judge >= 0.5);
+        let mut missed: Vec<String> = claims.iter().filter(wrong).map(|a| a.claim.to_string()).collect();
+        if let Some(extra) = oracle.as_ref().map(|o| o.judgement.extra).filter(|extra| *extra > 0) {
+            missed.push(format!("{extra} more than asked for"));
+        }
+        let file = format!("pictures/{}/{}-{}-{}.png", mode.name(), file_name(&sample.id), self.seed, i + 1);
+        Ok(Line {
+            id: sample.id.clone(),
+            dataset: sample.dataset.to_owned(),
+            split: sample.split.clone(),
+            mode: *mode,
+            seed: self.seed,
+            noise: self.noise,
+            round: i + 1,
+            rounds: outcome.turns.len(),
+            result_after,
+            prompt: sample.prompt.clone(),
+            edit: match &turn.action {
+                Action::Draw => None,
+                Action::Edit { source, instruction } => {
+                    Some(Edited { from: source + 1, instruction: instruction.clone() })
+                }
+            },
+            filename: file.clone(),
+            file,
+            reference: Lists::of(graph, iou::label),
+            extracted: metrics::extracted(graph, iou::label, &confirmed),
+            metrics: metrics::metrics(graph, &p, oracle.as_ref()),
+            claims,
+            cost: Cost {
+                evaluations: self.evaluations[i],
+                seconds: turn.seconds.paint + turn.seconds.reflect + turn.seconds.check,
+            },
+            tag: if graph.relations.is_empty() { "object" } else { "position" }.to_owned(),
+            correct: missed.is_empty(),
+            reason: missed.join("; "),
+        })
+    }
+}
+
+/// An id as a part of a file's name.
+fn file_name(id: &str) -> String {
+    id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).take(80).collect()
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::{
+        rig::{
+            cycle::{Ending, Seconds, Turn},
+            roles::{Picture, Target, score},
+        },
+        scene::tabletop::{render::render, split::Split, tasks},
+    };
+    use image::RgbImage;
+
+    /// A loop that draws nothing, is told so, and then paints the scene itself.
+    pub fn mended(index: u64, mode: Mode) -> Vec<Line> {
+        let drawn = tasks::text_to_image(1, Split::Test, index, 2, 3);
+        let target = Target::new(drawn.prompt.clone(), &drawn.graph);
+        let turn = |action, picture: RgbImage, p_yes: f64| {
+            let verdict = |claim: &crate::rig::roles::Claim| Verdict {
+                claim: claim.clone(),
+                yes: p_yes >= 0.5,
+                p_yes,
+                reflection: String::new(),
+            };
+            let verdicts: Vec<Verdict> = target.claims.iter().map(verdict).collect();
+            let seconds = Seconds { reflect: 0.25, paint: 0.5, check: 0.25 };
+            Turn { action, picture: Picture::from_pixels(picture), score: score(&verdicts), verdicts, seconds }
+        };
+        let blank = RgbImage::from_pixel(128, 128, image::Rgb([225, 220, 210]));
+        let mut turns = vec![turn(Action::Draw, blank, 0.0)];
+        if mode != Mode::Diffuser {
+            let edit = Action::Edit { source: 0, instruction: "add all".into() };
+            turns.push(turn(edit, render(&drawn.scene), 1.0));
+        }
+        let (best, ending) = (turns.len() - 1, Ending::Spent);
+        let sample = Sample {
+            index,
+            id: format!("test-{index}"),
+            dataset: "tabletop",
+            split: "test".into(),
+            prompt: drawn.prompt,
+            graph: drawn.graph,
+        };
+        let outcome = Outcome { turns, best, ending };
+        let evaluations = vec![40; outcome.turns.len()];
+        let made = Made {
+            sample: &sample,
+            mode,
+            seed: 0,
+            noise: index,
+            outcome: &outcome,
+            rounds: mode.rounds(3),
+            evaluations: &evaluations,
+            judged: None,
+        };
+        made.lines().unwrap()
+    }
+
+    #[test]
+    fn each_picture_has_a_line_that_survives_json() {
+        let lines = mended(3, Mode::Loop);
+        let [drawn, mended] = lines.as_slice() else { panic!("two turns") };
+        assert_eq!((&drawn.result_after[..], &mended.result_after[..]), (&[1][..], &[2, 3][..]));
+        assert_eq!((drawn.round, mended.round, mended.rounds), (1, 2, 2));
+        assert_eq!((drawn.metrics["sg_iou"], mended.metrics["sg_iou"]), (0.0, 1.0));
+        assert_eq!((drawn.metrics["oracle_mean"], mended.metrics["oracle_mean"]), (0.0, 1.0));
+        assert!(!drawn.correct && drawn.reason.contains(" "));
+        assert!(mended.correct && mended.reason.is_empty(), "{}", mended.reason);
+        assert_eq!(mended.edit, Some(Edited { from: 1, instruction: "add all".into() }));
+        assert_eq!(mended.cost, Cost { evaluations: 40, seconds: 1.0 });
+        assert_eq!(mended.file, "pictures/loop/test-3-0-2.png");
+        for line in &lines {
+            let text = serde_json::to_string(line).unwrap();
+            assert_eq!(&serde_json::from_str::<Line>(&text).unwrap(), line);
+        }
+    }
+
+    #[test]
+    fn ids_become_names_without_paths() {
+        assert_eq!(file_name("../a b/ü.1"), ".._a_b__.1");
+    }
+}

@@ -1,0 +1,187 @@
+//! The ways to make a picture that are compared, and who plays the roles in each.
+//!
+//! All of them are the same loop with the same Checker, the same stop and the same rounds at most, so that they cost about
+//! the same: the Diffuser alone is one round of it, and the two rivals of editing draw anew where it would edit.
+
+use crate::{
+    rig::{
+        cycle::Cast,
+        roles::{Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Situation, Target},
+    },
+    tensor::rng::Stream,
+};
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// One drawing.
+    Diffuser,
+    /// Drawings of other noise until the Checker accepts one; the best by its score.
+    BestOfN,
+    /// As best-of-n, of a prompt that says first what the Checker misses.
+    Rewrite,
+    /// Generate, reflect, edit without any adapter.
+    LoopUntrained,
+    /// With the VLM's adapters alone.
+    LoopActor,
+    /// With the Editor's adapters alone.
+    LoopEditor,
+    /// As `rlrig generate` does it.
+    Loop,
+}
+
+impl Mode {
+    pub const ALL: [Self; 7] = [
+        Self::Diffuser,
+        Self::BestOfN,
+        Self::Rewrite,
+        Self::LoopUntrained,
+        Self::LoopActor,
+        Self::LoopEditor,
+        Self::Loop,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Diffuser => "diffuser",
+            Self::BestOfN => "best-of-n",
+            Self::Rewrite => "rewrite",
+            Self::LoopUntrained => "loop-untrained",
+            Self::LoopActor => "loop-actor",
+            Self::LoopEditor => "loop-editor",
+            Self::Loop => "loop",
+        }
+    }
+
+    /// Whether the Editor's adapters are on, and the VLM's.
+    pub fn adapters(self) -> (bool, bool) {
+        (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
+    }
+
+    /// The rounds at most where the loop has `rounds`.
+    pub fn rounds(self, rounds: usize) -> usize {
+        if self == Self::Diffuser { 1 } else { rounds }
+    }
+}
+
+/// Who can play: one that draws and edits, one that checks and writes edits.
+pub trait Painter: Diffuser + Editor {}
+impl<T: Diffuser + Editor> Painter for T {}
+pub trait Critic: Checker + Actor {}
+impl<T: Checker + Actor> Critic for T {}
+
+/// Gives `play` the cast of a mode.
+pub fn cast<T>(mode: Mode, painter: &dyn Painter, critic: &dyn Critic, play: impl FnOnce(Cast) -> T) -> T {
+    let anew = Anew(painter);
+    let (actor, editor): (&dyn Actor, &dyn Editor) = match mode {
+        Mode::BestOfN => (&Same, &anew),
+        Mode::Rewrite => (&Rewriter, &anew),
+        _ => (critic, painter),
+    };
+    play(Cast { diffuser: painter, checker: critic, actor, editor })
+}
+
+/// An "edit" that draws the instruction as a prompt of its own, from other noise in each round.
+struct Anew<'a>(&'a dyn Painter);
+
+impl Editor for Anew<'_> {
+    fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>> {
+        let target = |job: &Edit| Target { prompt: job.instruction.to_owned(), claims: Vec::new() };
+        let targets: Vec<Target> = jobs.iter().map(target).collect();
+        let seed = |job: &Edit| Stream::new(job.seed, "draw anew", job.round as u64).next_u64();
+        let draws: Vec<Draw> =
+            jobs.iter().zip(&targets).map(|(job, target)| Draw { target, seed: seed(job) }).collect();
+        self.0.draw(&draws)
+    }
+}
+
+/// Asks for the prompt again.
+struct Same;
+
+impl Actor for Same {
+    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>> {
+        Ok(jobs.iter().map(|job| job.target.prompt.clone()).collect())
+    }
+}
+
+/// Says the claims that do not hold, the least probable first, and then the prompt.
+struct Rewriter;
+
+impl Actor for Rewriter {
+    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>> {
+        let rewrite = |job: &Situation| {
+            let mut missed: Vec<_> = job.verdicts.iter().filter(|v| !v.yes).collect();
+            missed.sort_by(|a, b| a.p_yes.total_cmp(&b.p_yes));
+            let parts = missed.iter().map(|v| v.claim.to_string()).chain([job.target.prompt.clone()]);
+            parts.collect::<Vec<_>>().join("; ")
+        };
+        Ok(jobs.iter().map(rewrite).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rig::roles::{Claim, Verdict};
+    use image::RgbImage;
+    use std::cell::RefCell;
+
+    /// Remembers what it is asked to draw.
+    #[derive(Default)]
+    struct Memory(RefCell<Vec<(String, u64)>>);
+
+    impl Diffuser for Memory {
+        fn draw(&self, jobs: &[Draw]) -> Result<Vec<Picture>> {
+            self.0.borrow_mut().extend(jobs.iter().map(|job| (job.target.prompt.clone(), job.seed)));
+            Ok(jobs.iter().map(|_| Picture::from_pixels(RgbImage::new(1, 1))).collect())
+        }
+    }
+
+    impl Editor for Memory {
+        fn edit(&self, _: &[Edit]) -> Result<Vec<Picture>> {
+            anyhow::bail!("nothing is edited here")
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_the_files() {
+        for mode in Mode::ALL {
+            assert_eq!(serde_json::to_value(mode).unwrap(), mode.name());
+        }
+        assert_eq!((Mode::Diffuser.rounds(4), Mode::BestOfN.rounds(4)), (1, 4));
+    }
+
+    #[test]
+    fn the_rivals_draw_anew_from_other_noise() {
+        let picture = Picture::from_pixels(RgbImage::new(1, 1));
+        let verdict = |claim: &str, p_yes: f64| Verdict {
+            claim: Claim::Object(claim.into()),
+            yes: p_yes >= 0.5,
+            p_yes,
+            reflection: String::new(),
+        };
+        let verdicts = [verdict("red ball", 0.4), verdict("star", 0.9), verdict("blue cube", 0.1)];
+        let target = Target { prompt: "a scene".into(), claims: Vec::new() };
+        let situation =
+            Situation { target: &target, picture: &picture, verdicts: &verdicts, earlier: &[], seed: 5, round: 1 };
+        assert_eq!(Same.reflect(&[situation]).unwrap(), ["a scene"]);
+        let written = Rewriter.reflect(&[situation]).unwrap();
+        assert_eq!(written, ["blue cube; red ball; a scene"]);
+
+        let memory = Memory::default();
+        let edit = |round| Edit {
+            target: &target,
+            picture: &picture,
+            verdicts: &verdicts,
+            instruction: &written[0],
+            seed: 5,
+            round,
+        };
+        Anew(&memory).edit(&[edit(1), edit(2), edit(1)]).unwrap();
+        let asked = memory.0.borrow();
+        assert!(asked.iter().all(|(prompt, seed)| prompt == &written[0] && *seed != 5));
+        assert!(asked[0].1 != asked[1].1 && asked[0].1 == asked[2].1);
+    }
+}

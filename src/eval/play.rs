@@ -1,0 +1,126 @@
+//! Plays one mode over samples: the loop runs, and each prompt that ends becomes its lines and pictures.
+
+use super::{
+    dataset::Sample,
+    line::{Line, Made},
+    modes::{Critic, Mode, Painter, cast},
+};
+use crate::{
+    rig::{
+        cycle::{self, Event, Job, Options, Outcome, Stage},
+        roles::{Checker, Picture, Target, Verdict},
+    },
+    tensor::rng::Stream,
+};
+use anyhow::Result;
+use image::RgbImage;
+
+/// What is played, and how.
+pub struct Play<'a> {
+    pub mode: Mode,
+    pub painter: &'a dyn Painter,
+    pub critic: &'a dyn Critic,
+    /// Judges the pictures where it is another than the loop's Checker.
+    pub judge: Option<&'a dyn Checker>,
+    /// Counts the painter's network evaluations.
+    pub evaluations: &'a dyn Fn() -> u64,
+    pub cancelled: &'a dyn Fn() -> bool,
+    /// The loop's, also for modes of one round.
+    pub options: Options,
+    pub seed: u64,
+}
+
+/// The noise of a sample's first drawing: short, and that of no other sample.
+pub fn noise(seed: u64, index: u64) -> u64 {
+    Stream::new(seed, "eval", index).next_u64() >> 32
+}
+
+impl Play<'_> {
+    /// Plays over `samples`; `keep` gets each prompt's lines and pictures as it ends. What is cancelled is not kept.
+    pub fn run(&self, samples: &[Sample], keep: &mut dyn FnMut(Vec<Line>, Vec<&RgbImage>) -> Result<()>) -> Result<()> {
+        let job = |sample: &Sample| Job {
+            target: Target::new(sample.prompt.clone(), &sample.graph),
+            seed: noise(self.seed, sample.index),
+        };
+        let jobs: Vec<Job> = samples.iter().map(job).collect();
+        let options = Options { rounds: self.mode.rounds(self.options.rounds), ..self.options };
+        let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
+        cast(self.mode, self.painter, self.critic, |cast| {
+            cycle::run(cast, &jobs, &options, self.cancelled, &mut |event| {
+                match event {
+                    Event::Stage { stage, jobs } => meter.stage(stage, jobs, (self.evaluations)()),
+                    Event::Finished { job, outcome } if outcome.ending != cycle::Ending::Cancelled => {
+                        let judged = self.judge(&jobs[job].target, outcome)?;
+                        let made = Made {
+                            sample: &samples[job],
+                            mode: self.mode,
+                            seed: self.seed,
+                            noise: jobs[job].seed,
+                            outcome,
+                            rounds: options.rounds,
+                            evaluations: &meter.spent[job],
+                            judged: judged.as_deref(),
+                        };
+                        let pictures = outcome.turns.iter().map(|turn| turn.picture.pixels()).collect::<Result<_>>()?;
+                        keep(made.lines()?, pictures)?;
+                    }
+                    _ => {}
+                }
+                Ok(())
+            })
+        })?;
+        Ok(())
+    }
+
+    fn judge(&self, target: &Target, outcome: &Outcome) -> Result<Option<Vec<Vec<Verdict>>>> {
+        let Some(judge) = self.judge else { return Ok(None) };
+        let asked: Vec<(&Picture, &Target)> = outcome.turns.iter().map(|turn| (&turn.picture, target)).collect();
+        judge.check(&asked).map(Some)
+    }
+}
+
+/// Shares the evaluations of a stage among its jobs, which all cost the same.
+struct Meter {
+    /// For each job those of each of its turns.
+    spent: Vec<Vec<u64>>,
+    /// The jobs that are being painted, and the count when that began.
+    open: Option<(Vec<usize>, u64)>,
+}
+
+impl Meter {
+    fn stage(&mut self, stage: Stage, jobs: &[usize], count: u64) {
+        if let Some((painted, before)) = self.open.take() {
+            let share = (count - before) / painted.len().max(1) as u64;
+            painted.into_iter().for_each(|job| self.spent[job].push(share));
+        }
+        if matches!(stage, Stage::Draw | Stage::Edit) {
+            self.open = Some((jobs.to_vec(), count));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn evaluations_go_to_those_who_were_painted() {
+        let mut meter = Meter { spent: vec![Vec::new(); 3], open: None };
+        let stages = [
+            (Stage::Draw, vec![0, 1], 0),
+            (Stage::Check, vec![0, 1], 80),
+            (Stage::Draw, vec![2], 80),
+            (Stage::Reflect, vec![1], 120),
+            (Stage::Edit, vec![1], 120),
+            (Stage::Check, vec![1, 2], 130),
+        ];
+        stages.into_iter().for_each(|(stage, jobs, count)| meter.stage(stage, &jobs, count));
+        assert_eq!(meter.spent, [vec![40], vec![40, 10], vec![40]]);
+    }
+
+    #[test]
+    fn noise_differs_between_samples_and_seeds() {
+        let all: std::collections::BTreeSet<u64> = (0..4).flat_map(|s| (0..50).map(move |i| noise(s, i))).collect();
+        assert_eq!(all.len(), 200);
+    }
+}

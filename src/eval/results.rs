@@ -1,0 +1,215 @@
+//! Lines of pictures to a document of means: by mode, round, relation, split and number of objects, each with its interval.
+//!
+//! The unit is the prompt: the values of several seeds are averaged first, and prompts are drawn for the intervals. All
+//! sums run in a fixed order, so the same lines in any order give the same numbers.
+
+use super::{
+    agreement::{Agreement, agreement},
+    bootstrap::{Estimate, Resamples},
+    line::{Key, Line},
+    metrics::Metrics,
+    modes::Mode,
+};
+use crate::rig::roles::Claim;
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// `results.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Results {
+    pub config: Value,
+    pub versions: Value,
+    /// What was wrong with the data.
+    pub flaws: Value,
+    pub modes: BTreeMap<Mode, ModeResults>,
+    /// Each pair of judges, of all claims and by kind. Pictures that several modes share count once.
+    pub agreement: BTreeMap<String, Agreement>,
+}
+
+pub type Estimates = BTreeMap<String, Estimate>;
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ModeResults {
+    /// Of the mode's results.
+    pub metrics: Estimates,
+    /// Of a prompt: `evaluations`, `seconds`, `rounds`.
+    pub cost: Estimates,
+    /// The metrics of the results after the first round, after the first two, and so on.
+    pub by_round: Vec<Estimates>,
+    /// For each predicate the share of its triples that hold, by `judge` and `oracle`.
+    pub by_relation: BTreeMap<String, Estimates>,
+    pub by_split: BTreeMap<String, Estimates>,
+    /// By the number of objects asked for.
+    pub by_objects: BTreeMap<usize, Estimates>,
+}
+
+/// The document of some lines.
+pub fn results(config: Value, versions: Value, flaws: Value, lines: &[Line]) -> Results {
+    let mut lines: Vec<&Line> = lines.iter().collect();
+    lines.sort_by_cached_key(|line| (line.key(), line.round));
+    let modes: BTreeSet<Mode> = lines.iter().map(|line| line.mode).collect();
+    let of_mode = |mode: &Mode| lines.iter().copied().filter(|line| line.mode == *mode).collect::<Vec<_>>();
+    let modes = modes.iter().map(|mode| (*mode, mode_results(&of_mode(mode)))).collect();
+    Results { config, versions, flaws, modes, agreement: agreements(&lines) }
+}
+
+fn mode_results(lines: &[&Line]) -> ModeResults {
+    let rounds = lines.iter().flat_map(|line| line.result_after.iter().copied()).max().unwrap_or(0);
+    let after = |round: usize| lines.iter().copied().filter(move |line| line.result_after.contains(&round));
+    let metrics = |line: &Line| line.metrics.clone();
+    let last: Vec<&Line> = after(rounds).collect();
+    let grouped = |by: &dyn Fn(&Line) -> String| -> BTreeMap<String, Estimates> {
+        let names: BTreeSet<String> = last.iter().map(|line| by(line)).collect();
+        let of = |name: &String| estimates(last.iter().copied().filter(|line| by(line) == *name), metrics);
+        names.iter().map(|name| (name.clone(), of(name))).collect()
+    };
+    let objects = grouped(&|line| line.reference.objects.len().to_string());
+    ModeResults {
+        metrics: estimates(last.iter().copied(), metrics),
+        cost: costs(lines),
+        by_round: (1..=rounds).map(|round| estimates(after(round), metrics)).collect(),
+        by_relation: by_relation(&last),
+        by_split: grouped(&|line| line.split.clone()),
+        by_objects: objects.into_iter().filter_map(|(n, e)| Some((n.parse().ok()?, e))).collect(),
+    }
+}
+
+/// Means over prompts of what `values` gives of their lines.
+fn estimates<'a>(lines: impl Iterator<Item = &'a Line>, values: impl Fn(&Line) -> Metrics) -> Estimates {
+    let mut prompts: BTreeMap<&str, BTreeMap<String, (f64, usize)>> = BTreeMap::new();
+    for line in lines {
+        let prompt = prompts.entry(&line.id).or_default();
+        for (name, value) in values(line) {
+            let (sum, n) = prompt.entry(name).or_default();
+            (*sum, *n) = (*sum + value, *n + 1);
+        }
+    }
+    let names: BTreeSet<&String> = prompts.values().flat_map(BTreeMap::keys).collect();
+    let resamples = Resamples::new(prompts.len());
+    let estimate = |name: &&String| {
+        let value = |prompt: &BTreeMap<String, (f64, usize)>| prompt.get(*name).map(|(sum, n)| sum / *n as f64);
+        Some(((*name).clone(), resamples.estimate(&prompts.values().map(value).collect::<Vec<_>>())?))
+    };
+    names.iter().filter_map(estimate).collect()
+}
+
+/// What a prompt costs, over all its pictures of one seed.
+fn costs(lines: &[&Line]) -> Estimates {
+    let mut sums: BTreeMap<Key, Metrics> = BTreeMap::new();
+    for line in lines {
+        let sum = sums.entry(line.key()).or_default();
+        for (name, value) in
+            [("evaluations", line.cost.evaluations as f64), ("seconds", line.cost.seconds), ("rounds", 1.0)]
+        {
+            *sum.entry(name.to_owned()).or_default() += value;
+        }
+    }
+    let first = lines.iter().copied().filter(|line| line.round == 1);
+    estimates(first, |line| sums.get(&line.key()).cloned().unwrap_or_default())
+}
+
+fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
+    let predicates: BTreeSet<&String> = lines.iter().flat_map(|line| &line.reference.predicates).collect();
+    let of = |predicate: &String| {
+        let values = |line: &Line| {
+            let named = |claim: &Claim| matches!(claim, Claim::Relation { relation, .. } if relation == predicate);
+            let claims = || line.claims.iter().filter(|answer| named(&answer.claim));
+            let judge = super::metrics::share(claims().map(|answer| answer.judge >= 0.5));
+            let oracle = super::metrics::share(claims().filter_map(|answer| answer.oracle));
+            let both = [("judge", judge), ("oracle", oracle)];
+            both.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+        };
+        estimates(lines.iter().copied(), values)
+    };
+    predicates.into_iter().map(|predicate| (predicate.clone(), of(predicate))).collect()
+}
+
+/// Checker against oracle, judge against oracle, Checker against judge.
+fn agreements(lines: &[&Line]) -> BTreeMap<String, Agreement> {
+    // The modes draw the same first picture.
+    let first = lines.first().map(|line| line.mode);
+    let pictures: Vec<&Line> =
+        lines.iter().copied().filter(|line| line.round > 1 || Some(line.mode) == first).collect();
+    let answers = || pictures.iter().flat_map(|line| &line.claims);
+    let independent = answers().any(|answer| answer.checker != answer.judge);
+    let mut found = BTreeMap::new();
+    let relation = |claim: &Claim| matches!(claim, Claim::Relation { .. });
+    for (kind, wanted) in [("", None), ("_objects", Some(false)), ("_relations", Some(true))] {
+        let of_kind = || answers().filter(|answer| wanted.is_none_or(|wanted| relation(&answer.claim) == wanted));
+        let checker: Vec<(f64, bool)> = of_kind().filter_map(|a| Some((a.checker, a.oracle?))).collect();
+        let judge: Vec<(f64, bool)> = of_kind().filter_map(|a| Some((a.judge, a.oracle?))).collect();
+        let both: Vec<(f64, bool)> = of_kind().map(|a| (a.checker, a.judge >= 0.5)).collect();
+        let pairs = [
+            ("checker_oracle", checker, true),
+            ("judge_oracle", judge, independent),
+            ("checker_judge", both, independent),
+        ];
+        for (name, claims, wanted) in pairs {
+            if wanted && !claims.is_empty() {
+                found.insert(format!("{name}{kind}"), agreement(&claims));
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::line::tests::mended;
+
+    fn lines() -> Vec<Line> {
+        (0..12).flat_map(|i| [mended(i, Mode::Diffuser), mended(i, Mode::Loop)].concat()).collect()
+    }
+
+    fn document(lines: &[Line]) -> Results {
+        results(Value::Null, Value::Null, Value::Null, lines)
+    }
+
+    #[test]
+    fn a_loop_that_mends_its_pictures_is_better_from_round_two_on() {
+        let results = document(&lines());
+        let (diffuser, looped) = (&results.modes[&Mode::Diffuser], &results.modes[&Mode::Loop]);
+        assert_eq!((diffuser.metrics["sg_iou"].mean, looped.metrics["sg_iou"].mean), (0.0, 1.0));
+        assert_eq!((diffuser.by_round.len(), looped.by_round.len()), (1, 3));
+        let by_round: Vec<f64> = looped.by_round.iter().map(|round| round["judge_all"].mean).collect();
+        assert_eq!(by_round, [0.0, 1.0, 1.0]);
+        assert_eq!((diffuser.cost["evaluations"].mean, looped.cost["evaluations"].mean), (40.0, 80.0));
+        assert_eq!((looped.cost["rounds"].mean, looped.cost["seconds"].mean), (2.0, 2.0));
+        assert_eq!(looped.by_split["test"]["sg_iou"], looped.metrics["sg_iou"]);
+        assert_eq!(looped.by_objects.values().map(|e| e["sg_iou"].n).sum::<usize>(), 12);
+        assert!(looped.by_relation.values().all(|e| e["judge"].mean == 1.0 && e["oracle"].mean > 0.5));
+    }
+
+    #[test]
+    fn agreement_counts_a_shared_drawing_once() {
+        let results = document(&lines());
+        let claims: usize =
+            lines().iter().filter(|l| l.round > 1 || l.mode == Mode::Diffuser).map(|l| l.claims.len()).sum();
+        let found = &results.agreement["checker_oracle"];
+        assert_eq!(found.accuracy.all, claims);
+        assert!(found.kappa > 0.9 && found.accuracy.value() > 0.95, "{found:?}");
+        assert!(!results.agreement.contains_key("judge_oracle"));
+    }
+
+    #[test]
+    fn the_order_of_the_lines_changes_nothing() {
+        let (forward, mut backward) = (lines(), lines());
+        backward.reverse();
+        let text = |lines: &[Line]| serde_json::to_string(&document(lines)).unwrap();
+        assert_eq!(text(&forward), text(&backward));
+    }
+
+    #[test]
+    fn seeds_of_one_prompt_are_averaged_first() {
+        let mut lines = lines();
+        lines.extend(lines.clone().into_iter().map(|mut line| {
+            line.seed = 9;
+            line.metrics.values_mut().for_each(|v| *v = 0.0);
+            line
+        }));
+        let sg_iou = document(&lines).modes[&Mode::Loop].metrics["sg_iou"];
+        assert_eq!((sg_iou.mean, sg_iou.n), (0.5, 12));
+    }
+}

@@ -1,0 +1,108 @@
+//! Results as tables, ready for a paper: Markdown and LaTeX.
+
+use super::{
+    bootstrap::Estimate,
+    results::{Estimates, Results},
+};
+
+/// The columns: a metric and its heading.
+const METRICS: [(&str, &str); 9] = [
+    ("sg_iou", "SG-IoU"),
+    ("ent_iou", "Ent-IoU"),
+    ("rel_iou", "Rel-IoU"),
+    ("judge_mean", "judge"),
+    ("judge_all", "judge, all"),
+    ("oracle_sg_iou", "SG-IoU, oracle"),
+    ("oracle_mean", "triples"),
+    ("no_others", "no others"),
+    ("oracle_perfect", "all right"),
+];
+const COSTS: [(&str, &str, usize); 3] =
+    [("rounds", "rounds", 2), ("evaluations", "evaluations", 0), ("seconds", "s", 1)];
+
+/// The modes as rows.
+pub fn markdown(results: &Results) -> String {
+    let columns = columns(results);
+    let heads = columns.iter().map(|(_, head)| *head).chain(COSTS.map(|(_, head, _)| head));
+    let heads: Vec<&str> = ["mode"].into_iter().chain(heads).collect();
+    let mut text = format!("| {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len()));
+    for (mode, found) in &results.modes {
+        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), " (", " to ", ")", 3));
+        let costs = COSTS.iter().map(|(name, _, decimals)| mean(&found.cost, name, *decimals));
+        let cells: Vec<String> = [mode.name().to_owned()].into_iter().chain(metrics).chain(costs).collect();
+        text += &format!("| {} |\n", cells.join(" | "));
+    }
+    for (mode, found) in results.modes.iter().filter(|(_, found)| found.by_round.len() > 1) {
+        let heads: Vec<&str> = columns.iter().map(|(_, head)| *head).collect();
+        text += &format!("\n| {}, round | {} |\n|{}\n", mode.name(), heads.join(" | "), "---|".repeat(heads.len() + 1));
+        for (i, round) in found.by_round.iter().enumerate() {
+            let cells: Vec<String> =
+                columns.iter().map(|(name, _)| cell(round.get(*name), " (", " to ", ")", 3)).collect();
+            text += &format!("| {} | {} |\n", i + 1, cells.join(" | "));
+        }
+    }
+    text
+}
+
+/// The modes as rows of a `tabular` in the style of booktabs.
+pub fn latex(results: &Results) -> String {
+    let columns = columns(results);
+    let heads = columns.iter().map(|(_, head)| *head).chain(COSTS.map(|(_, head, _)| head));
+    let heads: Vec<&str> = ["mode"].into_iter().chain(heads).collect();
+    let mut text = format!(
+        "% \\usepackage{{booktabs}}\n\\begin{{tabular}}{{l{}}}\n\\toprule\n{} \\\\\n\\midrule\n",
+        "c".repeat(heads.len() - 1),
+        heads.join(" & ")
+    );
+    for (mode, found) in &results.modes {
+        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), " {\\scriptsize [", ", ", "]}", 3));
+        let costs = COSTS.iter().map(|(name, _, decimals)| mean(&found.cost, name, *decimals));
+        let cells: Vec<String> = [mode.name().to_owned()].into_iter().chain(metrics).chain(costs).collect();
+        text += &format!("{} \\\\\n", cells.join(" & "));
+    }
+    text + "\\bottomrule\n\\end{tabular}\n"
+}
+
+/// The columns that some mode has.
+fn columns(results: &Results) -> Vec<(&'static str, &'static str)> {
+    let known = |name: &str| results.modes.values().any(|found| found.metrics.contains_key(name));
+    METRICS.into_iter().filter(|(name, _)| known(name)).collect()
+}
+
+fn cell(estimate: Option<&Estimate>, open: &str, between: &str, close: &str, decimals: usize) -> String {
+    match estimate {
+        Some(Estimate { mean, lo, hi, .. }) => {
+            format!("{mean:.decimals$}{open}{lo:.decimals$}{between}{hi:.decimals$}{close}")
+        }
+        None => "-".to_owned(),
+    }
+}
+
+fn mean(estimates: &Estimates, name: &str, decimals: usize) -> String {
+    estimates.get(name).map_or("-".to_owned(), |estimate| format!("{:.decimals$}", estimate.mean))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::{line::tests::mended, modes::Mode, results::results};
+    use serde_json::Value;
+
+    #[test]
+    fn modes_and_rounds_are_rows() {
+        let lines: Vec<_> = (0..4).flat_map(|i| [mended(i, Mode::Loop), mended(i, Mode::Diffuser)].concat()).collect();
+        let found = results(Value::Null, Value::Null, Value::Null, &lines);
+        let text = markdown(&found);
+        let rows: Vec<&str> = text.lines().collect();
+        assert!(rows[0].starts_with("| mode | SG-IoU | Ent-IoU | Rel-IoU | judge |"), "{text}");
+        assert!(
+            rows[2].starts_with("| diffuser | 0.000 (0.000 to 0.000) |") && rows[2].ends_with("| 1.00 | 40 | 1.0 |")
+        );
+        assert!(rows[3].starts_with("| loop | 1.000 (1.000 to 1.000) |") && rows[3].ends_with("| 2.00 | 80 | 2.0 |"));
+        assert!(rows[5].starts_with("| loop, round |") && rows.len() == 10);
+        let columns = rows[0].matches('|').count();
+        assert!(rows[1..4].iter().all(|row| row.matches('|').count() == columns));
+        let tex = latex(&found);
+        assert!(tex.contains("diffuser & 0.000 {\\scriptsize [0.000, 0.000]} &") && tex.contains("\\bottomrule"));
+    }
+}
