@@ -29,8 +29,8 @@ pub enum Command {
     Edit(Edit),
     /// Check whether a picture shows what a prompt asks for
     Check(Check),
-    /// Measure the loop, or single edits, on held-out scenes of the tabletop world, judged by its pixel oracle
-    Eval(Eval),
+    /// Measure the loop and its rivals on LAION-SG or on held-out scenes of the tabletop world
+    Eval(Box<Eval>),
     /// Train a model
     #[command(subcommand)]
     Train(Train),
@@ -277,46 +277,161 @@ pub struct Check {
 
 const EVAL_EXAMPLES: &str = "\
 Examples:
-  rlrig eval --split test --count 500 --out eval-test/
-  rlrig eval --split test-unseen --count 500 --rounds 1
-  rlrig eval --edits --count 500";
+  rlrig eval --limit 32                                          the loop on the tabletop world, judged by its pixel oracle
+  rlrig eval --suite --limit 500 --out eval-tabletop/            every mode on the same prompts and seeds
+  rlrig eval --suite --limit 500 --out eval-tabletop/ --resume   go on after a kill
+  rlrig eval --dataset laion-sg --data LAION-SG_test.json --min-relations 5 --limit 300 --out eval-compsgen/
+  rlrig eval compare eval-tabletop:diffuser eval-tabletop:loop
+  rlrig eval --edits --limit 500";
 
 #[derive(Args, Debug)]
-#[command(after_help = EVAL_EXAMPLES)]
+#[command(after_help = EVAL_EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct Eval {
-    /// Which split of the world
-    #[arg(long, value_name = "NAME", default_value = "test")]
-    pub split: String,
-    /// How many prompts, or edits
-    #[arg(long, value_name = "N", default_value_t = 500)]
-    pub count: usize,
-    /// The same seed gives the same prompts and the same noise
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    pub seed: u64,
-    /// Scenes with at least this many objects
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub objects: usize,
-    /// Single edits of renders instead of the loop
+    #[command(subcommand)]
+    pub command: Option<EvalCommand>,
+    #[command(flatten)]
+    pub run: EvalRun,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum EvalCommand {
+    /// Compare two runs, or two modes, on the prompts that both have: paired differences, intervals, p-values
+    Compare(EvalCompare),
+    /// Join the shards of one evaluation
+    Merge(EvalMerge),
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  rlrig eval compare runs/before:loop runs/after:loop")]
+pub struct EvalCompare {
+    /// A run's folder, all its modes or one
+    #[arg(value_name = "DIR[:MODE]")]
+    pub a: String,
+    /// The other
+    #[arg(value_name = "DIR[:MODE]")]
+    pub b: String,
+    /// One JSON document on stdout
     #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct EvalMerge {
+    /// The folders of the shards
+    #[arg(value_name = "DIR", required = true, num_args = 1..)]
+    pub parts: Vec<PathBuf>,
+    /// A new or empty folder
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Dataset {
+    /// The built-in world, with its pixel oracle
+    #[default]
+    Tabletop,
+    /// LAION-SG's JSON
+    LaionSg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Wording {
+    /// The triples of the scene graph, joined by ";", as in the paper
+    Triples,
+    /// The data set's caption
+    Caption,
+    /// The caption, then the triples
+    Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EvalMode {
+    /// One drawing
+    Diffuser,
+    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds
+    BestOfN,
+    /// As best-of-n, of a prompt that says first what the Checker misses
+    Rewrite,
+    /// The loop without any adapter
+    LoopUntrained,
+    /// The loop with the VLM's adapters alone
+    LoopActor,
+    /// The loop with the Editor's adapters alone
+    LoopEditor,
+    /// The loop as `rlrig generate` runs it
+    Loop,
+}
+
+#[derive(Args, Debug)]
+pub struct EvalRun {
+    /// What to evaluate on
+    #[arg(long, value_enum, value_name = "D", default_value_t, help_heading = "Data")]
+    pub dataset: Dataset,
+    /// LAION-SG's JSON file, or a folder with it
+    #[arg(long, value_name = "FILE|DIR", help_heading = "Data")]
+    pub data: Option<PathBuf>,
+    /// Which splits
+    #[arg(long, value_name = "NAME", num_args = 1.., default_value = "test", help_heading = "Data")]
+    pub split: Vec<String>,
+    /// How many prompts of each split, or edits [default: 500 of the tabletop world, all of a file]
+    #[arg(long, visible_alias = "count", value_name = "N", help_heading = "Data")]
+    pub limit: Option<usize>,
+    /// Which scenes of the world; of a file a random subset instead of the first prompts
+    #[arg(long, value_name = "S", help_heading = "Data")]
+    pub subset_seed: Option<u64>,
+    /// Prompts with at least this many objects
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Data")]
+    pub objects: usize,
+    /// Prompts with at least this many relations (5 for CompSGen Bench)
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Data")]
+    pub min_relations: usize,
+    /// Only relations that say where things are
+    #[arg(long, help_heading = "Data")]
+    pub spatial_only: bool,
+    /// Part I of N, counted from 1; `rlrig eval merge` joins them
+    #[arg(long, value_name = "I/N", help_heading = "Data")]
+    pub shard: Option<String>,
+    /// How prompts are worded [default: caption for tabletop, triples for laion-sg]
+    #[arg(long, value_enum, value_name = "W", help_heading = "Data")]
+    pub wording: Option<Wording>,
+
+    /// How pictures are made [default: loop]
+    #[arg(long, value_enum, value_name = "NAME", num_args = 1.., conflicts_with = "suite", help_heading = "Modes")]
+    pub mode: Vec<EvalMode>,
+    /// Every mode that the adapters make different
+    #[arg(long, help_heading = "Modes")]
+    pub suite: bool,
+    /// Single edits of the world's renders instead of prompts
+    #[arg(long, conflicts_with_all = ["mode", "suite", "judge", "resume", "shard", "data"], help_heading = "Modes")]
     pub edits: bool,
+    /// Seeds of the noise, one picture of each prompt for each
+    #[arg(long, value_name = "N", num_args = 1.., default_value = "0", help_heading = "Modes")]
+    pub seed: Vec<u64>,
     /// Rounds at most
-    #[arg(long, value_name = "R", default_value_t = 4)]
+    #[arg(long, value_name = "R", default_value_t = 4, help_heading = "Modes")]
     pub rounds: usize,
     /// Accept a picture when the Checker gives every claim at least this probability
-    #[arg(long, value_name = "P", default_value_t = 0.5)]
+    #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
     pub accept: f64,
     /// How pictures are edited
-    #[arg(long, value_enum, value_name = "E", default_value_t)]
+    #[arg(long, value_enum, value_name = "E", default_value_t, help_heading = "Modes")]
     pub editor: EditorKind,
     /// How a picture is inverted to noise, with --editor inversion
-    #[arg(long, value_enum, value_name = "I", default_value_t)]
+    #[arg(long, value_enum, value_name = "I", default_value_t, help_heading = "Modes")]
     pub inversion: Inversion,
-    /// Prompts that are worked on at once
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    /// Prompts that are worked on at once; the results do not depend on it
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Modes")]
     pub batch: usize,
-    /// A new or empty folder for results.json and samples.jsonl
+    /// Another VLM than the Checker as the judge: a hub id or a folder
+    #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
+    pub judge: Option<String>,
+
+    /// A new or empty folder for results.json, samples.jsonl, tables and pictures
     #[arg(short, long, value_name = "DIR", help_heading = "Output")]
     pub out: Option<PathBuf>,
+    /// Go on with the folder of --out
+    #[arg(long, requires = "out", help_heading = "Output")]
+    pub resume: bool,
     #[command(flatten)]
     pub sampling: Sampling,
     #[command(flatten)]

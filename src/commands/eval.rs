@@ -1,181 +1,308 @@
-//! `rlrig eval`: the loop or single edits on held-out scenes, with a table in Markdown on stdout.
+//! `rlrig eval`: the loop and its rivals on one set of prompts, with a table in Markdown on stdout and a run's folder.
 
-use super::{interrupt, open, output::Fresh, show::Console};
+use super::{eval_edits, eval_join, interrupt, open, show::Console};
 use crate::{
-    cli::Eval,
+    cli::{self, Dataset, Eval, EvalCommand, EvalMode, EvalRun},
     eval::{
-        stats::Share,
-        tabletop::{EditResults, LoopResults, edits, questions},
+        dataset::{self, Sample, Selection, Wording},
+        folder::Folder,
+        line::{Key, Line},
+        modes::Mode,
+        play::Play,
+        records::Flaws,
+        results::results,
+        table,
     },
-    rig::{
-        cycle::{self, Cast, Event, Job},
-        klein::Painter,
-        roles::{Edit, Editor, Picture, Target, expect_each},
-    },
-    scene::tabletop::{render::render, split::Split},
+    flow::Klein,
+    rig::{cycle::Options, klein::Painter, trajectory::Source, vlm_roles::Critic},
+    scene::tabletop::split::Split,
     usage,
 };
 use anyhow::{Result, bail};
-use candle_core::{DType, Device};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
-    time::Instant,
+    collections::HashSet,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 pub fn run(args: &Eval) -> Result<()> {
+    match &args.command {
+        Some(EvalCommand::Compare(args)) => eval_join::compare(args),
+        Some(EvalCommand::Merge(args)) => eval_join::merge(args),
+        None => evaluate(&args.run),
+    }
+}
+
+fn evaluate(args: &EvalRun) -> Result<()> {
     open::check_sampling(&args.sampling)?;
     open::check_accept(args.accept)?;
-    let Some(split) = Split::from_name(&args.split) else {
-        let known: Vec<&str> = Split::ALL.iter().map(|s| s.name()).collect();
-        usage!("unknown split \"{}\"; known are {}", args.split, known.join(", "));
-    };
-    if args.count == 0 || !(1..=100).contains(&args.rounds) || !(1..=4096).contains(&args.batch) {
-        usage!("--count is 1 or more, --rounds 1 to 100, --batch 1 to 4096");
+    if args.limit == Some(0) || !(1..=100).contains(&args.rounds) || !(1..=4096).contains(&args.batch) {
+        usage!("--limit is 1 or more, --rounds 1 to 100, --batch 1 to 4096");
     }
-    let out = args.out.as_deref().map(Fresh::new).transpose()?;
-    let (device, dtype) = open::device(&args.models)?;
+    if args.edits {
+        return eval_edits::run(args);
+    }
+    let console = Console::new(args.print.quiet, 0);
+    let (samples, flaws) = samples(args)?;
+    flaws.iter().flat_map(Flaws::sentences).for_each(|flaw| console.say(&format!("the data has {flaw}")));
     let stop = interrupt()?;
-    let console = Console::new(args.print.quiet, args.count);
-    let mut adapters = open::Adapters::open(&args.models)?;
-    let found = open::find_pipeline(&args.models)?;
-    let klein = open::pipeline(&found, (&device, dtype), &mut adapters)?;
-    let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), args.batch);
-    let settings = json!({
-        "split": split.name(), "count": args.count, "seed": args.seed, "objects": args.objects, "rounds": args.rounds,
-        "accept": args.accept, "steps": painting.steps, "guidance": painting.guidance,
-        "editor": format!("{:?}", painting.editing), "model": found.source, "dtype": open::dtype_name(dtype),
-        "rlrig": env!("CARGO_PKG_VERSION"),
-    });
-    let painter = Painter::new(klein.clone(), painting, console.watch(stop));
-    let start = Instant::now();
-    let (results, samples) = if args.edits {
-        adapters.finish()?;
-        single_edits(args, split, &painter, stop, &console)?
-    } else {
-        the_loop(args, split, &painter, (&device, dtype), adapters, stop, &console)?
+    let models = Models::open(args, &console, stop)?;
+    let modes = models.modes(args, &console);
+    let config = models.config(args, &modes);
+    let mut kept = match &args.out {
+        Some(out) if args.resume => Kept::Folder(Folder::resume(out, &config)?),
+        Some(out) => Kept::Folder(Folder::create(out, &config)?),
+        None => Kept::Memory(Vec::new()),
     };
-    console.done();
-    let document = json!({
-        "settings": settings, "results": results, "seconds": start.elapsed().as_secs_f64(),
-        "evaluations": klein.evaluations(),
-    });
-    if let Some(out) = out {
-        out.write("results.json", &serde_json::to_string_pretty(&document)?)?;
-        out.write("samples.jsonl", &samples)?;
+    for mode in modes {
+        for seed in &args.seed {
+            models.play(args, (mode, *seed), &samples, &mut kept, &console, stop)?;
+        }
     }
+    console.done();
+    let versions = json!({ "rlrig": env!("CARGO_PKG_VERSION") });
+    let flaws = serde_json::to_value(&flaws)?;
+    let results = match kept {
+        Kept::Folder(mut folder) => folder.finish(config, versions, flaws)?,
+        Kept::Memory(lines) => results(config, versions, flaws, &lines),
+    };
     if args.print.json {
-        console.result(&document.to_string())?;
+        console.result(&serde_json::to_string(&results)?)?;
+    } else {
+        console.result(table::markdown(&results).trim_end())?;
     }
     Ok(())
 }
 
-/// The loop's results and a line for each prompt.
-fn the_loop(
-    args: &Eval,
-    split: Split,
-    painter: &Painter,
-    (device, dtype): (&Device, DType),
-    mut adapters: open::Adapters,
-    stop: &'static AtomicBool,
-    console: &Console,
-) -> Result<(serde_json::Value, String)> {
-    let found = open::find_vlm(&args.models)?;
-    let critic = open::critic(&found, (device, dtype), &mut adapters)?;
-    adapters.finish()?;
-    let questions = questions(split, args.seed, args.count, args.objects);
-    let jobs: Vec<Job> = questions.iter().map(|q| q.job.clone()).collect();
-    let cast = Cast { diffuser: painter, checker: &critic, actor: &critic, editor: painter };
-    let options = cycle::Options { rounds: args.rounds, accept: args.accept, width: args.batch };
-    let (mut results, mut samples) = (LoopResults::new(args.rounds), Vec::new());
-    cycle::run(cast, &jobs, &options, &|| stop.load(Ordering::Relaxed), &mut |event| {
-        if let Event::Finished { job, outcome } = event {
-            samples.push((job, serde_json::to_string(&results.count(&questions[job], outcome)?)?));
-            if samples.len().is_multiple_of(50) {
-                console.say(&format!("{} of {}", samples.len(), jobs.len()));
+/// The prompts of all splits, and the flaws of each file.
+fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>)> {
+    let wording = match (args.wording, args.dataset) {
+        (Some(cli::Wording::Caption), _) | (None, Dataset::Tabletop) => Wording::Caption,
+        (Some(cli::Wording::Triples), _) | (None, Dataset::LaionSg) => Wording::Triples,
+        (Some(cli::Wording::Both), _) => Wording::Both,
+    };
+    let selection = Selection {
+        wording,
+        min_relations: args.min_relations,
+        min_objects: args.objects,
+        spatial_only: args.spatial_only,
+        limit: args.limit,
+        subset: args.subset_seed.filter(|_| args.limit.is_some()),
+        shard: shard(args.shard.as_deref())?,
+    };
+    if args.split.iter().collect::<HashSet<_>>().len() < args.split.len() {
+        usage!("--split names a split twice");
+    }
+    let (mut samples, mut flaws) = (Vec::new(), Vec::new());
+    for split in &args.split {
+        match (args.dataset, &args.data) {
+            (Dataset::Tabletop, None) => {
+                samples.extend(dataset::tabletop(split_of(split)?, args.subset_seed.unwrap_or(0), &selection)?);
+            }
+            (Dataset::Tabletop, Some(_)) => usage!("--data is for --dataset laion-sg"),
+            (Dataset::LaionSg, Some(data)) => {
+                if args.split.len() > 1 && data.is_file() {
+                    usage!("--data is one file: give its --split, or a folder with a file for each");
+                }
+                let (more, found) = dataset::laion_sg(data, split, &selection)?;
+                samples.extend(more);
+                flaws.push(found);
+            }
+            (Dataset::LaionSg, None) => usage!("--dataset laion-sg needs --data: LAION-SG's JSON file, or its folder"),
+        }
+    }
+    Ok((samples, flaws))
+}
+
+/// The split of the world that is named.
+pub fn split_of(name: &str) -> Result<Split> {
+    match Split::from_name(name) {
+        Some(split) => Ok(split),
+        None => {
+            let known: Vec<&str> = Split::ALL.iter().map(|s| s.name()).collect();
+            usage!("unknown split \"{name}\"; known are {}", known.join(", "))
+        }
+    }
+}
+
+/// `I/N` as numbers.
+fn shard(text: Option<&str>) -> Result<(usize, usize)> {
+    let Some(text) = text else { return Ok((1, 1)) };
+    let parts = text.split_once('/').map(|(i, n)| (i.parse::<usize>(), n.parse::<usize>()));
+    match parts {
+        Some((Ok(i), Ok(n))) if (1..=n).contains(&i) => Ok((i, n)),
+        _ => usage!("--shard {text}: give I/N, with I from 1 to N"),
+    }
+}
+
+/// Where lines are kept.
+enum Kept {
+    Folder(Folder),
+    Memory(Vec<Line>),
+}
+
+/// The models with all adapters, and without where that is another.
+struct Models {
+    klein: Arc<Klein>,
+    painter: Painter,
+    bare_painter: Option<(Arc<Klein>, Painter)>,
+    critic: Critic,
+    bare_critic: Option<Critic>,
+    judge: Option<Critic>,
+    /// What a configuration tells of them.
+    told: Value,
+}
+
+impl Models {
+    fn open(args: &EvalRun, console: &Console, stop: &'static AtomicBool) -> Result<Self> {
+        let (device, dtype) = open::device(&args.models)?;
+        let at = (&device, dtype);
+        let mut adapters = open::Adapters::open(&args.models)?;
+        let given = adapters.left();
+        let (pipeline, vlm) = (open::find_pipeline(&args.models)?, open::find_vlm(&args.models)?);
+        let paint = |klein: &Arc<Klein>| {
+            let choice = (args.editor, args.inversion);
+            let painting = open::painting(klein, &pipeline, &args.sampling, choice, args.batch);
+            let told = json!({
+                "steps": painting.steps, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),
+            });
+            (Painter::new(klein.clone(), painting, console.watch(stop)), told)
+        };
+        let klein = open::pipeline(&pipeline, at, &mut adapters)?;
+        let for_editor = given - adapters.left();
+        let critic = open::critic(&vlm, at, &mut adapters)?;
+        let for_actor = given - for_editor - adapters.left();
+        adapters.finish()?;
+        let bare_painter = match for_editor {
+            0 => None,
+            _ => {
+                let bare = open::pipeline(&pipeline, at, &mut open::Adapters::none())?;
+                let painter = paint(&bare).0;
+                Some((bare, painter))
+            }
+        };
+        let bare_critic = match for_actor {
+            0 => None,
+            _ => Some(open::critic(&vlm, at, &mut open::Adapters::none())?),
+        };
+        let judge = args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge")).transpose()?;
+        let source: Option<&Source> = judge.as_ref().map(|found| &found.source);
+        let (painter, mut told) = paint(&klein);
+        told["model"] = serde_json::to_value(&pipeline.source)?;
+        told["vlm"] = serde_json::to_value(&vlm.source)?;
+        told["judge"] = serde_json::to_value(source)?;
+        told["dtype"] = open::dtype_name(dtype).into();
+        let judge = judge.map(|found| open::critic(&found, at, &mut open::Adapters::none())).transpose()?;
+        Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, told })
+    }
+
+    /// The modes that are asked for.
+    fn modes(&self, args: &EvalRun, console: &Console) -> Vec<Mode> {
+        let mut modes: Vec<Mode> = args.mode.iter().copied().map(mode).collect();
+        if args.suite {
+            let (editor, actor) = (self.bare_painter.is_some(), self.bare_critic.is_some());
+            modes = Mode::ALL.to_vec();
+            // A loop that is the same as another is not run twice.
+            modes.retain(|mode| match mode {
+                Mode::LoopUntrained => editor || actor,
+                Mode::LoopActor | Mode::LoopEditor => editor && actor,
+                _ => true,
+            });
+            if !editor && !actor {
+                console.say("no adapter is on: loop-untrained, loop-actor and loop-editor are the loop itself");
             }
         }
-        Ok(())
-    })?;
-    if stop.load(Ordering::Relaxed) {
-        bail!("interrupted after {} of {} prompts", samples.len(), jobs.len());
-    }
-    if !args.print.json {
-        console.result("| after round | objects | shape and colour | relations | no others | all right |")?;
-        console.result("|---|---|---|---|---|---|")?;
-        for (i, shown) in results.by_round.iter().enumerate() {
-            let cells = [shown.objects, shown.shapes_and_colours, shown.relations, shown.no_extra, shown.perfect];
-            console.result(&format!("| {} | {} |", i + 1, cells.map(cell).join(" | ")))?;
+        if modes.is_empty() {
+            modes.push(Mode::Loop);
         }
-        console.result(&format!(
-            "\nChecker right: {} of all answers, {} on edited pictures; calibration error {:.3}. Accepted: {}, {:.2} rounds.",
-            cell(results.checker),
-            cell(results.checker_on_edits),
-            results.checker_calibration_error,
-            cell(results.accepted),
-            results.mean_rounds
-        ))?;
+        modes.sort();
+        modes.dedup();
+        modes
     }
-    samples.sort_by_key(|(job, _)| *job);
-    let lines = samples.into_iter().map(|(_, line)| line + "\n").collect();
-    let mut value = serde_json::to_value(&results)?;
-    value["vlm"] = serde_json::to_value(&found.source)?;
-    Ok((value, lines))
-}
 
-/// Results of single edits of renders, and a line for each.
-fn single_edits(
-    args: &Eval,
-    split: Split,
-    painter: &Painter,
-    stop: &'static AtomicBool,
-    console: &Console,
-) -> Result<(serde_json::Value, String)> {
-    let samples = edits(split, args.seed, args.count, args.objects);
-    let (mut results, mut lines) = (EditResults::default(), String::new());
-    for (start, batch) in (0..).step_by(args.batch).zip(samples.chunks(args.batch)) {
-        let sources: Vec<(Picture, Target)> = batch
-            .iter()
-            .map(|sample| {
-                // The methods by noise draw what the target shows.
-                let target = Target::new(sample.after.triple_text(), &sample.after);
-                (Picture::from_pixels(render(&sample.source)), target)
-            })
-            .collect();
-        let jobs: Vec<Edit> = (0u64..)
-            .zip(batch.iter().zip(&sources))
-            .map(|(i, (sample, (picture, target)))| Edit {
-                target,
-                picture,
-                verdicts: &[],
-                instruction: &sample.instruction,
-                seed: args.seed.wrapping_add(start as u64 + i),
-                round: 1,
-            })
-            .collect();
-        let edited = match painter.edit(&jobs) {
-            Err(_) if stop.load(Ordering::Relaxed) => bail!("interrupted after {start} of {} edits", samples.len()),
-            edited => expect_each("the Editor", jobs.len(), edited?)?,
+    /// All that the results depend on.
+    fn config(&self, args: &EvalRun, modes: &[Mode]) -> Value {
+        let mut config = json!({
+            "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
+            "data": args.data, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
+            "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
+            "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
+            "mode": modes, "seed": args.seed, "rounds": args.rounds, "accept": args.accept,
+            "adapter": args.models.adapter,
+        });
+        if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
+            config.extend(told.clone());
+        }
+        config
+    }
+
+    /// Plays one mode with one seed over the samples that are not made yet.
+    fn play(
+        &self,
+        args: &EvalRun,
+        (mode, seed): (Mode, u64),
+        samples: &[Sample],
+        kept: &mut Kept,
+        console: &Console,
+        stop: &'static AtomicBool,
+    ) -> Result<()> {
+        let done = match kept {
+            Kept::Folder(folder) => folder.done(),
+            Kept::Memory(_) => HashSet::new(),
         };
-        Picture::develop(&edited.iter().collect::<Vec<_>>())?;
-        for (sample, picture) in batch.iter().zip(&edited) {
-            lines += &(serde_json::to_string(&results.count(sample, picture.pixels()?))? + "\n");
+        let key = |sample: &Sample| Key { mode, seed, id: sample.id.clone() };
+        let left: Vec<Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).cloned().collect();
+        let (editor, actor) = mode.adapters();
+        let (klein, painter) = match &self.bare_painter {
+            Some((klein, painter)) if !editor => (klein, painter),
+            _ => (&self.klein, &self.painter),
+        };
+        let critic = self.bare_critic.as_ref().filter(|_| !actor).unwrap_or(&self.critic);
+        let play = Play {
+            mode,
+            painter,
+            critic,
+            judge: self.judge.as_ref().map(|judge| judge as _),
+            evaluations: &|| klein.evaluations(),
+            cancelled: &|| stop.load(Ordering::Relaxed),
+            options: Options { rounds: args.rounds, accept: args.accept, width: args.batch },
+            seed,
+        };
+        let (mut made, all) = (samples.len() - left.len(), samples.len());
+        play.run(&left, &mut |lines, pictures| {
+            match kept {
+                Kept::Folder(folder) => folder.keep(lines, &pictures)?,
+                Kept::Memory(all) => all.extend(lines),
+            }
+            made += 1;
+            if made.is_multiple_of(50) {
+                console.say(&format!("{}: {made} of {all}", mode.name()));
+            }
+            Ok(())
+        })?;
+        if stop.load(Ordering::Relaxed) {
+            let hint = args
+                .out
+                .as_deref()
+                .map_or(String::new(), |out: &Path| format!("; go on with --out {} --resume", out.display()));
+            bail!("interrupted after {made} of {all} prompts of {}{hint}", mode.name());
         }
-        console.say(&format!("{} of {}", start + batch.len(), samples.len()));
+        Ok(())
     }
-    if !args.print.json {
-        console.result("| edit | n | done | others kept | both |")?;
-        console.result("|---|---|---|---|---|")?;
-        for (name, edited) in results.rows() {
-            let cells = [edited.done, edited.kept, edited.success];
-            console.result(&format!("| {name} | {} | {} |", edited.done.all, cells.map(cell).join(" | ")))?;
-        }
-    }
-    Ok((serde_json::to_value(&results)?, lines))
 }
 
-/// A share in percent with its 95% interval.
-fn cell(share: Share) -> String {
-    let (low, high) = share.interval();
-    format!("{:.1} ({:.1} to {:.1})", 100.0 * share.value(), 100.0 * low, 100.0 * high)
+fn mode(asked: EvalMode) -> Mode {
+    match asked {
+        EvalMode::Diffuser => Mode::Diffuser,
+        EvalMode::BestOfN => Mode::BestOfN,
+        EvalMode::Rewrite => Mode::Rewrite,
+        EvalMode::LoopUntrained => Mode::LoopUntrained,
+        EvalMode::LoopActor => Mode::LoopActor,
+        EvalMode::LoopEditor => Mode::LoopEditor,
+        EvalMode::Loop => Mode::Loop,
+    }
 }

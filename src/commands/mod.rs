@@ -16,6 +16,8 @@ mod completions;
 mod doctor;
 mod edit;
 mod eval;
+mod eval_edits;
+mod eval_join;
 mod generate;
 mod info;
 mod models;

@@ -41,8 +41,13 @@ pub fn find_pipeline(args: &ModelArgs) -> Result<Found> {
 
 /// The folder of the VLM, without reading it yet.
 pub fn find_vlm(args: &ModelArgs) -> Result<Found> {
-    let mut found = find(args.vlm.as_deref(), built_in::VLM, "--vlm")?;
-    if args.vlm.is_none() {
+    find_a_vlm(args.vlm.as_deref(), "--vlm")
+}
+
+/// The folder of a VLM that a flag names.
+pub fn find_a_vlm(name: Option<&str>, flag: &str) -> Result<Found> {
+    let mut found = find(name, built_in::VLM, flag)?;
+    if found.is_built_in() {
         found.folder = found.folder.require("vlm")?;
     }
     Ok(found)
@@ -113,6 +118,16 @@ impl Adapters {
             Ok((Peft::open(&Folder::from(path))?, strength))
         };
         Ok(Self(args.adapter.iter().map(open).collect::<Result<_>>()?))
+    }
+
+    /// None at all.
+    pub fn none() -> Self {
+        Self(Vec::new())
+    }
+
+    /// How many no model has taken yet.
+    pub fn left(&self) -> usize {
+        self.0.len()
     }
 
     /// Takes those whose layers the model of `params` has.

@@ -62,7 +62,7 @@ mod tests {
         let drawn: Vec<Line> = (0..20).flat_map(|i| mended(i, Mode::Diffuser)).collect();
         let looped: Vec<Line> = (0..30).flat_map(|i| mended(i, Mode::Loop)).collect();
         let found = compare((Mode::Diffuser, &drawn), (Mode::Loop, &looped));
-        let sg = found.iter().find(|c| c.metric == "sg_iou").unwrap();
+        let sg = found.iter().find(|c| c.metric == "ent_iou").unwrap();
         assert_eq!((sg.mean_a, sg.mean_b, sg.difference.estimate.n), (0.0, 1.0, 20));
         assert!(sg.difference.p < 0.001 && sg.difference.estimate.lo == 1.0, "{sg:?}");
         let same = compare((Mode::Loop, &looped), (Mode::Loop, &looped));

@@ -1,0 +1,115 @@
+//! `rlrig eval --edits`: single edits of the tabletop world's renders, with a table in Markdown on stdout.
+
+use super::{eval::split_of, interrupt, open, output::Fresh, show::Console};
+use crate::{
+    cli::EvalRun,
+    eval::{
+        play,
+        stats::Share,
+        tabletop::{EditResults, edits},
+    },
+    rig::{
+        klein::Painter,
+        roles::{Edit, Editor, Picture, Target, expect_each},
+    },
+    scene::tabletop::{render::render, split::Split},
+    usage,
+};
+use anyhow::{Result, bail};
+use serde_json::json;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
+};
+
+pub fn run(args: &EvalRun) -> Result<()> {
+    let [name] = args.split.as_slice() else { usage!("--edits takes one --split") };
+    let split = split_of(name)?;
+    let out = args.out.as_deref().map(Fresh::new).transpose()?;
+    let (device, dtype) = open::device(&args.models)?;
+    let stop = interrupt()?;
+    let console = Console::new(args.print.quiet, args.limit.unwrap_or(500));
+    let mut adapters = open::Adapters::open(&args.models)?;
+    let found = open::find_pipeline(&args.models)?;
+    let klein = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    adapters.finish()?;
+    let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), args.batch);
+    let settings = json!({
+        "split": split.name(), "limit": args.limit, "seed": args.seed, "objects": args.objects, "steps": painting.steps,
+        "guidance": painting.guidance, "editor": format!("{:?}", painting.editing), "model": found.source,
+        "dtype": open::dtype_name(dtype), "rlrig": env!("CARGO_PKG_VERSION"),
+    });
+    let painter = Painter::new(klein.clone(), painting, console.watch(stop));
+    let start = Instant::now();
+    let (results, lines) = edit_all(args, split, &painter, stop, &console)?;
+    console.done();
+    let document = json!({
+        "settings": settings, "results": results, "seconds": start.elapsed().as_secs_f64(),
+        "evaluations": klein.evaluations(),
+    });
+    if let Some(out) = out {
+        out.write("results.json", &serde_json::to_string_pretty(&document)?)?;
+        out.write("samples.jsonl", &lines)?;
+    }
+    if args.print.json {
+        console.result(&document.to_string())?;
+        return Ok(());
+    }
+    console.result("| edit | n | done | others kept | both |")?;
+    console.result("|---|---|---|---|---|")?;
+    for (name, edited) in results.rows() {
+        let cells = [edited.done, edited.kept, edited.success];
+        console.result(&format!("| {name} | {} | {} |", edited.done.all, cells.map(cell).join(" | ")))?;
+    }
+    Ok(())
+}
+
+/// Results of single edits of renders, and a line for each.
+fn edit_all(
+    args: &EvalRun,
+    split: Split,
+    painter: &Painter,
+    stop: &'static AtomicBool,
+    console: &Console,
+) -> Result<(EditResults, String)> {
+    let seed = args.seed.first().copied().unwrap_or(0);
+    let samples = edits(split, args.subset_seed.unwrap_or(0), args.limit.unwrap_or(500), args.objects);
+    let (mut results, mut lines) = (EditResults::default(), String::new());
+    for (start, batch) in (0..).step_by(args.batch).zip(samples.chunks(args.batch)) {
+        let sources: Vec<(Picture, Target)> = batch
+            .iter()
+            .map(|sample| {
+                // The methods by noise draw what the target shows.
+                let target = Target::new(sample.after.triple_text(), &sample.after);
+                (Picture::from_pixels(render(&sample.source)), target)
+            })
+            .collect();
+        let jobs: Vec<Edit> = (0u64..)
+            .zip(batch.iter().zip(&sources))
+            .map(|(i, (sample, (picture, target)))| Edit {
+                target,
+                picture,
+                verdicts: &[],
+                instruction: &sample.instruction,
+                seed: play::noise(seed, start as u64 + i),
+                round: 1,
+            })
+            .collect();
+        let edited = match painter.edit(&jobs) {
+            Err(_) if stop.load(Ordering::Relaxed) => bail!("interrupted after {start} of {} edits", samples.len()),
+            edited => expect_each("the Editor", jobs.len(), edited?)?,
+        };
+        Picture::develop(&edited.iter().collect::<Vec<_>>())?;
+        for (sample, picture) in batch.iter().zip(&edited) {
+            lines += &(serde_json::to_string(&results.count(sample, picture.pixels()?))? + "\n");
+        }
+        console.say(&format!("{} of {}", start + batch.len(), samples.len()));
+    }
+    Ok((results, lines))
+}
+
+/// A share in percent with its 95% interval.
+fn cell(share: Share) -> String {
+    let (low, high) = share.interval();
+    format!("{:.1} ({:.1} to {:.1})", 100.0 * share.value(), 100.0 * low, 100.0 * high)
+}

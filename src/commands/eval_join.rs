@@ -1,0 +1,91 @@
+//! `rlrig eval compare` and `rlrig eval merge`: runs that are already made.
+
+use super::show::Console;
+use crate::{
+    cli::{EvalCompare, EvalMerge},
+    eval::{
+        compare::{self, Compared},
+        folder::{Folder, different},
+        line::Line,
+        modes::Mode,
+        table,
+    },
+    usage,
+};
+use anyhow::Result;
+use serde_json::{Value, json};
+use std::{collections::BTreeSet, path::Path};
+
+/// Paired differences of the modes that both runs have, or of the two that are named.
+pub fn compare(args: &EvalCompare) -> Result<()> {
+    let console = Console::new(true, 0);
+    let ((a, mode_a), (b, mode_b)) = (side(&args.a)?, side(&args.b)?);
+    let (folder_a, folder_b) = (Folder::open(Path::new(a))?.0, Folder::open(Path::new(b))?.0);
+    let (lines_a, lines_b) = (folder_a.lines(), folder_b.lines());
+    let has = |lines: &[Line]| lines.iter().map(|line| line.mode).collect::<BTreeSet<Mode>>();
+    let both: Vec<(Mode, Mode)> = match (mode_a, mode_b) {
+        (None, None) => has(lines_a).intersection(&has(lines_b)).map(|mode| (*mode, *mode)).collect(),
+        (a, b) => a.or(b).map(|either| (a.unwrap_or(either), b.unwrap_or(either))).into_iter().collect(),
+    };
+    let compared: Vec<Compared> =
+        both.into_iter().flat_map(|(a, b)| compare::compare((a, lines_a), (b, lines_b))).collect();
+    if compared.is_empty() {
+        usage!("{} and {} have no prompt in common in the modes asked for", args.a, args.b);
+    }
+    if args.json {
+        console.result(&serde_json::to_string(&compared)?)?;
+        return Ok(());
+    }
+    console.result("| A | B | metric | prompts | A | B | B - A | p |\n|---|---|---|---|---|---|---|---|")?;
+    for Compared { a, b, metric, mean_a, mean_b, difference } in &compared {
+        let (e, p) = (difference.estimate, difference.p);
+        console.result(&format!(
+            "| {} | {} | {metric} | {} | {mean_a:.3} | {mean_b:.3} | {:+.3} ({:+.3} to {:+.3}) | {p:.4} |",
+            a.name(),
+            b.name(),
+            e.n,
+            e.mean,
+            e.lo,
+            e.hi
+        ))?;
+    }
+    Ok(())
+}
+
+/// A folder, and a mode behind a colon.
+fn side(text: &str) -> Result<(&str, Option<Mode>)> {
+    let Some((folder, name)) = text.rsplit_once(':').filter(|_| !Path::new(text).is_dir()) else {
+        return Ok((text, None));
+    };
+    match Mode::ALL.into_iter().find(|mode| mode.name() == name) {
+        Some(mode) => Ok((folder, Some(mode))),
+        None => {
+            let known = Mode::ALL.map(Mode::name).join(", ");
+            usage!("{text}: there is no folder of this name, and \"{name}\" is no mode; known are {known}")
+        }
+    }
+}
+
+/// Joins shards into one run, with the documents of the whole.
+pub fn merge(args: &EvalMerge) -> Result<()> {
+    let mut parts = Vec::new();
+    for path in &args.parts {
+        parts.push(Folder::open(path)?);
+    }
+    let Some((_, first)) = parts.first() else { usage!("name the folders of the shards") };
+    for ((_, config), path) in parts.iter().zip(&args.parts) {
+        if let Some(key) = different(first, config, &["shard"]) {
+            usage!("{} is no part of the same evaluation: its {key} is another", path.display());
+        }
+    }
+    let mut config = first.clone();
+    config["shard"] = Value::Null;
+    let mut whole = Folder::create(&args.out, &config)?;
+    for (part, _) in &parts {
+        whole.take(part)?;
+    }
+    let versions = json!({ "rlrig": env!("CARGO_PKG_VERSION") });
+    let results = whole.finish(config, versions, Value::Null)?;
+    Console::new(true, 0).result(table::markdown(&results).trim_end())?;
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! `rlrig eval` end to end with untrained models: both data sets, every mode, resuming, shards, and the files' schemas.
+
+#![allow(clippy::unwrap_used)]
+
+mod rlrig;
+
+use rlrig::Rig;
+use serde_json::Value;
+use std::{fs, path::Path};
+
+const FEW: [&str; 6] = ["--limit", "3", "--rounds", "2", "--accept", "0.99"];
+
+fn file(name: &str) -> Vec<u8> {
+    fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
+}
+
+/// Evaluates into `out` with a few prompts and more arguments.
+fn eval(rig: &Rig, out: &str, more: &[&str]) -> String {
+    rig.good("eval", &[&FEW[..], &["--out", out], more].concat())
+}
+
+/// Lines of a run without what a clock says.
+fn lines(rig: &Rig, out: &str) -> Vec<Value> {
+    let text = fs::read_to_string(rig.path(out).join("samples.jsonl")).unwrap();
+    let timeless = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).unwrap();
+        line["cost"]["seconds"] = 0.0.into();
+        line
+    };
+    text.lines().map(timeless).collect()
+}
+
+/// Whether `value` is as `schema` says: the keywords that the committed schemas use.
+fn check(schema: &Value, value: &Value, root: &Value, at: &str) {
+    if let Some(name) = schema["$ref"].as_str() {
+        return check(root.pointer(&name[1..]).unwrap(), value, root, at);
+    }
+    if let Some(kinds) = schema.get("type") {
+        let is = |kind: &Value| match kind.as_str().unwrap() {
+            "object" => value.is_object(),
+            "array" => value.is_array(),
+            "string" => value.is_string(),
+            "integer" => value.is_u64(),
+            "number" => value.is_number(),
+            "boolean" => value.is_boolean(),
+            "null" => value.is_null(),
+            other => panic!("the schema has the unknown type {other}"),
+        };
+        let good = kinds.as_array().map_or_else(|| is(kinds), |kinds| kinds.iter().any(is));
+        assert!(good, "{at} is {value}, not {kinds}");
+    }
+    if let Some(known) = schema["enum"].as_array() {
+        assert!(known.contains(value), "{at} is {value}, none of {known:?}");
+    }
+    if let Some(number) = value.as_f64() {
+        let low = schema["minimum"].as_f64().is_none_or(|least| number >= least);
+        assert!(low && schema["maximum"].as_f64().is_none_or(|most| number <= most), "{at} is {number}");
+    }
+    for name in schema["required"].as_array().into_iter().flatten() {
+        assert!(value.get(name.as_str().unwrap()).is_some(), "{at} lacks {name}");
+    }
+    for (name, inner) in value.as_object().into_iter().flatten() {
+        let rule = schema["properties"].get(name).or(schema.get("additionalProperties"));
+        match rule {
+            Some(Value::Bool(false)) => panic!("{at} has {name}, which the schema does not know"),
+            Some(rule) => check(rule, inner, root, &format!("{at}.{name}")),
+            None => {}
+        }
+    }
+    for (i, inner) in value.as_array().into_iter().flatten().enumerate() {
+        if let Some(rule) = schema.get("items") {
+            check(rule, inner, root, &format!("{at}[{i}]"));
+        }
+    }
+}
+
+fn hold_to_schemas(rig: &Rig, out: &str) {
+    let schema: Value = serde_json::from_slice(&file("schemas/eval-samples.json")).unwrap();
+    lines(rig, out).iter().for_each(|line| check(&schema, line, &schema, "line"));
+    let schema: Value = serde_json::from_slice(&file("schemas/eval-results.json")).unwrap();
+    let results: Value = serde_json::from_slice(&fs::read(rig.path(out).join("results.json")).unwrap()).unwrap();
+    check(&schema, &results, &schema, "results");
+}
+
+#[test]
+fn the_suite_writes_every_mode_and_every_picture() {
+    let rig = Rig::new();
+    let table = eval(&rig, "run", &["--suite"]);
+    for mode in ["diffuser", "best-of-n", "rewrite", "loop"] {
+        assert!(table.contains(&format!("| {mode} |")), "{table}");
+    }
+    let lines = lines(&rig, "run");
+    assert!(lines.iter().all(|line| rig.path("run").join(line["file"].as_str().unwrap()).is_file()));
+    // No untrained Checker is sure of anything: one drawing, and two rounds of all the others.
+    assert_eq!(lines.len(), 3 * (1 + 2 + 2 + 2));
+    let drawn: Vec<&Value> = lines.iter().filter(|line| line["round"] == 1).collect();
+    let same = |a: &Value, b: &Value| a["id"] != b["id"] || (a["noise"] == b["noise"] && a["metrics"] == b["metrics"]);
+    assert!(drawn.iter().all(|a| drawn.iter().all(|b| same(a, b))), "every mode begins with the same picture");
+    // Two steps, with and without the prompt.
+    assert!(lines.iter().all(|line| line["cost"]["evaluations"] == lines[0]["cost"]["evaluations"]));
+    hold_to_schemas(&rig, "run");
+    for name in ["table.md", "table.tex", "config.json"] {
+        assert!(rig.path("run").join(name).is_file());
+    }
+    let compared = rig.command(&["eval", "compare", "run:diffuser", "run:loop", "--json"]).output().unwrap();
+    let compared: Value = serde_json::from_slice(&compared.stdout).unwrap();
+    assert!(compared.as_array().unwrap().iter().any(|c| c["metric"] == "sg_iou" && c["difference"]["n"] == 3));
+}
+
+#[test]
+fn a_file_with_every_flaw_is_evaluated_end_to_end() {
+    let rig = Rig::new();
+    fs::write(rig.path("flawed.json"), file("tests/fixtures/laion_sg/flawed.json")).unwrap();
+    let data = ["--dataset", "laion-sg", "--data", "flawed.json"];
+    let more = [&data[..], &["--mode", "diffuser", "--limit", "100", "--out", "run"]].concat();
+    let output = rig.run("eval", &more);
+    let said = rlrig::stderr(&output);
+    assert!(output.status.success() && said.contains("1 relations with an item that is not there"), "{said}");
+    assert_eq!(lines(&rig, "run").len(), 8);
+    assert!(lines(&rig, "run").iter().all(|line| line["metrics"].get("oracle_mean").is_none()));
+    hold_to_schemas(&rig, "run");
+    let results: Value = serde_json::from_slice(&fs::read(rig.path("run/results.json")).unwrap()).unwrap();
+    assert_eq!(results["flaws"][0]["dangling_id"]["lines"], serde_json::json!([3]));
+    fs::write(rig.path("other.json"), "{\"images\": []}").unwrap();
+    rig.bad(1, "begins with", "eval", &["--dataset", "laion-sg", "--data", "other.json"]);
+    rig.bad(2, "--data", "eval", &["--dataset", "laion-sg"]);
+}
+
+#[test]
+fn a_killed_run_goes_on_and_shards_join_to_the_same_result() {
+    let rig = Rig::new();
+    eval(&rig, "whole", &[]);
+    let wanted = lines(&rig, "whole");
+    assert_eq!(wanted.len(), 6);
+
+    eval(&rig, "killed", &["--batch", "1"]);
+    let samples = rig.path("killed").join("samples.jsonl");
+    let text = fs::read_to_string(&samples).unwrap();
+    fs::write(&samples, &text[..text.len() / 2]).unwrap();
+    rig.bad(2, "--resume", "eval", &[&FEW[..], &["--out", "killed"]].concat());
+    rig.bad(2, "another seed", "eval", &[&FEW[..], &["--out", "killed", "--resume", "--seed", "4"]].concat());
+    eval(&rig, "killed", &["--resume"]);
+    assert_eq!(lines(&rig, "killed"), wanted);
+
+    eval(&rig, "a", &["--shard", "1/2"]);
+    eval(&rig, "b", &["--shard", "2/2"]);
+    let merge = rig.command(&["eval", "merge", "b", "a", "--out", "joined"]).output().unwrap();
+    assert!(merge.status.success(), "{}", rlrig::stderr(&merge));
+    assert_eq!(lines(&rig, "joined"), wanted);
+    hold_to_schemas(&rig, "joined");
+    rig.bad(2, "--shard 3/2", "eval", &["--shard", "3/2"]);
+}
+
+#[test]
+fn single_edits_are_still_measured() {
+    let rig = Rig::new();
+    let output =
+        rig.command(&["eval", "--edits", "--count", "3", "--model", "klein", "--steps", "2"]).output().unwrap();
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && table.contains("| all | 3 |"),
+        "{table}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
