@@ -31,7 +31,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs,
     path::{Path, PathBuf},
 };
@@ -575,5 +575,13 @@ impl Objective for Diffuser {
         }
         ensure!(folder.join("tokenizer/tokenizer.json").is_file(), "the tokenizer was not written");
         Ok(())
+    }
+
+    fn state(&self) -> Result<HashMap<String, Tensor>> {
+        vocabulary::state(&self.tokenizer.tokenizer)
+    }
+
+    fn restore(&mut self, state: HashMap<String, Tensor>) -> Result<()> {
+        vocabulary::expect_state(&state, &self.tokenizer.tokenizer)
     }
 }

@@ -32,7 +32,10 @@ use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::{collections::BTreeMap, path::Path, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+};
 
 /// The section `vlm` of a pretraining config.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -273,6 +276,11 @@ impl VlmObjective {
         &self.vlm
     }
 
+    fn tokenizer(&self) -> Result<&str> {
+        let file = self.files.iter().find(|(name, _)| name == "tokenizer.json").context("no tokenizer")?;
+        std::str::from_utf8(&file.1).context("tokenizer.json is not UTF-8")
+    }
+
     fn mix(&self, step: u64) -> Mix {
         let stage = self.config.curriculum.iter().rev().find(|(from, _)| *from <= step);
         Mix {
@@ -431,6 +439,14 @@ impl Objective for VlmObjective {
         }
         let tensors = self.params.vars().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
         checkpoint::write_model(&folder.join("model.safetensors"), &tensors, dtype)
+    }
+
+    fn state(&self) -> Result<HashMap<String, Tensor>> {
+        vocabulary::state(self.tokenizer()?)
+    }
+
+    fn restore(&mut self, state: HashMap<String, Tensor>) -> Result<()> {
+        vocabulary::expect_state(&state, self.tokenizer()?)
     }
 }
 

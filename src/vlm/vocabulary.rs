@@ -2,8 +2,12 @@
 //! in files that transformers' `AutoTokenizer` loads as `Qwen2Tokenizer`.
 
 use anyhow::{Context, Result, anyhow, ensure};
+use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+};
 use tokenizers::{
     AddedToken, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, TokenizerImpl,
     decoders::byte_level::ByteLevel,
@@ -60,6 +64,25 @@ impl Vocabulary {
         }
         Ok(())
     }
+}
+
+/// What a checkpoint keeps of a vocabulary, to know it again.
+const STATE: &str = "vocabulary";
+
+/// A tokenizer's file as part of a checkpoint: its ids are what the weights mean.
+pub fn state(tokenizer: &str) -> Result<HashMap<String, Tensor>> {
+    Ok(HashMap::from([(STATE.to_owned(), Tensor::from_slice(tokenizer.as_bytes(), tokenizer.len(), &Device::Cpu)?)]))
+}
+
+/// An error if a checkpoint's vocabulary is not `tokenizer`: what it is learned from may change from version to version.
+pub fn expect_state(state: &HashMap<String, Tensor>, tokenizer: &str) -> Result<()> {
+    let Some(kept) = state.get(STATE) else { return Ok(()) };
+    ensure!(
+        kept.to_vec1::<u8>()? == tokenizer.as_bytes(),
+        "the run began with another vocabulary, from another version of rlrig: begin a new run with the old one's model \
+         folder as its start"
+    );
+    Ok(())
 }
 
 /// Learns at most `size` tokens, special ones included, from `texts`.
