@@ -271,6 +271,19 @@ fn a_run_folder_holds_what_it_says() {
 }
 
 #[test]
+fn a_run_that_gets_no_better_ends_and_keeps_its_best() {
+    let dir = tempfile::tempdir().unwrap();
+    // By this measure the first evaluation, at step 3, is the best.
+    let config = TrainConfig { best_is_lowest: false, patience: 2, ..config() };
+    let model = |name: &str| fs::read(dir.path().join(name).join("model.safetensors")).unwrap();
+    for _ in 0..2 {
+        assert_eq!(train(dir.path(), &config, &mut |_, _| ()).unwrap(), End::NoBetter(9));
+        assert_ne!(model("best"), model("model"));
+    }
+    assert_eq!(checkpoint::steps(&dir.path().join("checkpoints")).unwrap(), [3, 8, 9]);
+}
+
+#[test]
 fn a_torn_checkpoint_stops_the_resume() {
     let dir = tempfile::tempdir().unwrap();
     whole(dir.path());

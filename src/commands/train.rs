@@ -50,6 +50,10 @@ fn train<C: RunConfig>(command: &str, args: &cli::Run) -> Result<()> {
     progress.bar.finish_and_clear();
     match end {
         End::Done => println!("{folder}/model"),
+        End::NoBetter(step) => {
+            eprintln!("ended after step {step}: train.patience is spent; the best is in {folder}/best");
+            println!("{folder}/best");
+        }
         End::Stopped(step) => {
             eprintln!("stopped after step {step}; go on with: rlrig train {command} --resume {folder}");
         }

@@ -209,16 +209,14 @@ impl Klein {
 
     /// The embeddings `(L, D)` of prompts, without gradients; those of prompts seen lately are kept.
     pub fn embed(&self, prompts: &[&str]) -> Result<Vec<Tensor>> {
-        let mut store = self.embeddings.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut found: HashMap<&str, Tensor> = HashMap::new();
+        let store = || self.embeddings.lock().unwrap_or_else(PoisonError::into_inner);
+        let made =
+            |store: &Embeddings| prompts.iter().filter_map(|p| Some((*p, store.made.get(*p)?.clone()))).collect();
+        let mut found: HashMap<&str, Tensor> = made(&store());
         let mut new: Vec<&str> = Vec::new();
         for prompt in prompts {
-            match store.made.get(*prompt) {
-                Some(embedding) => {
-                    found.insert(prompt, embedding.clone());
-                }
-                None if new.contains(prompt) => {}
-                None => new.push(prompt),
+            if !found.contains_key(prompt) && !new.contains(prompt) {
+                new.push(prompt);
             }
         }
         if !new.is_empty() {
@@ -229,12 +227,15 @@ impl Klein {
                     tracing::warn!("the prompt \"{start}...\" is cut: the model reads {max_length} tokens");
                 }
             }
+            // Not under the lock: a thread that waits within this parallel work may take up a task that asks here too.
             let made = self.text.prompt_embeds(&new, *max_length, layers)?.detach();
+            let mut store = store();
             for (i, prompt) in new.into_iter().enumerate() {
                 let embedding = made.get(i)?;
                 found.insert(prompt, embedding.clone());
-                store.order.push_back(prompt.to_owned());
-                store.made.insert(prompt.to_owned(), embedding);
+                if store.made.insert(prompt.to_owned(), embedding).is_none() {
+                    store.order.push_back(prompt.to_owned());
+                }
             }
             while store.order.len() > KEPT_EMBEDDINGS {
                 if let Some(oldest) = store.order.pop_front() {

@@ -103,6 +103,8 @@ const EDIT: usize = 64;
 const ATTEMPTS: u64 = 4;
 /// Pictures that run through a network together.
 const TOGETHER: usize = 32;
+/// Edits on a sample sheet.
+const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 
@@ -172,6 +174,9 @@ impl Actor {
         for attempt in 0..ATTEMPTS {
             let solved = |i: &usize| problems.get(*i).is_none_or(|p| p.verdicts.iter().all(|v| v.yes));
             let open: Vec<usize> = (0..indices.len()).filter(solved).collect();
+            if open.is_empty() {
+                break;
+            }
             let drawn = attempt == 0 && self.config.source == Source::Draw;
             let new = self.pose(split, seed, &open.iter().map(|i| indices[*i]).collect::<Vec<_>>(), attempt, drawn)?;
             for (i, problem) in open.into_iter().zip(new) {
@@ -286,13 +291,14 @@ impl Actor {
         Ok(rewards)
     }
 
-    /// Held-out problems with the greedy edits for them. The problems do not depend on what is trained.
-    fn held_out(&mut self) -> Result<Vec<Attempt>> {
+    /// The first held-out problems' greedy edits. The problems do not depend on what is trained.
+    fn held_out(&mut self, count: usize) -> Result<Vec<Attempt>> {
         if self.held_out.is_empty() {
             let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
             self.held_out = self.problems(Split::Val, HELD_OUT, &indices)?;
         }
-        let parts = self.held_out.chunks(TOGETHER).map(|some| self.attempts(some, 1, 0.0, 0));
+        let some = &self.held_out[..count.min(self.held_out.len())];
+        let parts = some.chunks(TOGETHER).map(|some| self.attempts(some, 1, 0.0, 0));
         Ok(parts.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 }
@@ -361,7 +367,7 @@ impl Objective for Actor {
     }
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
-        let attempts = self.held_out()?;
+        let attempts = self.held_out(self.config.evaluation)?;
         let pairs: Vec<(&Problem, &Attempt)> = self.held_out.iter().zip(&attempts).collect();
         let judged = pairs.par_iter().map(|(problem, attempt)| {
             let of = |picture: &Picture| anyhow::Ok(oracle::judge(picture.pixels()?, &problem.graph));
@@ -385,9 +391,9 @@ impl Objective for Actor {
 
     /// Pictures before and after the edits, side by side, with the prompts and the edits in words.
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
-        let attempts = self.held_out()?;
+        let attempts = self.held_out(SHOWN)?;
         let (mut pictures, mut words) = (Vec::new(), String::new());
-        for (problem, attempt) in self.held_out.iter().zip(&attempts).take(16) {
+        for (problem, attempt) in self.held_out.iter().zip(&attempts) {
             pictures.extend([problem.picture.pixels()?.clone(), attempt.picture.pixels()?.clone()]);
             words += &format!("{} | {}\n", problem.target.prompt, attempt.instruction);
         }

@@ -127,6 +127,8 @@ const TARGETS: &[&str] = &[
 ];
 /// Edits that run through the transformer together in an evaluation.
 const TOGETHER: usize = 32;
+/// Edits on a sample sheet.
+const SHOWN: usize = 16;
 /// The seed of held-out edits.
 const HELD_OUT: u64 = 1;
 
@@ -384,13 +386,14 @@ impl Editor {
         Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
 
-    /// Held-out problems and the edits of them, without stochastic steps.
-    fn held_out(&mut self) -> Result<Vec<Picture>> {
+    /// The first held-out problems' edits, without stochastic steps.
+    fn held_out(&mut self, count: usize) -> Result<Vec<Picture>> {
         if self.held_out.is_empty() {
             self.held_out = self.problems(Split::Val, HELD_OUT, 0..self.config.evaluation as u64)?;
         }
-        let mut pictures = Vec::with_capacity(self.held_out.len());
-        for (first, some) in (0..).step_by(TOGETHER).zip(self.held_out.chunks(TOGETHER)) {
+        let problems = &self.held_out[..count.min(self.held_out.len())];
+        let mut pictures = Vec::with_capacity(problems.len());
+        for (first, some) in (0..).step_by(TOGETHER).zip(problems.chunks(TOGETHER)) {
             let shape = self.shape(some)?;
             let sigmas = self.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
             let rows = (first..first + some.len() as u64).map(|i| pack(&self.klein.noise(HELD_OUT, i, shape)?));
@@ -451,7 +454,7 @@ impl Objective for Editor {
     }
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
-        let pictures = self.held_out()?;
+        let pictures = self.held_out(self.config.evaluation)?;
         let asked: Vec<(&Picture, &Target)> =
             pictures.iter().zip(&self.held_out).map(|(p, h)| (p, &h.target)).collect();
         let verdicts = self.critic.check(&asked)?;
@@ -473,9 +476,9 @@ impl Objective for Editor {
 
     /// Pictures before and after the edits, side by side, with the instructions.
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
-        let edited = self.held_out()?;
+        let edited = self.held_out(SHOWN)?;
         let (mut pictures, mut words) = (Vec::new(), String::new());
-        for (problem, picture) in self.held_out.iter().zip(&edited).take(16) {
+        for (problem, picture) in self.held_out.iter().zip(&edited) {
             pictures.extend([problem.source.pixels()?.clone(), picture.pixels()?.clone()]);
             words += &format!("{}\n", problem.sample.instruction);
         }

@@ -71,6 +71,7 @@ pub struct AdapterConfig {
 pub struct GroupConfig {
     /// Members of a group. `train.batch` counts groups.
     pub size: usize,
+    /// By which standard deviation advantages are divided; that of the batch is that of each micro-batch.
     pub scale: Scale,
     pub combine: Combine,
     /// Rewards by name, each with its weight; one of weight 0 is only logged.

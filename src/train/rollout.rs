@@ -127,9 +127,10 @@ pub fn judge(config: &GroupConfig, rewards: &[Reward]) -> Result<Judged> {
 /// ratios are 1. Returns the largest difference from it.
 pub fn check_ratio(replayed: &Tensor, drawn: &Tensor, mask: &Tensor, limit: f64) -> Result<f64> {
     let log_ratio = ((replayed.detach() - drawn)? * mask)?;
-    let off = f64::from((log_ratio.exp()? - 1.0)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?);
-    // Not a number is off as well.
-    if !(off <= limit) {
+    let differences: Vec<f32> = (log_ratio.exp()? - 1.0)?.abs()?.flatten_all()?.to_vec1()?;
+    let not_a_number = differences.iter().any(|d| d.is_nan());
+    let off = f64::from(if not_a_number { f32::NAN } else { differences.into_iter().fold(0.0, f32::max) });
+    if off.is_nan() || off > limit {
         bail!(
             "before the update the policy's ratio to the one that drew must be 1, but it is off by {off:.2e} (at most \
              {limit:.0e} is rounding): rollout and replay do not compute the same"
@@ -195,7 +196,7 @@ mod tests {
         assert_eq!(check_ratio(&other, &drawn, &first, 0.0)?, 0.0);
         let error = check_ratio(&other, &drawn, &all, 1e-3).expect_err("an error").to_string();
         assert!(error.contains("off by 1.05e-1"), "{error}");
-        assert!(check_ratio(&tensor([f32::NAN, 0.0])?, &drawn, &all, 1e-3).is_err());
+        assert!(check_ratio(&tensor([f32::NAN, -2.0])?, &drawn, &all, 1e-3).is_err());
         Ok(())
     }
 }

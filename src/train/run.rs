@@ -7,6 +7,7 @@
 //!     samples/STEP/    pictures of fixed prompts
 //!     checkpoints/     the last few and the best
 //!     model/           the moving average at the last checkpoint, in the Hugging Face layout
+//!     best/            the same at the best evaluation, where the config names a metric for it
 //! ```
 //!
 //! An interrupted run (Ctrl-C, or killed at any point) that is resumed ends bit for bit as an uninterrupted one.
@@ -69,6 +70,8 @@ pub struct TrainConfig {
     /// The evaluation metric that says which checkpoint is the best.
     pub best: Option<String>,
     pub best_is_lowest: bool,
+    /// The run ends after this many evaluations without a new best; 0 lets it go on.
+    pub patience: u64,
     pub precision: Precision,
 }
 
@@ -86,6 +89,7 @@ impl Default for TrainConfig {
             keep: 2,
             best: None,
             best_is_lowest: false,
+            patience: 0,
             precision: Precision::F16,
         }
     }
@@ -123,6 +127,8 @@ pub enum End {
     Done,
     /// Stopped on request after this many steps.
     Stopped(u64),
+    /// Ended after this many steps, as it got no better any more.
+    NoBetter(u64),
 }
 
 /// The outside world of a run.
@@ -167,7 +173,7 @@ pub fn train(
     let resumed = run.step;
     let mut log = Log::open(folder, run.step)?;
     (hooks.report)(Event::Plan(&run.plan()));
-    while run.step < config.steps && !hooks.stop.load(Ordering::Relaxed) {
+    while run.step < config.steps && !run.exhausted() && !hooks.stop.load(Ordering::Relaxed) {
         let start = Instant::now();
         let (mut metrics, norm, outcome) = run.advance()?;
         metrics.push(("step_time".into(), start.elapsed().as_secs_f64()));
@@ -198,17 +204,25 @@ pub fn train(
             }
             run.ema.swap(&run.vars)?;
         }
-        if save || improved || hooks.stop.load(Ordering::Relaxed) {
+        if improved {
+            // Before the checkpoint that knows of it: what is killed in between finds the same best again.
+            run.export(folder, "best")?;
+        }
+        if save || improved || run.exhausted() || hooks.stop.load(Ordering::Relaxed) {
             log.sync()?;
             run.save(folder, &checkpoints)?;
             (hooks.report)(Event::Saved(run.step));
         }
     }
-    if resumed == config.steps {
+    if resumed == run.step {
         // The run may have been killed after its last checkpoint, but before its model was written.
-        run.export(folder)?;
+        run.export(folder, "model")?;
     }
-    Ok(if run.step < config.steps { End::Stopped(run.step) } else { End::Done })
+    Ok(match run.step {
+        step if step == config.steps => End::Done,
+        step if run.exhausted() => End::NoBetter(step),
+        step => End::Stopped(step),
+    })
 }
 
 /// What a rehearsal found.
@@ -381,13 +395,19 @@ impl<'a> Run<'a> {
         let state = State { optim: self.optimizer.state.clone(), ema_updates: self.ema.updates, best: self.best };
         Checkpoint { step: self.step, state: serde_json::to_value(state)?, tensors }.write(checkpoints)?;
         checkpoint::prune(checkpoints, self.config.keep, self.best.map(|best| best.step))?;
-        self.export(folder)
+        self.export(folder, "model")
     }
 
-    /// Writes the moving average as a model.
-    fn export(&mut self, folder: &Path) -> Result<()> {
+    /// Whether the run has waited for a new best long enough.
+    fn exhausted(&self) -> bool {
+        let patience = self.config.patience * self.config.evaluate_every;
+        patience > 0 && self.best.is_some_and(|best| self.step >= best.step + patience)
+    }
+
+    /// Writes the moving average as a model of this name.
+    fn export(&mut self, folder: &Path, name: &str) -> Result<()> {
         self.ema.swap(&self.vars)?;
-        let exported = export(self.objective, folder, self.config.precision);
+        let exported = export(self.objective, folder, name, self.config.precision);
         self.ema.swap(&self.vars)?;
         exported
     }
@@ -420,10 +440,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Replaces `folder/model` by the objective's current model.
-fn export(objective: &dyn Objective, folder: &Path, precision: Precision) -> Result<()> {
+/// Replaces `folder/name` by the objective's current model.
+fn export(objective: &dyn Objective, folder: &Path, name: &str, precision: Precision) -> Result<()> {
     let (new, old, model): (PathBuf, PathBuf, PathBuf) =
-        (folder.join("model.new"), folder.join("model.old"), folder.join("model"));
+        (folder.join(format!("{name}.new")), folder.join(format!("{name}.old")), folder.join(name));
     for left in [&new, &old] {
         if left.exists() {
             fs::remove_dir_all(left).with_context(|| format!("cannot delete {}", left.display()))?;
