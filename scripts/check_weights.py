@@ -1,9 +1,10 @@
 """Opens the shipped weights in diffusers and transformers and compares them with rlrig.
 
 The same picture from the same noise (mean absolute difference at most 1/255), and the same probability that a claim about
-it holds. Needs a built rlrig and the packages of scripts/requirements-fixtures.txt:
+it holds. Adapters that `rlrig train grpo` wrote are loaded by PEFT onto the model that has their layers. Needs a built rlrig
+and the packages of scripts/requirements-fixtures.txt:
 
-    cargo build --release && python scripts/check_weights.py [FOLDER]
+    cargo build --release && python scripts/check_weights.py [FOLDER [ADAPTER ..]]
 """
 
 import json
@@ -15,19 +16,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "weights" / "tabletop"
+ADAPTERS = sys.argv[2:]
 PROMPT = "a small red ball to the left of a large blue cube"
 STEPS, GUIDANCE = 12, 3.0
 
 
-def rlrig(*arguments):
-    command = [ROOT / "target" / "release" / "rlrig", *map(str, arguments)]
+def rlrig(*arguments, adapters):
+    flags = [part for adapter in adapters for part in ("--adapter", adapter)]
+    command = [ROOT / "target" / "release" / "rlrig", *map(str, arguments), *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def adapted(model):
+    """The model with the adapters whose layers it has, and which these are."""
+    layers = {name for name, _ in model.named_modules()}
+    fitting = [a for a in ADAPTERS if layers.issuperset(PeftConfig.from_pretrained(a).target_modules)]
+    for adapter in fitting:
+        model = PeftModel.from_pretrained(model, adapter).eval().get_base_model()
+    return model, fitting
 
 
 def picture(folder):
@@ -37,9 +50,11 @@ def picture(folder):
         *["generate", "-q", "--device", "cpu", "--dtype", "f32", "--model", FOLDER, "--vlm", FOLDER / "vlm"],
         *["--prompt", PROMPT, "--seed", 7, "--rounds", 1, "--steps", STEPS, "--guidance", GUIDANCE],
         *["--out", out, "--save-noise", noise],
+        adapters=ADAPTERS,
     )
     pipeline = Flux2KleinPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer, _ = adapted(pipeline.transformer)
     embedding = json.loads((FOLDER / "text_encoder" / "config.json").read_text())["prompt_embedding"]
     latents = load_file(noise)["noise"]
     theirs = pipeline(
@@ -61,8 +76,9 @@ def picture(folder):
 def answers(image):
     """The greedy answers of transformers about a picture's claims, and their odds of "yes", beside those of rlrig."""
     folder = FOLDER / "vlm"
-    document = json.loads(rlrig("check", "--image", image, "--prompt", PROMPT, "--vlm", folder, "--dtype", "f32", "--json"))
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model, fitting = adapted(Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval())
+    asked = ["check", "--image", image, "--prompt", PROMPT, "--vlm", folder, "--dtype", "f32", "--json"]
+    document = json.loads(rlrig(*asked, adapters=fitting))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
     seen = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
