@@ -99,7 +99,7 @@ fn the_suite_writes_every_mode_and_every_picture() {
     // Two steps, with and without the prompt.
     assert!(lines.iter().all(|line| line["cost"]["evaluations"] == lines[0]["cost"]["evaluations"]));
     hold_to_schemas(&rig, "run");
-    for name in ["table.md", "table.tex", "config.json"] {
+    for name in ["table.md", "table.tex", "config.json", "report.html"] {
         assert!(rig.path("run").join(name).is_file());
     }
     let compared = rig.command(&["eval", "compare", "run:diffuser", "run:loop", "--json"]).output().unwrap();

@@ -5,6 +5,7 @@
 
 use super::{
     line::{Key, Line},
+    report,
     results::{Results, results},
     table,
 };
@@ -106,6 +107,7 @@ impl Folder {
         self.write("results.json", &pretty(&results)?)?;
         self.write("table.md", table::markdown(&results).as_bytes())?;
         self.write("table.tex", table::latex(&results).as_bytes())?;
+        self.write("report.html", report::page(&results, &self.lines, &self.path)?.as_bytes())?;
         Ok(results)
     }
 

@@ -1,6 +1,8 @@
-//! Measuring: held-out scenes in, shares with their uncertainty out.
+//! Measuring: prompts with their scene graphs in, means with their uncertainty out.
 //!
-//! The judge is the world's pixel oracle, which is part of neither the loop nor, unless a config says so, a reward.
+//! [`dataset`] gives the prompts, [`modes`] the ways to make a picture, [`play`] runs them; a picture becomes a
+//! [`line::Line`] with its [`metrics`], lines become [`results`], and these the tables and the [`report`]. On the tabletop
+//! world the pixel oracle judges too, which is part of neither the loop nor, unless a config says so, a reward.
 
 pub mod agreement;
 pub mod bootstrap;
@@ -11,7 +13,9 @@ pub mod line;
 pub mod metrics;
 pub mod modes;
 pub mod play;
+pub mod plot;
 pub mod records;
+pub mod report;
 pub mod results;
 pub mod stats;
 pub mod table;

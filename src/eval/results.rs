@@ -110,8 +110,12 @@ fn costs(lines: &[&Line]) -> Estimates {
 }
 
 fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
-    let predicates: BTreeSet<&String> = lines.iter().flat_map(|line| &line.reference.predicates).collect();
-    let of = |predicate: &String| {
+    let mut with: BTreeMap<&String, Vec<&Line>> = BTreeMap::new();
+    for line in lines {
+        let predicates: BTreeSet<&String> = line.reference.predicates.iter().collect();
+        predicates.into_iter().for_each(|predicate| with.entry(predicate).or_default().push(line));
+    }
+    let of = |(predicate, lines): (&String, Vec<&Line>)| {
         let values = |line: &Line| {
             let named = |claim: &Claim| matches!(claim, Claim::Relation { relation, .. } if relation == predicate);
             let claims = || line.claims.iter().filter(|answer| named(&answer.claim));
@@ -120,9 +124,9 @@ fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
             let both = [("judge", judge), ("oracle", oracle)];
             both.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
         };
-        estimates(lines.iter().copied(), values)
+        (predicate.clone(), estimates(lines.into_iter(), values))
     };
-    predicates.into_iter().map(|predicate| (predicate.clone(), of(predicate))).collect()
+    with.into_iter().map(of).collect()
 }
 
 /// Checker against oracle, judge against oracle, Checker against judge.

@@ -168,4 +168,27 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_thousand_random_pairs_agree_with_the_definition_in_python() {
+        #[derive(Deserialize)]
+        struct Pair {
+            a: Lists,
+            b: Lists,
+            strict: [f64; 3],
+            derived: [f64; 3],
+            multiset: [f64; 3],
+        }
+        let pairs: Vec<Pair> = serde_json::from_str(include_str!("../../tests/fixtures/iou.json")).unwrap();
+        assert_eq!(pairs.len(), 1000);
+        for Pair { a, b, strict: s, derived: d, multiset: m } in &pairs {
+            for (found, wanted) in [(strict(a, b), s), (derived(a, b), d), (multiset(a, b), m)] {
+                let found = [found.graph, found.entities, found.relations];
+                assert!(
+                    found.iter().zip(wanted).all(|(x, y)| (x - y).abs() < 1e-9),
+                    "{found:?} {wanted:?}: {a:?} {b:?}"
+                );
+            }
+        }
+    }
 }

@@ -1,0 +1,248 @@
+//! `report.html`: one page that needs nothing else, with the table, plots by round and by cost, and galleries whose
+//! pictures open the story of how they came about.
+
+use super::{
+    line::{Key, Line},
+    modes::Mode,
+    plot::{Series, plot},
+    results::{Estimates, Results},
+};
+use crate::io::{
+    self,
+    html::{base64, escape},
+};
+use anyhow::Result;
+use std::{collections::BTreeMap, path::Path};
+
+/// Pictures of each gallery.
+const SHOWN: usize = 8;
+/// A picture file larger than this is none of ours.
+const LARGEST: u64 = 64 << 20;
+
+const STYLE: &str = "\
+:root{color-scheme:light dark;--paper:#fafaf8;--card:#fff;--ink:#1c1c1e;--faint:#6b6b70;--rule:#e2e2de;--yes:#14783c;--no:#be2828;\
+--c0:#3b6fd4;--c1:#c4691c;--c2:#7d4fb8;--c3:#0f8a8a;--c4:#b3365f;--c5:#6d7a18;--c6:#14783c}
+@media(prefers-color-scheme:dark){:root{--paper:#151517;--card:#1f1f22;--ink:#ececee;--faint:#9a9aa0;--rule:#34343a;--yes:#5fce8b;--no:#ff8078;\
+--c0:#86aaf5;--c1:#f0a566;--c2:#bd9bec;--c3:#63cfcf;--c4:#ee86a8;--c5:#bccb5c;--c6:#5fce8b}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+main{max-width:76rem;margin:0 auto;padding:1.25rem}
+h1{font-size:1.3rem}
+h2{font-size:1.1rem;margin:2rem 0 .6rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .7rem;border-top:1px solid var(--rule);text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+small,.faint{color:var(--faint);font-size:.85rem}
+.plots,.gallery,.turns{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
+.gallery{grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
+.gallery details[open]{grid-column:1/-1}
+.turns{grid-template-columns:repeat(auto-fill,minmax(min(100%,13rem),1fr));margin-top:.8rem}
+details{background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.7rem;min-width:0}
+summary{cursor:pointer;list-style:none}
+summary img{max-width:13rem}
+img{display:block;width:100%;height:auto;border-radius:.3rem;image-rendering:auto}
+ul{list-style:none;margin:.4rem 0;padding:0;font-size:.9rem}
+.yes::before{content:'\\2713  ';color:var(--yes)}
+.no::before{content:'\\2717  ';color:var(--no)}
+.plot{width:100%;height:auto;background:var(--card);border:1px solid var(--rule);border-radius:.6rem}
+.plot text{fill:var(--ink);font-size:12px}
+.plot .grid{stroke:var(--rule)}
+.plot .line{fill:none;stroke:currentColor;stroke-width:2}
+.plot .bar{stroke:currentColor}
+.plot circle{fill:currentColor}
+.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}
+";
+
+/// The page of a run whose pictures are under `folder`.
+pub fn page(results: &Results, lines: &[Line], folder: &Path) -> Result<String> {
+    let title = "rlrig eval";
+    let mut html = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>{title}</title>\n\
+         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
+    );
+    html += &facts(results);
+    html += &table(results);
+    let (metric, name) = headline(results);
+    html += &format!("<h2>{name} by round and by cost</h2>\n<div class=\"plots\">\n");
+    html += &plot(&by_round(results, metric), "rounds", name);
+    html += &plot(&by_cost(results, metric), "network evaluations of a prompt", name);
+    html += "</div>\n";
+    // The loop is what the galleries are about, or else what comes last.
+    if let Some(mode) = results.modes.keys().next_back() {
+        html += &galleries(*mode, metric, lines, folder)?;
+    }
+    Ok(html + "</main>\n</body>\n</html>\n")
+}
+
+/// The metric that pictures are ranked by: the oracle's word where there is one.
+fn headline(results: &Results) -> (&'static str, &'static str) {
+    let oracle = results.modes.values().any(|found| found.metrics.contains_key("oracle_mean"));
+    if oracle { ("oracle_mean", "Share of right triples (oracle)") } else { ("sg_iou", "SG-IoU") }
+}
+
+fn facts(results: &Results) -> String {
+    let config = results.config.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let facts: Vec<String> = config.map(|(key, value)| format!("{key} {value}")).collect();
+    format!("<p class=\"faint\">{}</p>\n", escape(&facts.join(" \u{b7} ")))
+}
+
+fn table(results: &Results) -> String {
+    const COLUMNS: [(&str, &str); 8] = [
+        ("sg_iou", "SG-IoU"),
+        ("ent_iou", "Ent-IoU"),
+        ("rel_iou", "Rel-IoU"),
+        ("judge_mean", "judge"),
+        ("judge_all", "judge, all"),
+        ("oracle_mean", "triples"),
+        ("no_others", "no others"),
+        ("oracle_perfect", "all right"),
+    ];
+    let known = |name: &str| results.modes.values().any(|found| found.metrics.contains_key(name));
+    let columns: Vec<(&str, &str)> = COLUMNS.into_iter().filter(|(name, _)| known(name)).collect();
+    let mut html = "<div class=\"wide\"><table>\n<tr><th>mode</th>".to_owned();
+    columns.iter().for_each(|(_, head)| html += &format!("<th>{head}</th>"));
+    html += "<th>rounds</th><th>evaluations</th><th>seconds</th></tr>\n";
+    for (mode, found) in &results.modes {
+        html += &format!("<tr><td>{}</td>", mode.name());
+        columns.iter().for_each(|(name, _)| html += &cell(&found.metrics, name, 3));
+        [("rounds", 2), ("evaluations", 0), ("seconds", 1)]
+            .iter()
+            .for_each(|(name, decimals)| html += &cell(&found.cost, name, *decimals));
+        html += "</tr>\n";
+    }
+    html + "</table></div>\n<p class=\"faint\">Means over prompts with their 95% bootstrap intervals.</p>\n"
+}
+
+fn cell(estimates: &Estimates, name: &str, decimals: usize) -> String {
+    match estimates.get(name) {
+        Some(e) => {
+            format!("<td>{:.decimals$}<br><small>{:.decimals$} to {:.decimals$}</small></td>", e.mean, e.lo, e.hi)
+        }
+        None => "<td>-</td>".to_owned(),
+    }
+}
+
+fn by_round(results: &Results, metric: &str) -> Vec<Series> {
+    let series = |(mode, found): (&Mode, &super::results::ModeResults)| {
+        let rounds = (1..).zip(&found.by_round);
+        let points = rounds.filter_map(|(round, e)| Some((f64::from(round), *e.get(metric)?)));
+        Series { name: mode.name().to_owned(), points: points.collect() }
+    };
+    results.modes.iter().map(series).collect()
+}
+
+fn by_cost(results: &Results, metric: &str) -> Vec<Series> {
+    let series = |(mode, found): (&Mode, &super::results::ModeResults)| {
+        let point = found.cost.get("evaluations").zip(found.metrics.get(metric));
+        Series { name: mode.name().to_owned(), points: point.map(|(cost, e)| (cost.mean, *e)).into_iter().collect() }
+    };
+    results.modes.iter().map(series).collect()
+}
+
+/// One prompt's pictures in their order.
+struct Story<'a> {
+    turns: Vec<&'a Line>,
+    result: &'a Line,
+    /// The first picture's value of the metric, and the result's.
+    first: f64,
+    last: f64,
+}
+
+impl<'a> Story<'a> {
+    fn new(mut turns: Vec<&'a Line>, metric: &str, last: Option<usize>) -> Option<Self> {
+        turns.sort_by_key(|line| line.round);
+        let result = *turns.iter().find(|line| last.is_some_and(|last| line.result_after.contains(&last)))?;
+        let (first, last) = (*turns.first()?.metrics.get(metric)?, *result.metrics.get(metric)?);
+        Some(Self { turns, result, first, last })
+    }
+}
+
+fn galleries(mode: Mode, metric: &str, lines: &[Line], folder: &Path) -> Result<String> {
+    let mut prompts: BTreeMap<Key, Vec<&Line>> = BTreeMap::new();
+    lines.iter().filter(|line| line.mode == mode).for_each(|line| prompts.entry(line.key()).or_default().push(line));
+    let last = lines.iter().filter(|line| line.mode == mode).flat_map(|line| &line.result_after).max().copied();
+    let stories: Vec<Story> = prompts.into_values().filter_map(|turns| Story::new(turns, metric, last)).collect();
+    let pick = |admit: &dyn Fn(&Story) -> bool, rank: &dyn Fn(&Story) -> f64| {
+        let mut picked: Vec<&Story> = stories.iter().filter(|story| admit(story)).collect();
+        picked.sort_by(|a, b| rank(b).total_cmp(&rank(a)));
+        picked.truncate(SHOWN);
+        picked
+    };
+    let all = [
+        ("Best", pick(&|s| s.last > 0.0, &|s| s.last)),
+        ("Worst", pick(&|s| s.last < 1.0, &|s| -s.last)),
+        ("Fixed by the later rounds", pick(&|s| s.last > s.first, &|s| s.last - s.first)),
+        ("Broken by the later rounds", pick(&|s| s.last < s.first, &|s| s.first - s.last)),
+    ];
+    let mut html = String::new();
+    for (title, picked) in all {
+        html += &format!("<h2>{title} <span class=\"faint\">{}, {}</span></h2>\n", mode.name(), picked.len());
+        html += "<div class=\"gallery\">\n";
+        for story in picked {
+            html += &opened(story, folder)?;
+        }
+        html += "</div>\n";
+    }
+    Ok(html)
+}
+
+/// A result that opens the way to it.
+fn opened(story: &Story, folder: &Path) -> Result<String> {
+    let mut html = format!(
+        "<details><summary>{}<div>{}</div><small>{:.2} after round 1, {:.2} at the end</small></summary>\n\
+         <div class=\"turns\">\n",
+        image(story.result, folder)?,
+        escape(&story.result.prompt),
+        story.first,
+        story.last
+    );
+    for line in &story.turns {
+        let said = line.edit.as_ref().map_or("drawn".to_owned(), |edit| edit.instruction.clone());
+        html += &format!("<div><small>round {}: {}</small>{}<ul>\n", line.round, escape(&said), image(line, folder)?);
+        for answer in &line.claims {
+            let yes = answer.oracle.unwrap_or(answer.judge >= 0.5);
+            let class = if yes { "yes" } else { "no" };
+            let (text, p) = (escape(&answer.claim.to_string()), answer.checker);
+            html += &format!("<li class=\"{class}\">{text} <small>Checker {p:.2}</small></li>\n");
+        }
+        html += "</ul></div>\n";
+    }
+    Ok(html + "</div></details>\n")
+}
+
+fn image(line: &Line, folder: &Path) -> Result<String> {
+    let bytes = io::read_file(&folder.join(&line.file), LARGEST)?;
+    let alt = escape(&format!("round {}", line.round));
+    Ok(format!("<img loading=\"lazy\" alt=\"{alt}\" src=\"data:image/png;base64,{}\">", base64(&bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::{line::tests::mended, results::results};
+    use serde_json::json;
+
+    #[test]
+    fn the_page_stands_alone_and_shows_what_was_fixed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut lines: Vec<Line> =
+            (0..5).flat_map(|i| [mended(i, Mode::Diffuser), mended(i, Mode::Loop)].concat()).collect();
+        lines.iter_mut().for_each(|line| line.prompt = "<script>alert(1)</script>".into());
+        for line in &lines {
+            let path = dir.path().join(&line.file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            io::png::write(&path, &image::RgbImage::new(2, 2), &[], true).unwrap();
+        }
+        let found = results(json!({ "seed": [0] }), json!({}), json!([]), &lines);
+        let html = page(&found, &lines, dir.path()).unwrap();
+        assert!(!html.contains("<script") && html.contains("&lt;script&gt;"));
+        assert!(!html.contains("http:") && !html.contains("https:") && !html.contains("url("));
+        assert_eq!(html.matches("<svg").count(), 2);
+        assert!(html.contains("prefers-color-scheme:dark") && html.contains("add all"));
+        let (_, fixed) = html.split_once("Fixed by the later rounds").unwrap();
+        let (fixed, broken) = fixed.split_once("Broken by the later rounds").unwrap();
+        assert!(fixed.matches("<details>").count() >= 4 && !broken.contains("<details>"));
+    }
+}
