@@ -30,6 +30,9 @@ pub struct Play<'a> {
     pub seed: u64,
 }
 
+/// Takes a prompt's lines and their pictures.
+pub type Keep<'a> = dyn FnMut(Vec<Line>, Vec<&RgbImage>) -> Result<()> + 'a;
+
 /// The noise of a sample's first drawing: short, and that of no other sample.
 pub fn noise(seed: u64, index: u64) -> u64 {
     Stream::new(seed, "eval", index).next_u64() >> 32
@@ -37,7 +40,7 @@ pub fn noise(seed: u64, index: u64) -> u64 {
 
 impl Play<'_> {
     /// Plays over `samples`; `keep` gets each prompt's lines and pictures as it ends. What is cancelled is not kept.
-    pub fn run(&self, samples: &[Sample], keep: &mut dyn FnMut(Vec<Line>, Vec<&RgbImage>) -> Result<()>) -> Result<()> {
+    pub fn run(&self, samples: &[Sample], keep: &mut Keep) -> Result<()> {
         let job = |sample: &Sample| Job {
             target: Target::new(sample.prompt.clone(), &sample.graph),
             seed: noise(self.seed, sample.index),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, hash_map},
     io::BufRead,
 };
 
@@ -283,11 +283,11 @@ fn read(record: &Map<String, Value>, line: u64, flaws: &mut Flaws) -> Option<Ent
         };
         if label.is_empty() {
             flaw(Flaw::EmptyText);
-        } else if at.contains_key(&id) {
-            flaw(Flaw::RepeatedId);
-        } else {
-            at.insert(id, graph.objects.len());
+        } else if let hash_map::Entry::Vacant(place) = at.entry(id) {
+            place.insert(graph.objects.len());
             graph.objects.push(Object::new(label, attributes(item, &mut flaw)));
+        } else {
+            flaw(Flaw::RepeatedId);
         }
     }
     for relation in relations {
