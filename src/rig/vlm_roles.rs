@@ -63,7 +63,27 @@ impl Critic {
             let Answer { reflection } = read(&decision.text)?;
             verdicts[*i].push(Verdict { claim: (*claim).clone(), yes: p_yes >= 0.5, p_yes, reflection });
         }
+        verdicts.iter_mut().for_each(|verdicts| agree(verdicts));
         Ok(verdicts)
+    }
+}
+
+/// Makes the verdicts on one picture consistent: a relation is at most as probable as the objects it is between, which a
+/// VLM that looks at places alone forgets.
+fn agree(verdicts: &mut [Verdict]) {
+    let there: Vec<(String, f64)> = verdicts
+        .iter()
+        .filter_map(|v| match &v.claim {
+            Claim::Object(object) => Some((object.clone(), v.p_yes)),
+            Claim::Relation { .. } => None,
+        })
+        .collect();
+    for verdict in verdicts {
+        if let Claim::Relation { subject, object, .. } = &verdict.claim {
+            let ends = there.iter().filter(|(name, _)| name == subject || name == object);
+            verdict.p_yes = ends.map(|(_, p)| *p).fold(verdict.p_yes, f64::min);
+            verdict.yes = verdict.p_yes >= 0.5;
+        }
     }
 }
 
@@ -160,6 +180,24 @@ impl Read {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_relation_is_at_most_as_probable_as_its_objects() {
+        let verdict = |claim: Claim, p_yes| Verdict { claim, yes: p_yes >= 0.5, p_yes, reflection: String::new() };
+        let relation = |subject: &str, object: &str| Claim::Relation {
+            subject: subject.into(),
+            relation: "left of".into(),
+            object: object.into(),
+        };
+        let mut verdicts = [
+            verdict(Claim::Object("ball".into()), 0.9),
+            verdict(Claim::Object("cube".into()), 0.2),
+            verdict(relation("ball", "cube"), 0.8),
+            verdict(relation("ball", "star"), 0.8),
+        ];
+        agree(&mut verdicts);
+        assert_eq!(verdicts.each_ref().map(|v| (v.p_yes, v.yes))[2..], [(0.2, false), (0.8, true)]);
+    }
 
     #[test]
     fn batches_are_full_but_not_overfull() {

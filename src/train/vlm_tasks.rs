@@ -220,8 +220,11 @@ fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
             let b = (a + 1 + rng.below(view.objects.len() - 1)) % view.objects.len();
             let spatial = if rng.chance(0.75) { *rng.choose(&Spatial::DIRECTIONS) } else { *rng.choose(&Spatial::ALL) };
             let mut objects: Vec<Object> = [a, b].iter().map(|i| view.objects[*i].object()).collect();
-            // A relation is false too where one of its two is not there, wherever the other is.
+            // A relation is false too where something else is in the place of one of its two.
             if !wanted && rng.chance(0.5) {
+                if !view.holds(a, spatial, b) {
+                    continue;
+                }
                 let which = rng.below(2);
                 objects[which] = mistaken(rng, view, view.objects[[a, b][which]]);
             }
