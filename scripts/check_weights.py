@@ -84,6 +84,7 @@ def answers(image):
     seen = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
     places = int(seen["image_grid_thw"].prod()) // processor.merge_size**2
     yes, no = (tokenizer(word).input_ids[0] for word in ("yes", "no"))
+    objects = {}
     for verdict in document["verdicts"]:
         claim = verdict["claim"]
         words = claim.get("object") or " ".join(claim["relation"][key] for key in ("subject", "relation", "object"))
@@ -110,6 +111,11 @@ def answers(image):
         answer = json.loads(tokenizer.decode(said, skip_special_tokens=True))
         word = max(i for i, token in enumerate(said) if token in (yes, no))
         p_yes = out.logits[word][0, [yes, no]].softmax(0)[0].item()
+        # A relation is at most as probable as its objects.
+        if "object" in claim:
+            objects[words] = p_yes
+        else:
+            p_yes = min(p_yes, *(objects[claim["relation"][end]] for end in ("subject", "object")))
         print(f"{words}: {answer['reflection']}; P(yes) {p_yes:.4f} and {verdict['p_yes']:.4f} of rlrig")
         assert answer["reflection"] == verdict.get("reflection", ""), "rlrig and transformers see different things"
         assert abs(p_yes - verdict["p_yes"]) < 1e-3, "rlrig and transformers are not equally sure"
