@@ -401,7 +401,7 @@ mod tests {
             let x = small().pictures("autoencoder-shipped", split, 0..4).unwrap();
             let y = model.pixels(&model.latents(&x).unwrap()).unwrap().clamp(-1f32, 1f32).unwrap();
             let mse = (y - x).unwrap().sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(psnr(f64::from(mse)) > 34.0, "{}: {:.2} dB", split.name(), psnr(f64::from(mse)));
+            assert!(psnr(f64::from(mse)) > 32.0, "{}: {:.2} dB", split.name(), psnr(f64::from(mse)));
         }
     }
 }
