@@ -195,6 +195,11 @@ impl Flux2 {
 
     /// The velocity of every image token: `image` is `(B, N, in_channels)`, the result is `(B, N, out_channels)`.
     pub fn forward(&self, image: &Tensor, given: &Conditioning) -> Result<Tensor> {
+        Ok(self.forward_with_hidden(image, given)?.0)
+    }
+
+    /// [`Flux2::forward`], and the image tokens as they are halfway through the single-stream blocks, `(B, N, D)`.
+    pub fn forward_with_hidden(&self, image: &Tensor, given: &Conditioning) -> Result<(Tensor, Tensor)> {
         let mut temb = self.time.forward(given.sigma, image.dtype())?;
         if let (Some(guidance), Some(embedding)) = (given.guidance, &self.guidance) {
             temb = (temb + embedding.forward(guidance, image.dtype())?)?;
@@ -216,13 +221,18 @@ impl Flux2 {
         }
         let (length, n) = (text.dim(1)?, image.dim(1)?);
         let mut x = Tensor::cat(&[text, image], 1)?; // (B, L + N, D)
-        for block in &self.single {
+        let (first, rest) = self.single.split_at(self.single.len() / 2);
+        for block in first {
+            x = block.forward(&x, &mod_single[0], given.angles)?;
+        }
+        let hidden = x.narrow(1, length, n)?;
+        for block in rest {
             x = block.forward(&x, &mod_single[0], given.angles)?;
         }
         let x = x.narrow(1, length, n)?;
         let last = modulation(&self.norm_out)?.chunk(2, D::Minus1)?;
         let x = layer_norm_modulate(&x, &last[1], &last[0], self.config.eps)?;
-        Ok(self.out.forward(&x)?)
+        Ok((self.out.forward(&x)?, hidden))
     }
 }
 

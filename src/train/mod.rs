@@ -10,6 +10,7 @@ pub mod editor;
 pub mod ema;
 pub mod grpo;
 pub mod grpo_config;
+pub mod layout;
 pub mod log;
 pub mod muon;
 pub mod objective_diffuser;

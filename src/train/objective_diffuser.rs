@@ -5,7 +5,7 @@
 //! `e - x_0`. Noise levels are drawn uniformly and shifted to the high end, where a picture's layout is decided. Words are
 //! bound best by a curriculum: single objects first, then relations, then edits ([`Stage`]).
 
-use super::{Batch, Metrics, Objective, Step, checkpoint::write_model};
+use super::{Batch, Metrics, Objective, Step, checkpoint::write_model, layout::LayoutHead};
 use crate::{
     flow::{
         draw::{Job, Options},
@@ -57,6 +57,8 @@ pub struct DiffuserConfig {
     pub shift: f64,
     /// Noise added to the reference's latents, as generated pictures are not perfect.
     pub reference_noise: f64,
+    /// Weight of the loss that tells the transformer's middle what lies where ([`LayoutHead`]).
+    pub layout: f64,
     pub precision: Precision,
     pub stages: Vec<Stage>,
     pub evaluation: Evaluation,
@@ -107,6 +109,7 @@ impl Default for DiffuserConfig {
             dropout: 0.1,
             shift: 2.5,
             reference_noise: 0.1,
+            layout: 0.2,
             precision: Precision::Bf16,
             stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4 }],
             evaluation: Evaluation::default(),
@@ -151,8 +154,8 @@ impl DiffuserConfig {
                 crate::usage!("[diffuser] stage {s:?}: objects are from 1 on and in order, edits is a share");
             }
         }
-        if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 {
-            crate::usage!("[diffuser] dropout is a share and shift is positive");
+        if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {
+            crate::usage!("[diffuser] dropout is a share, shift is positive and layout is not negative");
         }
         Ok(())
     }
@@ -171,6 +174,9 @@ pub struct Diffuser {
     klein: Klein,
     transformer: Params,
     text: Params,
+    layout: LayoutHead,
+    /// The layout head's, which is not a part of the saved model.
+    head: Params,
     tokenizer: vocabulary::Vocabulary,
 }
 
@@ -234,7 +240,10 @@ impl Diffuser {
             distilled: false,
         };
         let klein = Klein::new(parts, DType::F32, device)?;
-        Ok(Self { config: config.clone(), seed, klein, transformer, text, tokenizer })
+        let head = Params::fresh(seed ^ 2, DType::F32, device).trained();
+        let token = SIDE as usize / klein.tokens(SIDE, SIDE)?.0;
+        let layout = LayoutHead::new(sizes.dim(), token, &head)?;
+        Ok(Self { config: config.clone(), seed, klein, transformer, text, layout, head, tokenizer })
     }
 
     /// Sample `index` of the endless sequence.
@@ -265,8 +274,8 @@ impl Diffuser {
         Ok(self.klein.autoencoder.latents(&pixels)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
     }
 
-    /// The loss of each of some samples that all draw, or all edit, `(B)`, and their noise levels.
-    fn losses(&self, examples: &[(u64, Example)], batch: &Batch) -> Result<(Tensor, Vec<f32>)> {
+    /// The losses of some samples that all draw, or all edit.
+    fn losses(&self, examples: &[(u64, Example)], batch: &Batch) -> Result<Losses> {
         let device = self.klein.device();
         let targets = self.tokens(examples.iter().map(|(_, e)| &e.target))?; // (B, N, C)
         let (b, n, c) = targets.dims3()?;
@@ -318,9 +327,18 @@ impl Diffuser {
         sequence.extend(positions);
         let angles = self.klein.transformer.angles(&sequence, device)?;
         let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
-        let predicted = self.klein.transformer.forward(&x, &given)?.narrow(1, 0, n)?;
-        let error = (predicted - velocity)?.sqr()?;
-        Ok(((error.sum((1, 2))? / (n * c) as f64)?, levels))
+        let (predicted, hidden) = self.klein.transformer.forward_with_hidden(&x, &given)?;
+        let error = (predicted.narrow(1, 0, n)? - velocity)?.sqr()?;
+        let flow = (error.sum((1, 2))? / (n * c) as f64)?;
+        let of_target = hidden.narrow(1, 0, n)?.contiguous()?;
+        let targets: Vec<&Scene> = examples.iter().map(|(_, e)| &e.target).collect();
+        let mut layout = self.layout.losses(&of_target, &targets)?;
+        let sources: Vec<&Scene> = examples.iter().filter_map(|(_, e)| e.source.as_ref()).collect();
+        if !sources.is_empty() {
+            let of_source = hidden.narrow(1, n, n)?.contiguous()?;
+            layout = ((layout + self.layout.losses(&of_source, &sources)?)? / 2.0)?;
+        }
+        Ok(Losses { flow, layout, levels })
     }
 
     /// Held-out pictures drawn from prompts, or edited; the same for every evaluation.
@@ -349,6 +367,15 @@ impl Diffuser {
         }
         Ok(drawn)
     }
+}
+
+/// The losses of some samples.
+struct Losses {
+    /// The mean squared error of the velocity, `(B)`.
+    flow: Tensor,
+    /// The error of what lies where, `(B)`.
+    layout: Tensor,
+    levels: Vec<f32>,
 }
 
 /// Bounds of the noise levels whose losses are logged apart.
@@ -447,7 +474,8 @@ impl Objective for Diffuser {
         let named = |head: &'static str, params: &Params| {
             params.vars().into_iter().map(move |(name, var)| (format!("{head}.{name}"), var))
         };
-        named("transformer", &self.transformer).chain(named("text_encoder", &self.text)).collect()
+        let parts = [("transformer", &self.transformer), ("text_encoder", &self.text), ("layout", &self.head)];
+        parts.into_iter().flat_map(|(name, params)| named(name, params)).collect()
     }
 
     fn loss(&self, batch: &Batch) -> Result<Step> {
@@ -460,8 +488,8 @@ impl Objective for Diffuser {
             if examples.is_empty() {
                 continue;
             }
-            let (losses, levels) = self.losses(examples, batch)?;
-            let values: Vec<f32> = losses.to_vec1()?;
+            let Losses { flow, layout, levels } = self.losses(examples, batch)?;
+            let values: Vec<f32> = flow.to_vec1()?;
             let mean = |of: &dyn Fn(f32) -> bool| {
                 let some: Vec<f64> =
                     levels.iter().zip(&values).filter(|(t, _)| of(**t)).map(|(_, loss)| f64::from(*loss)).collect();
@@ -473,7 +501,9 @@ impl Objective for Diffuser {
                 let inside = mean(&|t| (window[0]..window[1]).contains(&t));
                 metrics.extend(inside.map(|loss| (format!("{name}/noise_{:.2}", window[0]), loss)));
             }
-            let sum = losses.sum_all()?;
+            let where_what = layout.mean_all()?.to_scalar::<f32>()?;
+            metrics.push((format!("{name}/layout"), f64::from(where_what)));
+            let sum = (flow + (layout * self.config.layout)?)?.sum_all()?;
             total = Some(match total {
                 Some(total) => (total + sum)?,
                 None => sum,
