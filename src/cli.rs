@@ -367,8 +367,8 @@ pub struct EvalRun {
     /// What to evaluate on
     #[arg(long, value_enum, value_name = "D", default_value_t, help_heading = "Data")]
     pub dataset: Dataset,
-    /// LAION-SG's JSON file, or a folder with it
-    #[arg(long, value_name = "FILE|DIR", help_heading = "Data")]
+    /// LAION-SG's JSON file, a folder with it, or its id on the hub [default: mengcy/LAION-SG]
+    #[arg(long, value_name = "FILE|DIR|ID", help_heading = "Data")]
     pub data: Option<PathBuf>,
     /// Which splits
     #[arg(long, value_name = "NAME", num_args = 1.., default_value = "test", help_heading = "Data")]

@@ -123,7 +123,7 @@ fn a_file_with_every_flaw_is_evaluated_end_to_end() {
     assert_eq!(results["flaws"][0]["dangling_id"]["lines"], serde_json::json!([3]));
     fs::write(rig.path("other.json"), "{\"images\": []}").unwrap();
     rig.bad(1, "begins with", "eval", &["--dataset", "laion-sg", "--data", "other.json"]);
-    rig.bad(2, "--data", "eval", &["--dataset", "laion-sg"]);
+    rig.bad(1, "mengcy/LAION-SG is not in the cache", "eval", &["--dataset", "laion-sg"]);
 }
 
 #[test]

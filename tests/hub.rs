@@ -88,6 +88,10 @@ fn answer(request: Request, range: &str, token: &str) {
             request.respond(json(&["README.md", "config.json", "sub/model.safetensors"]))
         }
         "/api/models/org/broken/revision/main" => request.respond(json(&["model.safetensors"])),
+        "/api/datasets/org/graphs/revision/main" => {
+            request.respond(json(&["README.md", "a_test.json", "a_train.json"]))
+        }
+        "/datasets/org/graphs/resolve/main/a_test.json" => file(request, range, b"[]", "def"),
         "/api/models/org/hostile/revision/main" => request.respond(json(&["../../../../escaped.json"])),
         "/api/models/org/gated/revision/main" => {
             request.respond(Response::empty(if token == "Bearer good" { 403 } else { 401 }))
@@ -174,7 +178,7 @@ fn what_the_hub_refuses_is_said_with_what_to_do() {
     assert!(message("org/gated", &[("HF_TOKEN", "bad")]).contains("does not accept the token"));
     let gated = message("org/gated", &[("HF_TOKEN", "good")]);
     assert!(gated.contains("accept its terms at http://127.0.0.1") && gated.contains("/org/gated"), "{gated}");
-    assert!(message("org/none", &[]).contains("has no model org/none"));
+    assert!(message("org/none", &[]).contains("has no org/none"));
     assert!(message("org/hostile", &[]).contains("strange name"));
     assert!(hub.locate(cache.path(), "./none", &[]).unwrap_err().is::<Usage>());
 }
@@ -185,4 +189,30 @@ fn a_folder_is_used_as_it_is() {
     let name = cache.path().display().to_string();
     assert_eq!(hub.locate(cache.path(), &name, &[]).unwrap(), Local { path: name.into(), revision: None });
     assert_eq!(hub.asked(), [""; 0]);
+}
+
+#[test]
+fn of_a_data_set_one_file_is_fetched() {
+    let (hub, cache) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let get = |vars: &[(&str, &str)], part: &str| {
+        let var = |asked: &str| match asked {
+            "HF_HOME" => Some(cache.path().display().to_string()),
+            "HF_ENDPOINT" => Some(hub.url.clone()),
+            other => vars.iter().find(|(name, _)| *name == other).map(|(_, value)| (*value).to_owned()),
+        };
+        let choose = |files: &[&str]| match files.iter().find(|file| file.contains(part)) {
+            Some(file) => Ok((*file).to_owned()),
+            None => anyhow::bail!("none of {files:?}"),
+        };
+        Hub::from_vars(var).unwrap().data_file("org/graphs", &choose, &|_, _, _| ())
+    };
+    let path = get(&[], "test").unwrap();
+    assert_eq!(path, cache.path().join("hub/datasets--org--graphs/snapshots").join(SHA).join("a_test.json"));
+    assert_eq!(fs::read(&path).unwrap(), b"[]");
+    assert!(!path.with_file_name("a_train.json").exists());
+    hub.asked();
+    assert_eq!(get(&[("HF_HUB_OFFLINE", "1")], "test").unwrap(), path);
+    assert_eq!(hub.asked(), [""; 0], "offline nothing is asked for");
+    assert!(get(&[("HF_HUB_OFFLINE", "1")], "train").unwrap_err().to_string().contains("a_test.json"));
+    assert!(get(&[], "none").unwrap_err().to_string().contains("a_train.json"));
 }

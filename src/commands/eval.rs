@@ -14,15 +14,16 @@ use crate::{
         table,
     },
     flow::Klein,
+    io::hub::Hub,
     rig::{cycle::Options, klein::Painter, trajectory::Source, vlm_roles::Critic},
     scene::tabletop::split::Split,
     usage,
 };
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::{
     collections::HashSet,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -104,18 +105,32 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>)> {
                 samples.extend(dataset::tabletop(split_of(split)?, args.subset_seed.unwrap_or(0), &selection)?);
             }
             (Dataset::Tabletop, Some(_)) => usage!("--data is for --dataset laion-sg"),
-            (Dataset::LaionSg, Some(data)) => {
-                if args.split.len() > 1 && data.is_file() {
+            (Dataset::LaionSg, data) => {
+                let data = laion_sg_file(data.as_deref(), split)?;
+                if args.split.len() > 1 && args.data.as_deref().is_some_and(Path::is_file) {
                     usage!("--data is one file: give its --split, or a folder with a file for each");
                 }
-                let (more, found) = dataset::laion_sg(data, split, &selection)?;
+                let (more, found) = dataset::laion_sg(&data, split, &selection)?;
                 samples.extend(more);
                 flaws.push(found);
             }
-            (Dataset::LaionSg, None) => usage!("--dataset laion-sg needs --data: LAION-SG's JSON file, or its folder"),
         }
     }
     Ok((samples, flaws))
+}
+
+/// LAION-SG's file or folder: what is given, or its file of the split on the hub.
+fn laion_sg_file(given: Option<&Path>, split: &str) -> Result<PathBuf> {
+    const ON_THE_HUB: &str = "mengcy/LAION-SG";
+    let name = match given {
+        Some(path) if path.exists() => return Ok(path.to_owned()),
+        Some(path) => path.to_string_lossy().into_owned(),
+        None => ON_THE_HUB.to_owned(),
+    };
+    let (bar, choose) = (open::Download::default(), |files: &[&str]| dataset::choose_file(files, split));
+    Hub::from_env()?
+        .data_file(&name, &choose, &|file, done, all| bar.show(file, done, all))
+        .with_context(|| format!("--data {name} is no file or folder here, so the hub was asked"))
 }
 
 /// The split of the world that is named.

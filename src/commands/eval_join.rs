@@ -85,7 +85,9 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
         whole.take(part)?;
     }
     let versions = json!({ "rlrig": env!("CARGO_PKG_VERSION") });
-    let results = whole.finish(config, versions, Value::Null)?;
+    // Each part has read the whole data, so what the first found is what there is.
+    let flaws = parts.first().map_or(Ok(Value::Null), |(part, _)| part.flaws())?;
+    let results = whole.finish(config, versions, flaws)?;
     Console::new(true, 0).result(table::markdown(&results).trim_end())?;
     Ok(())
 }

@@ -222,10 +222,10 @@ pub fn check_accept(accept: f64) -> Result<()> {
 
 /// A bar on stderr for each file that is fetched.
 #[derive(Default)]
-struct Download(std::cell::RefCell<Option<(String, ProgressBar)>>);
+pub struct Download(std::cell::RefCell<Option<(String, ProgressBar)>>);
 
 impl Download {
-    fn show(&self, file: &str, done: u64, total: u64) {
+    pub fn show(&self, file: &str, done: u64, total: u64) {
         let mut shown = self.0.borrow_mut();
         if shown.as_ref().is_none_or(|(name, _)| name != file) {
             let bar = ProgressBar::new(total);

@@ -138,12 +138,18 @@ fn file_of(data: &Path, split: &str) -> Result<PathBuf> {
     let mut files: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
     files.sort();
     let name = |path: &PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    match files.iter().find(|path| name(path).contains(split)) {
-        Some(path) => Ok(path.clone()),
-        None => {
-            let names: Vec<String> = files.iter().map(name).collect();
-            usage!("{} has no .json file of the split \"{split}\"; it has {names:?}", data.display())
-        }
+    let names: Vec<String> = files.iter().map(name).collect();
+    let chosen = choose_file(&names.iter().map(String::as_str).collect::<Vec<_>>(), split)
+        .with_context(|| data.display().to_string())?;
+    Ok(data.join(chosen))
+}
+
+/// Of a data set's files the JSON file whose name has the split in it.
+pub fn choose_file(names: &[&str], split: &str) -> Result<String> {
+    let json: Vec<&&str> = names.iter().filter(|name| name.ends_with(".json")).collect();
+    match json.iter().find(|name| name.contains(split)) {
+        Some(name) => Ok((**name).to_string()),
+        None => usage!("there is no .json file of the split \"{split}\", only {json:?}"),
     }
 }
 
@@ -298,7 +304,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::copy(fixture(), dir.path().join("LAION-SG_test.json")).unwrap();
         assert_eq!(laion_sg(dir.path(), "test", &ALL).unwrap().0.len(), 8);
-        let error = laion_sg(dir.path(), "train", &ALL).unwrap_err().to_string();
+        let error = format!("{:#}", laion_sg(dir.path(), "train", &ALL).unwrap_err());
         assert!(error.contains("LAION-SG_test.json"), "{error}");
     }
 

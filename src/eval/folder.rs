@@ -22,6 +22,7 @@ use std::{
 
 const SAMPLES: &str = "samples.jsonl";
 const CONFIG: &str = "config.json";
+const RESULTS: &str = "results.json";
 /// A file of lines that is larger than this is none of ours.
 const LONGEST: u64 = 8 << 30;
 
@@ -59,6 +60,17 @@ impl Folder {
 
     pub fn lines(&self) -> &[Line] {
         &self.lines
+    }
+
+    /// What was wrong with the data, of a run that is finished.
+    pub fn flaws(&self) -> Result<Value> {
+        let file = self.path.join(RESULTS);
+        if !file.is_file() {
+            return Ok(Value::Null);
+        }
+        let mut results: Value = serde_json::from_slice(&io::read_file(&file, LONGEST)?)
+            .with_context(|| format!("{} is damaged", file.display()))?;
+        Ok(results["flaws"].take())
     }
 
     /// The prompts that are made.
@@ -104,7 +116,7 @@ impl Folder {
         self.lines.sort_by_cached_key(|line| (line.key(), line.round));
         self.write_lines()?;
         let results = results(config, versions, flaws, &self.lines);
-        self.write("results.json", &pretty(&results)?)?;
+        self.write(RESULTS, &pretty(&results)?)?;
         self.write("table.md", table::markdown(&results).as_bytes())?;
         self.write("table.tex", table::latex(&results).as_bytes())?;
         self.write("report.html", report::page(&results, &self.lines, &self.path)?.as_bytes())?;

@@ -13,10 +13,7 @@ use crate::{
         cycle::{Action, Outcome, best},
         roles::Verdict,
     },
-    scene::{
-        iou::{self, Lists},
-        tabletop::oracle,
-    },
+    scene::iou::{self, Lists},
 };
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -112,7 +109,7 @@ impl Made<'_> {
         let Self { sample, mode, outcome, .. } = self;
         let (turn, graph) = (&outcome.turns[i], &sample.graph);
         let oracle = match sample.dataset {
-            "tabletop" => Some(Oracle::new(&oracle::read(turn.picture.pixels()?), graph)),
+            "tabletop" => Some(Oracle::new(turn.picture.pixels()?, graph)),
             _ => None,
         };
         let judge = self.judged.map_or(&turn.verdicts, |judged| &judged[i]);

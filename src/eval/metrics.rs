@@ -8,6 +8,7 @@
 //! | `oracle_sg_iou`, .. | the strict IoU by the pixel oracle |
 //! | `oracle_mean`, `oracle_all` | the share of triples that hold by the oracle; whether all do |
 //! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture; whether all of it is right |
+//! | `render_distance` | how far the picture is from a render of what the oracle reads in it (root mean square; less is better) |
 //! | `position` | GenEval's: whether all directions (left, right, above, below) hold |
 //! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the triples: both objects are there; the relation holds; it holds given both |
 
@@ -17,9 +18,10 @@ use crate::{
         graph::{Object, SceneGraph},
         iou::{self, Iou, Lists},
         relation::Spatial,
-        tabletop::{oracle::Reading, view::Judgement},
+        tabletop::{oracle, view::Judgement},
     },
 };
+use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -44,12 +46,15 @@ pub struct Oracle {
     pub judgement: Judgement,
     /// For each object whether something with its label and colour is there.
     pub present: Vec<bool>,
+    /// Distance from the nearest render, in 0..=1.
+    pub distance: f64,
 }
 
 impl Oracle {
-    pub fn new(reading: &Reading, graph: &SceneGraph) -> Self {
+    pub fn new(image: &RgbImage, graph: &SceneGraph) -> Self {
+        let reading = oracle::read(image);
         let present = reading.view.matching(graph).iter().map(Option::is_some).collect();
-        Self { judgement: reading.judge(graph), present }
+        Self { judgement: reading.judge(graph), present, distance: reading.render_distance(image) }
     }
 }
 
@@ -74,7 +79,7 @@ pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Me
     put(&mut metrics, "judge_mean", mean(triples.iter().copied()));
     put(&mut metrics, "judge_all", all(triples.iter().map(|p| *p >= 0.5)));
 
-    let Some(Oracle { judgement, present }) = oracle else { return metrics };
+    let Some(Oracle { judgement, present, distance }) = oracle else { return metrics };
     let truths: Vec<bool> = judgement.objects.iter().chain(&judgement.relations).copied().collect();
     add(&mut metrics, "oracle_", "", iou::strict(&extracted(graph, iou::label, &truths), &wanted));
     put(&mut metrics, "oracle_mean", share(judgement.relations.iter().copied()));
@@ -82,6 +87,7 @@ pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Me
     put(&mut metrics, "oracle_objects", share(judgement.objects.iter().copied()));
     put(&mut metrics, "no_others", Some(truth(judgement.extra == 0)));
     put(&mut metrics, "oracle_perfect", Some(truth(judgement.perfect())));
+    put(&mut metrics, "render_distance", Some(*distance));
     let held = graph.relations.iter().zip(judgement.relations.iter().copied());
     let directions = held.clone().filter(|(r, _)| Spatial::from_name(&r.predicate).is_some_and(Spatial::is_direction));
     put(&mut metrics, "position", all(directions.map(|(_, held)| held)));
@@ -149,11 +155,12 @@ mod tests {
     #[test]
     fn the_oracles_findings_give_the_numbers_worked_out_by_hand() {
         let judgement = Judgement { objects: vec![true, true, false, false], relations: vec![true, false], extra: 1 };
-        let oracle = Oracle { judgement, present: vec![true, true, true, true] };
+        let oracle = Oracle { judgement, present: vec![true, true, true, true], distance: 0.25 };
         let m = metrics(&graph(), &[0.0; 6], Some(&oracle));
         assert_eq!((m["sg_iou"], m["judge_all"]), (0.0, 0.0));
         assert_eq!((m["oracle_mean"], m["oracle_all"], m["oracle_objects"]), (0.5, 0.0, 0.5));
         assert_eq!((m["no_others"], m["oracle_perfect"], m["oracle_sg_iou"]), (0.0, 0.0, 0.5));
+        assert_eq!(m["render_distance"], 0.25);
         // "Inside" is no direction.
         assert_eq!(m["position"], 1.0);
         assert_eq!((m["visor_oa"], m["visor_unconditional"], m["visor_conditional"]), (1.0, 0.5, 0.5));
@@ -162,7 +169,7 @@ mod tests {
     #[test]
     fn what_is_not_defined_is_absent() {
         let judgement = Judgement { objects: vec![false; 4], relations: vec![false; 2], extra: 0 };
-        let m = metrics(&graph(), &[1.0; 6], Some(&Oracle { judgement, present: vec![false; 4] }));
+        let m = metrics(&graph(), &[1.0; 6], Some(&Oracle { judgement, present: vec![false; 4], distance: 0.0 }));
         assert!(!m.contains_key("visor_conditional"));
         assert_eq!((m["sg_iou"], m["judge_all"], m["no_others"]), (1.0, 1.0, 1.0));
         let alone = metrics(&parse("red ball").unwrap(), &[1.0], None);

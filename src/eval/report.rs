@@ -89,7 +89,7 @@ fn facts(results: &Results) -> String {
 }
 
 fn table(results: &Results) -> String {
-    const COLUMNS: [(&str, &str); 8] = [
+    const COLUMNS: [(&str, &str); 9] = [
         ("sg_iou", "SG-IoU"),
         ("ent_iou", "Ent-IoU"),
         ("rel_iou", "Rel-IoU"),
@@ -97,6 +97,7 @@ fn table(results: &Results) -> String {
         ("judge_all", "judge, all"),
         ("oracle_mean", "triples"),
         ("no_others", "no others"),
+        ("render_distance", "distance"),
         ("oracle_perfect", "all right"),
     ];
     let known = |name: &str| results.modes.values().any(|found| found.metrics.contains_key(name));

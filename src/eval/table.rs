@@ -6,7 +6,7 @@ use super::{
 };
 
 /// The columns: a metric and its heading.
-const METRICS: [(&str, &str); 9] = [
+const METRICS: [(&str, &str); 10] = [
     ("sg_iou", "SG-IoU"),
     ("ent_iou", "Ent-IoU"),
     ("rel_iou", "Rel-IoU"),
@@ -15,6 +15,7 @@ const METRICS: [(&str, &str); 9] = [
     ("oracle_sg_iou", "SG-IoU, oracle"),
     ("oracle_mean", "triples"),
     ("no_others", "no others"),
+    ("render_distance", "distance"),
     ("oracle_perfect", "all right"),
 ];
 const COSTS: [(&str, &str, usize); 3] =

@@ -83,10 +83,52 @@ impl Hub {
             return Err(Usage(format!("{name:?} is neither a folder nor a hub id such as org/model")).into());
         }
         let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned());
+        let (local, online) = self.look(&repo, name)?;
+        let Some((api, files)) = online else { return Ok(local) };
+        let files: Vec<&str> = files.iter().map(String::as_str).collect();
+        for file in wanted(&files) {
+            self.fetch_missing(&api, (name, file), &local, on_progress)?;
+        }
+        ensure!(local.path.is_dir(), "{name} has no model files");
+        Ok(local)
+    }
+
+    /// One file of the data set `org/name[@revision]`: `choose` names it among those there are, or says why none will
+    /// do. It is fetched if it is not in the cache.
+    pub fn data_file(
+        &self,
+        name: &str,
+        choose: &dyn Fn(&[&str]) -> Result<String>,
+        on_progress: OnProgress,
+    ) -> Result<PathBuf> {
+        let (id, revision) = name.split_once('@').unwrap_or((name, "main"));
+        if !is_id(id) || revision.is_empty() || revision.contains("..") {
+            return Err(Usage(format!("{name:?} is no hub id such as org/data-set")).into());
+        }
+        let repo = Repo::with_revision(id.to_owned(), RepoType::Dataset, revision.to_owned());
+        let (local, online) = self.look(&repo, name)?;
+        let in_cache = || {
+            let entries = fs::read_dir(&local.path).into_iter().flatten().flatten();
+            let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+            names.sort();
+            names
+        };
+        let files = online.as_ref().map_or_else(in_cache, |(_, files)| files.clone());
+        let file = choose(&files.iter().map(String::as_str).collect::<Vec<_>>())?;
+        if let Some((api, _)) = &online {
+            self.fetch_missing(api, (name, &file), &local, on_progress)?;
+        }
+        Ok(local.path.join(file))
+    }
+
+    /// Where a repository's files lie in the cache; and, unless the cache has to do, the way to fetch them and their
+    /// names.
+    fn look(&self, repo: &Repo, name: &str) -> Result<(Local, Option<(ApiRepo, Vec<String>)>)> {
         if self.offline {
-            return self.cached(&repo).ok_or_else(|| {
+            let cached = self.cached(repo).ok_or_else(|| {
                 anyhow!("{name} is not in the cache {}, and HF_HUB_OFFLINE forbids to fetch it", self.cache.display())
             });
+            return Ok((cached?, None));
         }
         let api = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
             .with_endpoint(self.endpoint.clone())
@@ -102,25 +144,31 @@ impl Hub {
             Err(error) => {
                 // Without a network, what the cache has is good enough; a clear "no" of the hub is not passed over.
                 if status(&error).is_none()
-                    && let Some(local) = self.cached(&repo)
+                    && let Some(local) = self.cached(repo)
                 {
                     tracing::warn!("the hub cannot be reached ({error}); using {name} from the cache");
-                    return Ok(local);
+                    return Ok((local, None));
                 }
                 return Err(self.explain(error, name));
             }
         };
         ensure!(is_plain(&info.sha), "the hub names a strange commit for {name}: {:?}", info.sha);
-        let files: Vec<&str> = info.siblings.iter().map(|s| s.rfilename.as_str()).collect();
-        let path = self.snapshot(&repo, &info.sha);
-        for file in wanted(&files) {
-            ensure!(file.split('/').all(is_plain), "{name} has a file with a strange name: {file:?}");
-            if !path.join(file).is_file() {
-                self.fetch(&api, name, file, on_progress)?;
-            }
+        let files = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
+        Ok((Local { path: self.snapshot(repo, &info.sha), revision: Some(info.sha) }, Some((api, files))))
+    }
+
+    fn fetch_missing(
+        &self,
+        api: &ApiRepo,
+        (name, file): (&str, &str),
+        local: &Local,
+        on_progress: OnProgress,
+    ) -> Result<()> {
+        ensure!(file.split('/').all(is_plain), "{name} has a file with a strange name: {file:?}");
+        if !local.path.join(file).is_file() {
+            self.fetch(api, name, file, on_progress)?;
         }
-        ensure!(path.is_dir(), "{name} has no model files");
-        Ok(Local { path, revision: Some(info.sha) })
+        Ok(())
     }
 
     fn fetch(&self, api: &ApiRepo, name: &str, file: &str, on_progress: OnProgress) -> Result<()> {
@@ -172,7 +220,7 @@ impl Hub {
             (Some(401), None) => format!("{name} is private, gated or does not exist: set HF_TOKEN if you have access"),
             (Some(401), Some(_)) => format!("the hub does not accept the token for {name}: check HF_TOKEN"),
             (Some(403), _) => format!("{name} is gated: accept its terms at {place}/{id}, and set HF_TOKEN"),
-            (Some(404), _) => format!("the hub {place} has no model {name}"),
+            (Some(404), _) => format!("the hub {place} has no {name}"),
             (Some(code), _) => format!("the hub {place} answers {code} for {name}"),
             (None, _) => format!("cannot fetch {name} from {place}; set HF_HUB_OFFLINE=1 to use the cache alone"),
         };

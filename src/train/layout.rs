@@ -104,7 +104,10 @@ mod tests {
                 item.distance(x, y) < 0.0 && !hidden
             });
             let visible = visible.count();
-            assert!((area as f64 - visible as f64).abs() < 0.25 * visible as f64 + 48.0, "{area} of {visible}: {item:?}");
+            assert!(
+                (area as f64 - visible as f64).abs() < 0.25 * visible as f64 + 48.0,
+                "{area} of {visible}: {item:?}"
+            );
         }
         // The first token's cells come first, row by row: a cell's label is that of its own place.
         let (token, cell) = (19, 6); // x 3, y 2; x 2, y 1

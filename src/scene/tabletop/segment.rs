@@ -4,7 +4,7 @@
 //! colour, and its chroma, as a part of that colour's own, says whether the object covers most of the pixel. Black is
 //! what is dark and has no tint. Shading and highlights change neither hue nor, by much, that part.
 
-use super::world::{Colour, SIDE};
+use super::world::{Background, Colour, SIDE};
 use crate::scene::relation::BoundingBox;
 use image::RgbImage;
 
@@ -47,6 +47,7 @@ impl Patch {
 pub struct Segmentation {
     labels: Vec<Option<Colour>>,
     pub patches: Vec<Patch>,
+    pub background: Background,
 }
 
 impl Segmentation {
@@ -80,7 +81,9 @@ pub fn segment(image: &RgbImage) -> Segmentation {
         }
     }
     patches.retain(|p| p.pixels.len() >= SMALLEST);
-    Segmentation { labels, patches }
+    let slope = |axis: usize| table.iter().map(|channel| channel[axis]).sum::<f32>() / 3.0;
+    let background = Background { rgb: table.map(|channel| channel[0]), slope: [slope(1), slope(2)] };
+    Segmentation { labels, patches, background }
 }
 
 /// A light blur against noise: 1 2 1 along both axes.

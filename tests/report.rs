@@ -1,0 +1,74 @@
+//! `report.html` in a real browser: on a phone, by day and by night. Needs a Chromium; without one it says so.
+
+#![allow(clippy::unwrap_used)]
+
+mod rlrig;
+
+use rlrig::Rig;
+use serde_json::Value;
+use std::{fs, process::Command};
+
+const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome", "chrome"];
+
+/// Opens everything that opens in the page and looks at it, in a frame as wide as a phone.
+const PROBE: &str = r"<script>
+page.onload = async () => {
+  const inside = page.contentDocument;
+  inside.querySelectorAll('details').forEach(d => d.open = true);
+  const images = [...inside.images];
+  images.forEach(image => image.loading = 'eager');
+  const loaded = await Promise.allSettled(images.map(image => image.decode()));
+  const style = page.contentWindow.getComputedStyle(inside.body);
+  document.title = JSON.stringify({
+    width: inside.documentElement.scrollWidth,
+    images: images.length,
+    loaded: loaded.filter(one => one.status === 'fulfilled').length,
+    requests: page.contentWindow.performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length,
+    ink: style.color,
+    paper: style.backgroundColor,
+    plots: inside.querySelectorAll('svg').length,
+  });
+};
+</script>";
+
+/// The mean of a CSS colour's channels.
+fn brightness(colour: &str) -> f64 {
+    let digits = |c: char| !c.is_ascii_digit();
+    let channels: Vec<f64> = colour.split(digits).filter_map(|part| part.parse().ok()).collect();
+    channels.iter().sum::<f64>() / channels.len() as f64
+}
+
+#[test]
+fn the_report_is_readable_on_a_phone_by_day_and_by_night() {
+    let Some(browser) = BROWSERS.into_iter().find(|name| Command::new(name).arg("--version").output().is_ok()) else {
+        eprintln!("skipped: none of {BROWSERS:?} is installed");
+        return;
+    };
+    let rig = Rig::new();
+    rig.good("eval", &["--limit", "2", "--rounds", "2", "--accept", "0.99", "--out", "run"]);
+    let report = fs::read_to_string(rig.path("run/report.html")).unwrap();
+    let page = report.replace('&', "&amp;").replace('"', "&quot;");
+    let framed = format!("<!doctype html><iframe id=page width=390 height=844 srcdoc=\"{page}\"></iframe>{PROBE}");
+    fs::write(rig.path("framed.html"), framed).unwrap();
+    let look = |more: &[&str]| -> Value {
+        let output = Command::new(browser)
+            .args(["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"])
+            .args(more)
+            .arg(format!("--user-data-dir={}", rig.path("profile").display()))
+            .arg(format!("file://{}", rig.path("framed.html").display()))
+            .output()
+            .unwrap();
+        let dom = String::from_utf8(output.stdout).unwrap();
+        let title = dom.split_once("<title>").and_then(|(_, rest)| rest.split_once("</title>"));
+        serde_json::from_str(title.expect("the page was looked at").0).unwrap()
+    };
+    let (day, night) = (look(&[]), look(&["--force-dark-mode"]));
+    for seen in [&day, &night] {
+        assert!(seen["width"].as_f64().unwrap() <= 390.0, "wider than a phone: {seen}");
+        assert!(seen["images"].as_u64().unwrap() >= 4 && seen["images"] == seen["loaded"], "{seen}");
+        assert!(seen["plots"] == 2 && seen["requests"] == 0, "{seen}");
+    }
+    let light = |seen: &Value, what: &str| brightness(seen[what].as_str().unwrap());
+    assert!(light(&day, "paper") > 200.0 && light(&day, "ink") < 60.0, "{day}");
+    assert!(light(&night, "paper") < 60.0 && light(&night, "ink") > 200.0, "{night}");
+}
