@@ -155,8 +155,9 @@ pub struct ModelArgs {
     /// The Checker and Actor: a hub id or a folder in transformers' layout [default: built in]
     #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
     pub vlm: Option<String>,
-    /// A PEFT adapter folder, with its strength; may be given several times
-    #[arg(long, value_name = "DIR[:SCALE]", help_heading = "Models")]
+    /// A PEFT adapter folder for the Editor or the Actor, with its strength; for Diffuser and Checker too with `all=` in
+    /// front; `none` switches the built-in ones off. May be given several times [default: built in]
+    #[arg(long, value_name = "[all=]DIR[:SCALE]|none", help_heading = "Models")]
     pub adapter: Vec<String>,
     /// Where to compute
     #[arg(long, value_enum, value_name = "D", default_value_t, help_heading = "Models")]
@@ -354,7 +355,7 @@ pub enum EvalMode {
     Rewrite,
     /// The loop without any adapter
     LoopUntrained,
-    /// The loop with the VLM's adapters alone
+    /// The loop with the Actor's adapters alone
     LoopActor,
     /// The loop with the Editor's adapters alone
     LoopEditor,

@@ -6,8 +6,8 @@ mod rlrig;
 
 use self::rlrig::{PROMPT, Rig, stderr};
 use ::rlrig::{io::png, rig::trajectory::Trajectory};
-use serde_json::Value;
-use std::fs;
+use serde_json::{Value, json};
+use std::{fs, path::Path};
 
 fn recipe(rig: &Rig, file: &str) -> Trajectory {
     let texts = png::read_texts(&rig.path(file)).unwrap();
@@ -174,27 +174,70 @@ fn check_gives_a_verdict_for_every_claim() {
     assert!(text.contains("small red ball left of large blue cube") && text.ends_with("does not pass\n"));
 }
 
+/// Writes an adapter for one layer of `width` in and out.
+fn write_adapter(folder: &Path, layer: &str, width: usize) {
+    fs::create_dir(folder).unwrap();
+    fs::write(folder.join("adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
+    let wave = |n: usize, m: usize| {
+        let numbers: Vec<f32> = (0..n * m).map(|i| 0.3 * (i as f32).sin()).collect();
+        candle_core::Tensor::from_vec(numbers, (n, m), &candle_core::Device::Cpu).unwrap()
+    };
+    let tensors = std::collections::HashMap::from([
+        (format!("base_model.model.{layer}.lora_A.weight"), wave(1, width)),
+        (format!("base_model.model.{layer}.lora_B.weight"), wave(width, 1)),
+    ]);
+    candle_core::safetensors::save(&tensors, folder.join("adapter_model.safetensors")).unwrap();
+}
+
 #[test]
 fn an_adapter_changes_the_picture_by_its_strength() {
     let rig = Rig::new();
-    fs::create_dir(rig.path("lora")).unwrap();
-    fs::write(rig.path("lora/adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
-    let ones = |n: usize, m: usize| candle_core::Tensor::full(0.1f32, (n, m), &candle_core::Device::Cpu).unwrap();
-    let layer = "base_model.model.transformer_blocks.0.attn.to_q";
-    let tensors = std::collections::HashMap::from([
-        (format!("{layer}.lora_A.weight"), ones(1, 32)),
-        (format!("{layer}.lora_B.weight"), ones(32, 1)),
-    ]);
-    candle_core::safetensors::save(&tensors, rig.path("lora/adapter_model.safetensors")).unwrap();
+    write_adapter(&rig.path("lora"), "transformer_blocks.0.attn.to_q", 32);
     let draw = |out: &str, more: &[&str]| {
         let args = ["--prompt", "a green ring", "--seed", "1", "--rounds", "1", "--out", out];
         rig.good("generate", &[&args[..], more].concat());
         png::read(&rig.path(out)).unwrap()
     };
-    let (plain, full) = (draw("a.png", &[]), draw("b.png", &["--adapter", "lora"]));
+    let (plain, full) = (draw("a.png", &[]), draw("b.png", &["--adapter", "all=lora"]));
     assert!(plain != full);
-    assert!(draw("c.png", &["--adapter", "lora:0"]) == plain);
-    assert!(draw("d.png", &["--adapter", "lora:1.0"]) == full);
+    assert!(draw("c.png", &["--adapter", "all=lora:0"]) == plain);
+    assert!(draw("d.png", &["--adapter", "all=lora:1.0"]) == full);
+    assert!(draw("e.png", &["--adapter", "lora"]) == plain, "the Editor's adapter draws");
+}
+
+#[test]
+fn adapters_change_editor_and_actor_but_not_diffuser_and_checker() {
+    let rig = Rig::new();
+    write_adapter(&rig.path("editor"), "transformer_blocks.0.attn.to_q", 32);
+    write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", 24);
+    // Only the output of down_proj has 24 numbers; its input has 32.
+    let file = rig.path("actor/adapter_model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+    let name = "base_model.model.model.language_model.layers.1.mlp.down_proj.lora_A.weight";
+    let wide: Vec<f32> = (0..32).map(|i| (i as f32).cos()).collect();
+    tensors.insert(name.to_owned(), candle_core::Tensor::from_vec(wide, (1, 32), &candle_core::Device::Cpu).unwrap());
+    candle_core::safetensors::save(&tensors, &file).unwrap();
+
+    let turns = |out: &str, more: &[&str]| {
+        let args = ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--accept", "1", "--out", out];
+        let line = rig.json("generate", &[&args[..], more].concat()).remove(0);
+        (line["turns"].clone(), line["recipe"]["adapters"].clone(), png::read(&rig.path(out)).unwrap())
+    };
+    let (plain, none, _) = turns("a.png", &[]);
+    assert!(none.is_null());
+    let (acted, told, _) = turns("b.png", &["--adapter", "actor:40"]);
+    assert_eq!(told, json!(["actor:40"]));
+    assert_eq!(acted[0]["verdicts"], plain[0]["verdicts"]);
+    assert_ne!(acted[1]["action"], plain[1]["action"]);
+    let (edited, ..) = turns("c.png", &["--adapter", "none", "--adapter", "editor:40"]);
+    assert_eq!((&edited[0]["verdicts"], &edited[1]["action"]), (&plain[0]["verdicts"], &plain[1]["action"]));
+    assert_ne!(edited[1]["verdicts"], plain[1]["verdicts"]);
+
+    // A command that asks only the Checker has no place for the Actor's.
+    let check = |adapter: &str| ["--image", "a.png", "--prompt", PROMPT, "--adapter", adapter].map(str::to_owned);
+    let (of_actor, of_both) = (check("actor"), check("all=actor"));
+    rig.bad(1, "all=DIR is for Diffuser and Checker too", "check", &of_actor.each_ref().map(String::as_str));
+    rig.good("check", &of_both.each_ref().map(String::as_str));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `rlrig check`: whether a picture shows what a prompt asks for.
 
 use super::{
+    adapters::Adapters,
     ask, open,
     show::{Console, claim},
 };
@@ -21,8 +22,8 @@ pub fn run(args: &Check) -> Result<()> {
     let device = open::device(&args.models)?;
     let found = open::find_vlm(&args.models)?;
     let console = Console::new(args.print.quiet, 1);
-    let mut adapters = open::Adapters::open(&args.models)?;
-    let critic = open::critic(&found, (&device.0, device.1), &mut adapters)?;
+    let mut adapters = Adapters::open(&args.models)?;
+    let critic = open::checker(&found, (&device.0, device.1), &mut adapters)?;
     adapters.finish()?;
     let target = ask::resolve(ask, &critic, &|text| console.say(text))?;
     let mut verdicts = expect_each("the Checker", 1, critic.check(&[(&picture, &target)])?)?.remove(0);

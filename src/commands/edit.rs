@@ -1,6 +1,6 @@
 //! `rlrig edit`: one edit of one picture.
 
-use super::{fresh_seed, interrupt, open, output::Output, show::Console};
+use super::{adapters::Adapters, fresh_seed, interrupt, open, output::Output, show::Console};
 use crate::{
     cli::{Edit, EditorKind},
     io::png,
@@ -30,12 +30,12 @@ pub fn run(args: &Edit) -> Result<()> {
     let found = open::find_pipeline(&args.models)?;
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
-    let mut adapters = open::Adapters::open(&args.models)?;
-    let klein = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    let mut adapters = Adapters::open(&args.models)?;
+    let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), 1);
     let (steps, guidance) = (painting.steps, painting.guidance);
-    let painter = Painter::new(klein, painting, console.watch(stop));
+    let painter = Painter::new(klein, painting, console.watch(stop)).with_editor(editor);
 
     if args.seed.is_none() {
         console.say(&format!("seed {seed}"));
@@ -60,6 +60,7 @@ pub fn run(args: &Edit) -> Result<()> {
             "inversion": (args.editor == EditorKind::Inversion)
                 .then(|| args.inversion.to_possible_value().map(|v| v.get_name().to_owned())),
             "model": found.source,
+            "adapters": adapters.told(),
             "dtype": open::dtype_name(dtype),
         },
     });

@@ -1,6 +1,6 @@
 //! `rlrig eval`: the loop and its rivals on one set of prompts, with a table in Markdown on stdout and a run's folder.
 
-use super::{eval_edits, eval_join, interrupt, open, show::Console};
+use super::{adapters::Adapters, eval_edits, eval_join, interrupt, open, show::Console};
 use crate::{
     cli::{self, Dataset, Eval, EvalCommand, EvalMode, EvalRun},
     eval::{
@@ -160,11 +160,11 @@ enum Kept {
     Memory(Vec<Line>),
 }
 
-/// The models with all adapters, and without where that is another.
+/// The models with the adapters of Editor and Actor, and without where that is another.
 struct Models {
     klein: Arc<Klein>,
     painter: Painter,
-    bare_painter: Option<(Arc<Klein>, Painter)>,
+    bare_painter: Option<Painter>,
     critic: Critic,
     bare_critic: Option<Critic>,
     judge: Option<Critic>,
@@ -176,42 +176,27 @@ impl Models {
     fn open(args: &EvalRun, console: &Console, stop: &'static AtomicBool) -> Result<Self> {
         let (device, dtype) = open::device(&args.models)?;
         let at = (&device, dtype);
-        let mut adapters = open::Adapters::open(&args.models)?;
-        let given = adapters.left();
+        let mut adapters = Adapters::open(&args.models)?;
         let (pipeline, vlm) = (open::find_pipeline(&args.models)?, open::find_vlm(&args.models)?);
-        let paint = |klein: &Arc<Klein>| {
-            let choice = (args.editor, args.inversion);
-            let painting = open::painting(klein, &pipeline, &args.sampling, choice, args.batch);
-            let told = json!({
-                "steps": painting.steps, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),
-            });
-            (Painter::new(klein.clone(), painting, console.watch(stop)), told)
-        };
-        let klein = open::pipeline(&pipeline, at, &mut adapters)?;
-        let for_editor = given - adapters.left();
-        let critic = open::critic(&vlm, at, &mut adapters)?;
-        let for_actor = given - for_editor - adapters.left();
+        let (klein, editor) = open::pipeline(&pipeline, at, &mut adapters)?;
+        let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
         adapters.finish()?;
-        let bare_painter = match for_editor {
-            0 => None,
-            _ => {
-                let bare = open::pipeline(&pipeline, at, &mut open::Adapters::none())?;
-                let painter = paint(&bare).0;
-                Some((bare, painter))
-            }
-        };
-        let bare_critic = match for_actor {
-            0 => None,
-            _ => Some(open::critic(&vlm, at, &mut open::Adapters::none())?),
-        };
+        let painting = open::painting(&klein, &pipeline, &args.sampling, (args.editor, args.inversion), args.batch);
+        let painter = || Painter::new(klein.clone(), painting.clone(), console.watch(stop));
+        let bare_painter = editor.is_some().then(painter);
+        let bare_critic = actor.is_some().then(|| critic.clone());
         let judge = args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge")).transpose()?;
         let source: Option<&Source> = judge.as_ref().map(|found| &found.source);
-        let (painter, mut told) = paint(&klein);
+        let mut told = json!({
+            "steps": painting.steps, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),
+        });
         told["model"] = serde_json::to_value(&pipeline.source)?;
         told["vlm"] = serde_json::to_value(&vlm.source)?;
         told["judge"] = serde_json::to_value(source)?;
+        told["adapter"] = adapters.told().into();
         told["dtype"] = open::dtype_name(dtype).into();
-        let judge = judge.map(|found| open::critic(&found, at, &mut open::Adapters::none())).transpose()?;
+        let judge = judge.map(|found| open::checker(&found, at, &mut Adapters::none())).transpose()?;
+        let (painter, critic) = (painter().with_editor(editor), critic.with_actor(actor));
         Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, told })
     }
 
@@ -247,7 +232,6 @@ impl Models {
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": args.rounds, "accept": args.accept,
-            "adapter": args.models.adapter,
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
             config.extend(told.clone());
@@ -272,17 +256,14 @@ impl Models {
         let key = |sample: &Sample| Key { mode, seed, id: sample.id.clone() };
         let left: Vec<Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).cloned().collect();
         let (editor, actor) = mode.adapters();
-        let (klein, painter) = match &self.bare_painter {
-            Some((klein, painter)) if !editor => (klein, painter),
-            _ => (&self.klein, &self.painter),
-        };
+        let painter = self.bare_painter.as_ref().filter(|_| !editor).unwrap_or(&self.painter);
         let critic = self.bare_critic.as_ref().filter(|_| !actor).unwrap_or(&self.critic);
         let play = Play {
             mode,
             painter,
             critic,
             judge: self.judge.as_ref().map(|judge| judge as _),
-            evaluations: &|| klein.evaluations(),
+            evaluations: &|| self.klein.evaluations(),
             cancelled: &|| stop.load(Ordering::Relaxed),
             options: Options { rounds: args.rounds, accept: args.accept, width: args.batch },
             seed,

@@ -1,6 +1,6 @@
 //! `rlrig eval --edits`: single edits of the tabletop world's renders, with a table in Markdown on stdout.
 
-use super::{eval::split_of, interrupt, open, output::Fresh, show::Console};
+use super::{adapters::Adapters, eval::split_of, interrupt, open, output::Fresh, show::Console};
 use crate::{
     cli::EvalRun,
     eval::{
@@ -29,17 +29,17 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let (device, dtype) = open::device(&args.models)?;
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, args.limit.unwrap_or(500));
-    let mut adapters = open::Adapters::open(&args.models)?;
+    let mut adapters = Adapters::open(&args.models)?;
     let found = open::find_pipeline(&args.models)?;
-    let klein = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), args.batch);
     let settings = json!({
         "split": split.name(), "limit": args.limit, "seed": args.seed, "objects": args.objects, "steps": painting.steps,
         "guidance": painting.guidance, "editor": format!("{:?}", painting.editing), "model": found.source,
-        "dtype": open::dtype_name(dtype), "rlrig": env!("CARGO_PKG_VERSION"),
+        "adapter": adapters.told(), "dtype": open::dtype_name(dtype), "rlrig": env!("CARGO_PKG_VERSION"),
     });
-    let painter = Painter::new(klein.clone(), painting, console.watch(stop));
+    let painter = Painter::new(klein.clone(), painting, console.watch(stop)).with_editor(editor);
     let start = Instant::now();
     let (results, lines) = edit_all(args, split, &painter, stop, &console)?;
     console.done();

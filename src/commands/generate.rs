@@ -1,6 +1,7 @@
 //! `rlrig generate`: the Generate-Reflect-Edit loop over prompts and seeds.
 
 use super::{
+    adapters::Adapters,
     ask::{self, Ask},
     fresh_seed, interrupt, open,
     output::{Output, Turns, check_writable},
@@ -61,9 +62,10 @@ pub fn run(args: Generate) -> Result<()> {
 
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, all_seeds.len());
-    let mut adapters = open::Adapters::open(&args.models)?;
-    let klein = open::pipeline(&pipeline, (&device, dtype), &mut adapters)?;
-    let critic = open::critic(&vlm, (&device, dtype), &mut adapters)?;
+    let mut adapters = Adapters::open(&args.models)?;
+    let (klein, editing) = open::pipeline(&pipeline, (&device, dtype), &mut adapters)?;
+    let (critic, actor) = open::critic(&vlm, (&device, dtype), &mut adapters)?;
+    let critic = critic.with_actor(actor);
     adapters.finish()?;
 
     let editor = args.editor.unwrap_or_default();
@@ -79,11 +81,11 @@ pub fn run(args: Generate) -> Result<()> {
         inversion: (editor == EditorKind::Inversion).then(|| flag(inversion)),
         model: pipeline.source.clone(),
         vlm: vlm.source.clone(),
-        adapters: args.models.adapter.clone(),
+        adapters: adapters.told().to_vec(),
         dtype: open::dtype_name(dtype).to_owned(),
         init_noise: noise.as_ref().map(|(_, hash)| hash.clone()),
     };
-    let mut painter = Painter::new(klein, painting, console.watch(stop));
+    let mut painter = Painter::new(klein, painting, console.watch(stop)).with_editor(editing);
     if let Some((noise, _)) = &noise {
         painter = painter.with_noise(noise, &seeds)?;
     }

@@ -10,6 +10,7 @@ use std::{
     },
 };
 
+mod adapters;
 mod ask;
 mod check;
 mod completions;

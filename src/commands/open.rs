@@ -1,10 +1,11 @@
-//! What the commands share: devices, model folders and adapters, opened as the flags say.
+//! What the commands share: devices and model folders, opened as the flags say.
 
+use super::adapters::{Adapters, Who};
 use crate::{
     cli::{DeviceKind, Dtype, EditorKind, Inversion, ModelArgs, Sampling},
     flow::{self, Klein},
     io::hub::{Hub, Local},
-    models::{Adapter, Folder, Params, built_in, peft::Peft, qwen3_vl},
+    models::{Adapter, Folder, Params, built_in, flux2::Flux2, qwen3_vl},
     rig::{
         klein::{Editing, Painting},
         trajectory::Source,
@@ -13,10 +14,10 @@ use crate::{
     usage,
     vlm::Vlm,
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 /// The built-in model's sampling.
 const BUILT_IN_STEPS: usize = 20;
@@ -102,72 +103,64 @@ pub fn dtype_name(dtype: DType) -> &'static str {
     }
 }
 
-/// The adapters of `--adapter`, each with its strength.
-pub struct Adapters(Vec<(Peft, f64)>);
-
-impl Adapters {
-    pub fn open(args: &ModelArgs) -> Result<Self> {
-        let open = |text: &String| -> Result<(Peft, f64)> {
-            let (path, strength) = match text.rsplit_once(':').map(|(path, s)| (path, s.parse::<f64>())) {
-                Some((path, Ok(strength))) if strength.is_finite() => (path, strength),
-                _ => (text.as_str(), 1.0),
-            };
-            if !Path::new(path).is_dir() {
-                usage!("--adapter {text}: there is no folder {path}");
-            }
-            Ok((Peft::open(&Folder::from(path))?, strength))
-        };
-        Ok(Self(args.adapter.iter().map(open).collect::<Result<_>>()?))
-    }
-
-    /// None at all.
-    pub fn none() -> Self {
-        Self(Vec::new())
-    }
-
-    /// How many no model has taken yet.
-    pub fn left(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Takes those whose layers the model of `params` has.
-    fn take(&mut self, params: &Params) -> Vec<Adapter> {
-        let fits = |peft: &Peft| peft.layers.iter().all(|layer| params.has(&format!("{layer}.weight")));
-        let (taken, left) = std::mem::take(&mut self.0).into_iter().partition(|(peft, _)| fits(peft));
-        self.0 = left;
-        taken.into_iter().map(|(peft, strength)| peft.adapter(strength)).collect()
-    }
-
-    /// An error if some fit no model.
-    pub fn finish(&self) -> Result<()> {
-        match self.0.first() {
-            None => Ok(()),
-            Some((peft, _)) => bail!(
-                "the adapter {} fits neither model: none has all its layers, such as {}",
-                peft.name,
-                peft.layers.first().map_or("", String::as_str)
-            ),
-        }
-    }
-}
-
-/// Opens the pipeline.
-pub fn pipeline(found: &Found, (device, dtype): (&Device, DType), adapters: &mut Adapters) -> Result<Arc<Klein>> {
+/// Opens the pipeline: with the adapters that are for both its roles, and the transformer that edits if the Editor has
+/// more.
+pub fn pipeline(
+    found: &Found,
+    (device, dtype): (&Device, DType),
+    adapters: &mut Adapters,
+) -> Result<(Arc<Klein>, Option<Arc<Flux2>>)> {
     let params = Params::open(&found.folder.require("transformer")?, "diffusion_pytorch_model", dtype, device)?;
-    let adapters = adapters.take(&params);
-    Ok(Arc::new(Klein::open(&found.folder, dtype, device, adapters)?))
+    let both = adapters.take(Who::Both, &params);
+    let mut editor = menders(found, built_in::EDITOR, &params, adapters)?;
+    let others = if editor.is_empty() {
+        Vec::new()
+    } else {
+        editor.splice(..0, both.iter().cloned());
+        vec![editor]
+    };
+    let (klein, mut others) = Klein::open_with(&found.folder, dtype, device, both, others)?;
+    Ok((Arc::new(klein), others.pop().map(Arc::new)))
 }
 
-/// Opens the VLM.
-pub fn critic(found: &Found, (device, dtype): (&Device, DType), adapters: &mut Adapters) -> Result<Critic> {
+/// Opens the VLM as Checker alone.
+pub fn checker(found: &Found, at: (&Device, DType), adapters: &mut Adapters) -> Result<Critic> {
+    Ok(open_vlm(found, at, adapters)?.0)
+}
+
+/// Opens the VLM as Checker and Actor; the one that is Checker alone, and the Actor if it has more adapters.
+pub fn critic(found: &Found, at: (&Device, DType), adapters: &mut Adapters) -> Result<(Critic, Option<Arc<Vlm>>)> {
+    let (critic, params, both) = open_vlm(found, at, adapters)?;
+    let mut actor = menders(found, built_in::ACTOR, &params, adapters)?;
+    if actor.is_empty() {
+        return Ok((critic, None));
+    }
+    actor.splice(..0, both);
+    let model = qwen3_vl::Qwen3VL::new(critic.checker.model.config(), &params.again(actor))?;
+    Ok((critic, Some(Arc::new(Vlm::of(model, &found.folder)?))))
+}
+
+fn open_vlm(
+    found: &Found,
+    (device, dtype): (&Device, DType),
+    adapters: &mut Adapters,
+) -> Result<(Critic, Params, Vec<Adapter>)> {
     let folder = &found.folder;
     let config: qwen3_vl::Config = folder.json("config.json")?;
     let params = Params::open(folder, "model", dtype, device)?;
-    let taken = adapters.take(&params);
-    let params = params.adapted(taken);
+    let both = adapters.take(Who::Both, &params);
+    let params = params.adapted(both.clone());
     let model = qwen3_vl::Qwen3VL::new(&config, &params)?;
     params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
-    Ok(Critic(Vlm::of(model, folder)?))
+    Ok((Critic::new(Vlm::of(model, folder)?), params, both))
+}
+
+/// The adapters of the Editor or the Actor alone.
+fn menders(found: &Found, role: &str, params: &Params, adapters: &mut Adapters) -> Result<Vec<Adapter>> {
+    match found.is_built_in() {
+        true => adapters.take_or_built_in(role, params),
+        false => Ok(adapters.take(Who::Mender, params)),
+    }
 }
 
 /// How the model paints: the flags, and its own defaults for the rest.

@@ -24,7 +24,7 @@ pub enum Mode {
     Rewrite,
     /// Generate, reflect, edit without any adapter.
     LoopUntrained,
-    /// With the VLM's adapters alone.
+    /// With the Actor's adapters alone.
     LoopActor,
     /// With the Editor's adapters alone.
     LoopEditor,
@@ -55,7 +55,7 @@ impl Mode {
         }
     }
 
-    /// Whether the Editor's adapters are on, and the VLM's.
+    /// Whether the Editor's adapters are on, and the Actor's.
     pub fn adapters(self) -> (bool, bool) {
         (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
     }

@@ -7,7 +7,7 @@ use super::{
     sampler::euler,
     watch::{Progress, Watch},
 };
-use crate::{tensor::rng::Stream, usage};
+use crate::{models::flux2::Flux2, tensor::rng::Stream, usage};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
@@ -67,6 +67,11 @@ pub enum Method {
 impl Klein {
     /// Draws pictures; the latents `(C, h, w)` of each, in the order of `jobs`.
     pub fn draw(&self, jobs: &[Job], options: &Options) -> Result<Vec<Tensor>> {
+        self.draw_by(&self.transformer, jobs, options)
+    }
+
+    /// The same by another transformer of the same shape, such as one with adapters.
+    pub fn draw_by(&self, transformer: &Flux2, jobs: &[Job], options: &Options) -> Result<Vec<Tensor>> {
         options.check()?;
         let shape = |job: &Job| [&job.noise].into_iter().chain(&job.references).map(|t| t.dims().to_vec()).collect();
         self.in_batches(jobs, options, options.steps, shape, |progress, batch| {
@@ -75,7 +80,7 @@ impl Klein {
             let references: Vec<Vec<Tensor>> = batch.iter().map(|j| j.references.clone()).collect();
             let noise = stack(batch.iter().map(|j| &j.noise))?;
             let sigmas = self.schedule.sigmas(options.steps, h * w);
-            let field = self.field(&prompts, &references, (h, w), options.guidance)?;
+            let field = self.field_of(transformer, &prompts, &references, (h, w), options.guidance)?;
             progress.finish(euler(&field.watched(progress), &noise, &sigmas))
         })
     }

@@ -101,6 +101,17 @@ struct TextConfig {
 impl Klein {
     /// Opens a pipeline's folder. `adapters` are for the transformer.
     pub fn open(folder: &Folder, dtype: DType, device: &Device, adapters: Vec<Adapter>) -> Result<Self> {
+        Ok(Self::open_with(folder, dtype, device, adapters, Vec::new())?.0)
+    }
+
+    /// Opens a pipeline's folder, and for each of `others` a transformer on the same weights with these adapters instead.
+    pub fn open_with(
+        folder: &Folder,
+        dtype: DType,
+        device: &Device,
+        adapters: Vec<Adapter>,
+        others: Vec<Vec<Adapter>>,
+    ) -> Result<(Self, Vec<flux2::Flux2>)> {
         let index: Index = folder.json("model_index.json")?;
         ensure!(
             index.class_name == "Flux2KleinPipeline",
@@ -111,8 +122,11 @@ impl Klein {
         let part = |name: &str| folder.require(name);
         let stem = "diffusion_pytorch_model";
         let params = Params::open(&part("transformer")?, stem, dtype, device)?.adapted(adapters);
-        let transformer = flux2::Flux2::new(&part("transformer")?.json("config.json")?, &params)?;
+        let config = part("transformer")?.json("config.json")?;
+        let transformer = flux2::Flux2::new(&config, &params)?;
         params.finish(|_| false)?;
+        let others = others.into_iter().map(|adapters| flux2::Flux2::new(&config, &params.again(adapters)));
+        let others = others.collect::<Result<_>>()?;
         // The autoencoder is small, and half precision shows in its pictures.
         let params = Params::open(&part("vae")?, stem, DType::F32, device)?;
         let autoencoder = autoencoder::Autoencoder::new(&part("vae")?.json("config.json")?, &params)?;
@@ -120,7 +134,8 @@ impl Klein {
         let TextConfig { prompt_embedding } = part("text_encoder")?.json("config.json")?;
         let schedule = Schedule::open(&part("scheduler")?)?;
         let parts = Parts { transformer, autoencoder, text, schedule, prompt_embedding, distilled: index.is_distilled };
-        Self::new(parts, dtype, device).with_context(|| format!("the parts of {} do not fit together", folder.name()))
+        let this = Self::new(parts, dtype, device);
+        Ok((this.with_context(|| format!("the parts of {} do not fit together", folder.name()))?, others))
     }
 
     /// A pipeline of parts at hand, such as those that are being trained. `dtype` is what the transformer computes in.

@@ -13,6 +13,15 @@ pub fn tabletop() -> Folder {
     Folder::Embedded(&TABLETOP)
 }
 
+/// The folders of trained adapters.
+pub const ACTOR: &str = "actor";
+pub const EDITOR: &str = "editor";
+
+/// The trained adapter of the Actor or the Editor, if this binary has one.
+pub fn adapter(role: &str) -> Option<Folder> {
+    tabletop().sub("adapters")?.sub(role)
+}
+
 /// What a whole set of models has and this binary lacks.
 pub fn missing(parts: &[&'static str]) -> Vec<&'static str> {
     let folder = tabletop();

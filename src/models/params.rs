@@ -117,6 +117,13 @@ impl Params {
         Self::with(Source::Loaded(tensors), origin.to_owned(), dtype, device, false)
     }
 
+    /// The tensors that a model took, for another model that shares them and has `adapters` beside them.
+    pub fn again(&self, adapters: Vec<Adapter>) -> Self {
+        let Shared { origin, dtype, device, precision, .. } = &*self.shared;
+        let tensors = self.tensors().into_iter().collect();
+        Self::loaded(tensors, origin, *dtype, device).multiplied_in(*precision).adapted(adapters)
+    }
+
     /// Fresh tensors, each drawn from its own stream of `seed` and its name.
     pub fn fresh(seed: u64, dtype: DType, device: &Device) -> Self {
         Self::with(Source::Fresh { seed }, "fresh".to_owned(), dtype, device, true)

@@ -1,8 +1,10 @@
-//! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit.
+//! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit. The
+//! Editor may have adapters of its own on them; the methods by noise draw the target and do without.
 
 use super::roles::{Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict};
 use crate::{
     flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Watch},
+    models::flux2::Flux2,
     usage,
 };
 use anyhow::{Context, Result};
@@ -38,6 +40,8 @@ const FLOWEDIT_SOURCE_GUIDANCE: f64 = 1.5;
 /// A FLUX.2-klein in the roles of Diffuser and Editor.
 pub struct Painter {
     klein: Arc<Klein>,
+    /// The transformer that edits, where it is another than the one that draws.
+    editor: Option<Arc<Flux2>>,
     painting: Painting,
     decode: Decode,
     watch: Box<dyn Watch>,
@@ -49,7 +53,12 @@ impl Painter {
     pub fn new(klein: Arc<Klein>, painting: Painting, watch: Box<dyn Watch>) -> Self {
         let decoder = klein.clone();
         let decode: Decode = Arc::new(move |latents: &[Tensor]| decoder.decode(latents));
-        Self { klein, painting, decode, watch, given: Vec::new() }
+        Self { klein, editor: None, painting, decode, watch, given: Vec::new() }
+    }
+
+    /// Lets another transformer than the one that draws edit: the same weights with adapters.
+    pub fn with_editor(self, editor: Option<Arc<Flux2>>) -> Self {
+        Self { editor, ..self }
     }
 
     /// Lets pictures of these seeds begin with noise from a file: one for each, or one for all.
@@ -117,7 +126,8 @@ impl Editor for Painter {
                         Ok(Job { prompt: job.instruction, noise, references: vec![source] })
                     })
                     .collect::<Result<_>>()?;
-                return Ok(self.pictures(self.klein.draw(&jobs, &self.options())?));
+                let editor = self.editor.as_deref().unwrap_or(&self.klein.transformer);
+                return Ok(self.pictures(self.klein.draw_by(editor, &jobs, &self.options())?));
             }
             Editing::Inversion(inversion) => Method::Inversion(inversion),
             Editing::FlowEdit => Method::FlowEdit(FlowEdit::for_steps(self.painting.steps), FLOWEDIT_SOURCE_GUIDANCE),

@@ -1,4 +1,5 @@
-//! Checker and Actor by one Qwen3-VL.
+//! Checker and Actor by one Qwen3-VL. The Actor may have adapters of its own on the Checker's weights: what is trained to write
+//! edits must not change what is thought of them.
 //!
 //! A picture is read once: its keys and values are shared by the questions about all its claims. A verdict's P(yes) is
 //! the share of "yes" where the answer's schema leaves only the two words, behind what the Checker says to have seen.
@@ -15,7 +16,7 @@ use crate::{
 use anyhow::{Context, Result};
 use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 /// Questions that are answered together at most; it bounds the memory that their keys and values take.
 const ROWS: usize = 64;
@@ -27,18 +28,34 @@ const EDIT: usize = 64;
 const GRAPH: usize = 512;
 
 /// A vision-language model in the roles of Checker and Actor.
-pub struct Critic(pub Vlm);
+#[derive(Clone)]
+pub struct Critic {
+    pub checker: Arc<Vlm>,
+    pub actor: Arc<Vlm>,
+}
 
 impl Critic {
+    /// One model in both roles.
+    pub fn new(vlm: Vlm) -> Self {
+        let vlm = Arc::new(vlm);
+        Self { checker: vlm.clone(), actor: vlm }
+    }
+
+    /// The same Checker, and as Actor another model, if there is one.
+    pub fn with_actor(self, actor: Option<Arc<Vlm>>) -> Self {
+        Self { actor: actor.unwrap_or(self.actor), ..self }
+    }
+
     /// The scene graph of a text, as the model reads it.
     pub fn parse(&self, text: &str) -> Result<SceneGraph> {
         let question = prompts::parse(text);
         let asked = [Question { picture: None, text: &question }];
         let sampling = Sampling { temperature: 0.0, max_tokens: GRAPH };
         let mut unused = [Stream::new(0, "parse", 0)];
-        let answers = self.0.answer(&self.0.look(&[])?, &asked, &prompts::parse_schema(), sampling, &mut unused)?;
+        let answers =
+            self.checker.answer(&self.checker.look(&[])?, &asked, &prompts::parse_schema(), sampling, &mut unused)?;
         let answer = answers.first().context("the VLM gave no answer")?;
-        Ok(read::<Read>(&self.0.chat.decode(&answer.ids)?)?.graph())
+        Ok(read::<Read>(&self.checker.chat.decode(&answer.ids)?)?.graph())
     }
 
     /// Verdicts on some jobs whose claims fit into one batch.
@@ -53,9 +70,9 @@ impl Critic {
         let texts: Vec<String> = asked.iter().map(|(_, claim)| prompts::check(claim)).collect();
         let questions: Vec<Question> =
             asked.iter().zip(&texts).map(|((i, _), text)| Question { picture: Some(*i), text }).collect();
-        let looked = self.0.look(&pictures)?;
+        let looked = self.checker.look(&pictures)?;
         let schema = prompts::check_schema();
-        let decisions = self.0.decide(&looked, &questions, &schema, prompts::VERDICTS, REFLECTION)?;
+        let decisions = self.checker.decide(&looked, &questions, &schema, prompts::VERDICTS, REFLECTION)?;
         let mut verdicts: Vec<Vec<Verdict>> = jobs.iter().map(|_| Vec::new()).collect();
         for ((i, claim), decision) in asked.iter().zip(decisions) {
             // To four digits: what is behind them differs between machines.
@@ -141,9 +158,9 @@ impl Actor for Critic {
             let mut streams: Vec<Stream> = batch.iter().map(stream).collect();
             let temperature = if warm(&batch[0]) { TEMPERATURE } else { 0.0 };
             let sampling = Sampling { temperature, max_tokens: EDIT };
-            let looked = self.0.look(&pictures)?;
-            for written in self.0.answer(&looked, &questions, &schema, sampling, &mut streams)? {
-                edits.push(read::<Answer>(&self.0.chat.decode(&written.ids)?)?.edit);
+            let looked = self.actor.look(&pictures)?;
+            for written in self.actor.answer(&looked, &questions, &schema, sampling, &mut streams)? {
+                edits.push(read::<Answer>(&self.actor.chat.decode(&written.ids)?)?.edit);
             }
         }
         Ok(edits)

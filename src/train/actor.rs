@@ -336,7 +336,7 @@ impl Objective for Actor {
         let off = check_ratio(&replayed.log_probs, &drawn, &mask, TOKEN_RATIO)?;
         let reference = match self.config.kl {
             0.0 => None,
-            _ => Some(replay(&self.critic.0, &pictures, &asked)?.log_probs),
+            _ => Some(replay(&self.critic.checker, &pictures, &asked)?.log_probs),
         };
         let counts = Tensor::from_slice(&judged.counts, (asked.len(), 1), device)?;
         let mask = mask.broadcast_mul(&counts)?;

@@ -26,32 +26,22 @@ pub const TOKEN_RATIO: f64 = 1e-3;
 /// The same for a step of the flow, which is replayed in the shape it was taken in. Clip ranges are of this order.
 pub const FLOW_RATIO: f64 = 1e-6;
 
-/// The frozen VLM as Checker, and a copy with `adapters` on the same weights as Actor, if asked for.
+/// The frozen VLM, and a copy with an adapter on the same weights, if asked for.
 pub fn vlm(folder: &Folder, device: &Device, adapter: Option<&Adapter>) -> Result<(Critic, Option<Vlm>)> {
     let config = folder.json("config.json")?;
     let params = Params::open(folder, "model", DType::F32, device)?;
     let frozen = Qwen3VL::new(&config, &params)?;
     params.finish(|name| name == "lm_head.weight")?;
-    let adapted = |adapter: &Adapter| Vlm::of(Qwen3VL::new(&config, &with(&params, adapter))?, folder);
+    let adapted = |adapter: &Adapter| Vlm::of(Qwen3VL::new(&config, &params.again(vec![adapter.clone()]))?, folder);
     let adapted = adapter.map(adapted).transpose()?;
-    Ok((Critic(Vlm::of(frozen, folder)?), adapted))
+    Ok((Critic::new(Vlm::of(frozen, folder)?), adapted))
 }
 
 /// The frozen pipeline, and copies of its transformer on the same weights, each with an adapter.
 pub fn pipeline(folder: &Folder, device: &Device, adapters: &[&Adapter]) -> Result<(Arc<Klein>, Vec<Flux2>)> {
-    let mut klein = Klein::open(folder, DType::F32, device, Vec::new())?;
-    let transformer = folder.require("transformer")?;
-    let params = Params::open(&transformer, "diffusion_pytorch_model", DType::F32, device)?;
-    let config = klein.transformer.config().clone();
-    klein.transformer = Flux2::new(&config, &params)?;
-    let adapted = adapters.iter().map(|adapter| Flux2::new(&config, &with(&params, adapter)));
-    Ok((Arc::new(klein), adapted.collect::<Result<_>>()?))
-}
-
-/// The tensors that a model took, for another model that has an adapter beside them.
-fn with(params: &Params, adapter: &Adapter) -> Params {
-    let tensors = params.tensors().into_iter().collect();
-    Params::loaded(tensors, "the model", params.dtype(), params.device()).adapted(vec![adapter.clone()])
+    let others = adapters.iter().map(|adapter| vec![(*adapter).clone()]).collect();
+    let (klein, adapted) = Klein::open_with(folder, DType::F32, device, Vec::new(), others)?;
+    Ok((Arc::new(klein), adapted))
 }
 
 /// The decoder of pictures that are kept as latents.

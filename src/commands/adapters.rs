@@ -1,0 +1,108 @@
+//! The adapters of `--adapter`, and the built-in ones that are on where the flag names none.
+//!
+//! One pair of models plays four roles, and what is trained is the two that mend pictures: an adapter is the Editor's or the
+//! Actor's, whichever its layers fit. The Diffuser draws and the Checker judges without it, unless `all=` says otherwise.
+
+use crate::{
+    cli::ModelArgs,
+    models::{Adapter, Folder, Params, built_in, peft::Peft},
+    usage,
+};
+use anyhow::{Result, bail};
+use std::path::Path;
+
+/// Before a folder: for both roles of its model.
+const ALL: &str = "all=";
+/// Instead of a folder: no built-in adapters.
+const NONE: &str = "none";
+
+/// Who has an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// Both roles of a model: Diffuser and Editor, or Checker and Actor.
+    Both,
+    /// Editor or Actor.
+    Mender,
+}
+
+/// Adapters that no model has taken yet.
+pub struct Adapters {
+    left: Vec<(Who, Peft, f64)>,
+    built_in: bool,
+    told: Vec<String>,
+}
+
+impl Adapters {
+    pub fn open(args: &ModelArgs) -> Result<Self> {
+        let mut this = Self { left: Vec::new(), built_in: true, told: args.adapter.clone() };
+        for text in &args.adapter {
+            match text.as_str() {
+                NONE => this.built_in = false,
+                built_in::NAME => {}
+                _ => this.left.push(read(text)?),
+            }
+        }
+        Ok(this)
+    }
+
+    /// None at all.
+    pub fn none() -> Self {
+        Self { left: Vec::new(), built_in: false, told: Vec::new() }
+    }
+
+    /// Takes those whose layers the model of `params` has.
+    pub fn take(&mut self, who: Who, params: &Params) -> Vec<Adapter> {
+        let fits = |peft: &Peft| peft.layers.iter().all(|layer| params.has(&format!("{layer}.weight")));
+        let (taken, left) =
+            std::mem::take(&mut self.left).into_iter().partition(|(w, peft, _)| *w == who && fits(peft));
+        self.left = left;
+        taken.into_iter().map(|(_, peft, strength)| peft.adapter(strength)).collect()
+    }
+
+    /// Those of a built-in model's Editor or Actor, by the name of their folder: the given ones, or the built-in one.
+    pub fn take_or_built_in(&mut self, role: &str, params: &Params) -> Result<Vec<Adapter>> {
+        let mut taken = self.take(Who::Mender, params);
+        if let Some(folder) = built_in::adapter(role).filter(|_| self.built_in && taken.is_empty()) {
+            taken.push(Peft::open(&folder)?.adapter(1.0));
+            if !self.told.iter().any(|told| told == built_in::NAME) {
+                self.told.push(built_in::NAME.to_owned());
+            }
+        }
+        Ok(taken)
+    }
+
+    /// All that are on, in words that `--adapter` takes.
+    pub fn told(&self) -> &[String] {
+        &self.told
+    }
+
+    /// An error if some fit no model.
+    pub fn finish(&self) -> Result<()> {
+        match self.left.first() {
+            None => Ok(()),
+            Some((who, Peft { name, layers, .. }, _)) => {
+                let hint = if *who == Who::Mender { " (all=DIR is for Diffuser and Checker too)" } else { "" };
+                let layer = layers.first().map_or("", String::as_str);
+                bail!(
+                    "the adapter {name} fits no model that is asked here: none has all its layers, such as {layer}{hint}"
+                )
+            }
+        }
+    }
+}
+
+/// `[all=]DIR[:SCALE]`.
+fn read(text: &str) -> Result<(Who, Peft, f64)> {
+    let (who, place) = match text.strip_prefix(ALL) {
+        Some(place) => (Who::Both, place),
+        None => (Who::Mender, text),
+    };
+    let (path, strength) = match place.rsplit_once(':').map(|(path, s)| (path, s.parse::<f64>())) {
+        Some((path, Ok(strength))) if strength.is_finite() => (path, strength),
+        _ => (place, 1.0),
+    };
+    if !Path::new(path).is_dir() {
+        usage!("--adapter {text}: there is no folder {path}");
+    }
+    Ok((who, Peft::open(&Folder::from(path))?, strength))
+}
