@@ -18,6 +18,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// The name of the tabletop world as a data set.
+pub const TABLETOP: &str = "tabletop";
+
 /// A prompt, and the scene graph that a picture of it is measured against.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Sample {
@@ -89,7 +92,7 @@ pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sa
         Sample {
             index,
             id: format!("{}-{index:05}", split.name()),
-            dataset: "tabletop",
+            dataset: TABLETOP,
             split: split.name().to_owned(),
             prompt: selection.wording.prompt(&drawn.prompt, &drawn.graph),
             graph: drawn.graph,

@@ -4,7 +4,7 @@
 //! `result_after` has `r`; its cost is that of all pictures of the same `id`, `mode` and `seed`.
 
 use super::{
-    dataset::Sample,
+    dataset::{Sample, TABLETOP},
     metrics::{self, Answer, Metrics, Oracle},
     modes::Mode,
 };
@@ -109,7 +109,7 @@ impl Made<'_> {
         let Self { sample, mode, outcome, .. } = self;
         let (turn, graph) = (&outcome.turns[i], &sample.graph);
         let oracle = match sample.dataset {
-            "tabletop" => Some(Oracle::new(turn.picture.pixels()?, graph)),
+            TABLETOP => Some(Oracle::new(turn.picture.pixels()?, graph)),
             _ => None,
         };
         let judge = self.judged.map_or(&turn.verdicts, |judged| &judged[i]);

@@ -6,6 +6,7 @@
 pub mod actor;
 pub mod adamw;
 pub mod checkpoint;
+pub mod drawn;
 pub mod editor;
 pub mod ema;
 pub mod grpo;

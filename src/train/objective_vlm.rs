@@ -6,7 +6,8 @@
 
 use super::{
     Batch, Metrics, Objective, Step, checkpoint,
-    vlm_tasks::{self, Lesson, Mix, Task},
+    drawn::{self, Drawn},
+    vlm_tasks::{self, Lesson, Mix, Row, Task},
 };
 use crate::{
     models::{
@@ -15,14 +16,17 @@ use crate::{
         qwen3_vl::{self, Features, Qwen3VL, VisionConfig, rope_positions},
     },
     rig::prompts,
-    scene::tabletop::{split::Split, world::SIDE},
+    scene::{
+        relation::Spatial,
+        tabletop::{split::Split, world::SIDE},
+    },
     tensor::{Mask, Precision, cross_entropy, rng::Stream},
     vlm::{
         Vlm,
         chat::Chat,
         decode::Sampling,
         image::ImageProcessor,
-        prefix::Question,
+        prefix::{Looked, Question},
         vocabulary::{self, Vocabulary},
     },
 };
@@ -54,6 +58,11 @@ pub struct VlmConfig {
     pub parse: f64,
     /// From which step on pictures have up to how many objects.
     pub curriculum: Vec<(u64, usize)>,
+    /// A run of `rlrig eval` on the world's train split, whose pictures are shown too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drawn: Option<PathBuf>,
+    /// Their share of all pictures.
+    pub drawn_share: f64,
     /// Pictures of an evaluation.
     pub evaluation: usize,
     /// Precision of the matrix products.
@@ -92,6 +101,8 @@ impl Default for VlmConfig {
             act: 0.25,
             parse: 0.1,
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
+            drawn: None,
+            drawn_share: 0.4,
             evaluation: 100,
             multiply: Precision::F32,
             shape: Shape::default(),
@@ -207,6 +218,8 @@ pub struct VlmObjective {
     vlm: Vlm,
     params: Params,
     files: Files,
+    /// To learn from, and held out.
+    drawn: (Vec<Drawn>, Vec<Drawn>),
     config: VlmConfig,
     seed: u64,
 }
@@ -268,7 +281,8 @@ impl VlmObjective {
         params.finish(|_| false)?;
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
-        Ok(Self { vlm: Vlm::new(model, chat, images)?, params, files, config: config.clone(), seed })
+        let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
+        Ok(Self { vlm: Vlm::new(model, chat, images)?, params, files, drawn, config: config.clone(), seed })
     }
 
     /// The model under training, for its evaluation elsewhere.
@@ -294,10 +308,10 @@ impl VlmObjective {
 
     /// Sorts the rows of a batch by whether they have a picture and about how long they are, so that padding stays
     /// little.
-    fn groups(&self, lessons: &[Lesson], grid: [usize; 2], prefix: &[u32]) -> Result<BTreeMap<(bool, usize), Group>> {
+    fn groups(&self, lessons: &[Vec<Row>], grid: [usize; 2], prefix: &[u32]) -> Result<BTreeMap<(bool, usize), Group>> {
         let mut groups: BTreeMap<(bool, usize), Group> = BTreeMap::new();
-        for (picture, lesson) in lessons.iter().enumerate() {
-            for row in &lesson.rows {
+        for (picture, rows) in lessons.iter().enumerate() {
+            for row in rows {
                 let seen = row.task != Task::Parse;
                 let question = self.vlm.question(&row.question, seen.then_some(grid))?;
                 let read = if seen { prefix } else { &[] };
@@ -367,16 +381,17 @@ impl Objective for VlmObjective {
     fn loss(&self, batch: &Batch) -> Result<Step> {
         let mix = self.mix(batch.step);
         let seed = self.seed;
-        let made: Vec<(Lesson, RgbImage)> = batch
-            .indices()
-            .into_par_iter()
-            .map(|index| {
-                let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
-                let picture = vlm_tasks::picture(&mut Stream::new(seed, "vlm picture", index), &lesson.scene);
-                (lesson, picture)
-            })
-            .collect();
-        let (lessons, pictures): (Vec<Lesson>, Vec<RgbImage>) = made.into_iter().unzip();
+        let show = |index: u64| {
+            let mut rng = Stream::new(seed, "vlm picture", index);
+            if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
+                let drawn = rng.choose(&self.drawn.0);
+                return (vlm_tasks::drawn_rows(seed, index, drawn, mix), drawn.picture.clone());
+            }
+            let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
+            let picture = vlm_tasks::picture(&mut rng, &lesson.scene);
+            (lesson.rows, picture)
+        };
+        let (lessons, pictures): (Vec<Vec<Row>>, Vec<RgbImage>) = batch.indices().into_par_iter().map(show).unzip();
         let Vlm { model, .. } = &self.vlm;
         let patches = self.vlm.images.patches(&pictures, model.decoder.device())?;
         let features = model.vision.forward(&patches)?;
@@ -429,7 +444,9 @@ impl Objective for VlmObjective {
     }
 
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
-        self.measure(Split::Val, self.config.evaluation, 3)
+        let mut metrics = self.measure(Split::Val, self.config.evaluation, 3)?;
+        metrics.extend(self.measure_drawn()?);
+        Ok(metrics)
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
@@ -455,10 +472,8 @@ impl VlmObjective {
     pub fn measure(&self, split: Split, count: usize, objects: usize) -> Result<Metrics> {
         const AT_ONCE: usize = 16;
         let seed = self.seed ^ 0x5eed;
-        let schema = prompts::check_schema();
         let sampling = Sampling { temperature: 0.0, max_tokens: 40 };
-        let (mut objects_right, mut relations_right) = (Vec::new(), Vec::new());
-        let mut odds: Vec<(f64, bool)> = Vec::new();
+        let mut tally = Verdicts::default();
         let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
         for start in (0..count).step_by(AT_ONCE) {
             let indices = start as u64..(start + AT_ONCE).min(count) as u64;
@@ -467,24 +482,9 @@ impl VlmObjective {
             let pictures: Vec<RgbImage> =
                 lessons.iter().map(|l| crate::scene::tabletop::render::render(&l.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
-            let asked: Vec<(usize, &vlm_tasks::Row)> = lessons
-                .iter()
-                .enumerate()
-                .flat_map(|(i, l)| l.rows.iter().filter(|r| r.task == Task::Check).map(move |r| (i, r)))
-                .collect();
-            let questions: Vec<Question> =
-                asked.iter().map(|(i, row)| Question { picture: Some(*i), text: &row.question }).collect();
-            let decisions = self.vlm.decide(&looked, &questions, &schema, prompts::VERDICTS, 40)?;
-            for ((_, row), decision) in asked.iter().zip(decisions) {
-                let p = decision.probability;
-                let truth = row.answer.ends_with("\"yes\"}");
-                let right = f64::from(u8::from((p >= 0.5) == truth));
-                let relation = crate::scene::relation::Spatial::ALL
-                    .iter()
-                    .any(|r| row.question.contains(&format!(" {} ", r.name())));
-                if relation { &mut relations_right } else { &mut objects_right }.push(right);
-                odds.push((p, truth));
-            }
+            let rows: Vec<(usize, Row)> =
+                (0..).zip(lessons).flat_map(|(i, l)| l.rows.into_iter().map(move |row| (i, row))).collect();
+            tally.ask(&self.vlm, &looked, &rows)?;
 
             let repairs: Vec<vlm_tasks::Repair> =
                 indices.filter_map(|i| vlm_tasks::repair(seed, split, i, objects)).collect();
@@ -504,16 +504,69 @@ impl VlmObjective {
                 helped += f64::from(u8::from(mends));
             }
         }
+        let mut metrics = tally.metrics("");
+        metrics.push(("edits/well_formed".to_owned(), formed / f64::max(edits, 1.0)));
+        metrics.push(("edits/mend".to_owned(), helped / f64::max(edits, 1.0)));
+        Ok(metrics)
+    }
+
+    /// Verdicts on what the prompts of held-out drawn pictures claim.
+    fn measure_drawn(&self) -> Result<Metrics> {
+        const AT_ONCE: usize = 16;
+        let mut tally = Verdicts::default();
+        for drawn in self.drawn.1.chunks(AT_ONCE).take(self.config.evaluation.div_ceil(AT_ONCE)) {
+            let looked = self.vlm.look(&drawn.iter().map(|d| &d.picture).collect::<Vec<_>>())?;
+            let rows = |(i, d): (usize, &Drawn)| {
+                let rows = vlm_tasks::verdicts(&d.reading.view, &d.graph).iter().map(vlm_tasks::check_row).collect();
+                let rows: Vec<Row> = rows;
+                rows.into_iter().map(move |row| (i, row))
+            };
+            let rows: Vec<(usize, Row)> = drawn.iter().enumerate().flat_map(rows).collect();
+            tally.ask(&self.vlm, &looked, &rows)?;
+        }
+        Ok(if tally.odds.is_empty() { Vec::new() } else { tally.metrics("drawn/") })
+    }
+}
+
+/// How verdicts compare with the truth.
+#[derive(Default)]
+struct Verdicts {
+    objects: Vec<f64>,
+    relations: Vec<f64>,
+    /// P(yes), and whether it is so.
+    odds: Vec<(f64, bool)>,
+}
+
+impl Verdicts {
+    /// Asks the checks among `rows`, each of a picture by its number.
+    fn ask(&mut self, vlm: &Vlm, looked: &Looked, rows: &[(usize, Row)]) -> Result<()> {
+        let asked: Vec<&(usize, Row)> = rows.iter().filter(|(_, row)| row.task == Task::Check).collect();
+        let questions: Vec<Question> =
+            asked.iter().map(|(i, row)| Question { picture: Some(*i), text: &row.question }).collect();
+        let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, 40)?;
+        for ((_, row), decision) in asked.into_iter().zip(decisions) {
+            let p = decision.probability;
+            let truth = row.answer.ends_with("\"yes\"}");
+            let right = f64::from(u8::from((p >= 0.5) == truth));
+            let relation = Spatial::ALL.iter().any(|r| row.question.contains(&format!(" {} ", r.name())));
+            if relation { &mut self.relations } else { &mut self.objects }.push(right);
+            self.odds.push((p, truth));
+        }
+        Ok(())
+    }
+
+    fn metrics(&self, prefix: &str) -> Metrics {
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
-        let all: Vec<f64> = objects_right.iter().chain(&relations_right).copied().collect();
-        Ok(vec![
-            ("verdicts".to_owned(), mean(&all)),
-            ("verdicts/objects".to_owned(), mean(&objects_right)),
-            ("verdicts/relations".to_owned(), mean(&relations_right)),
-            ("calibration_error".to_owned(), calibration_error(&odds)),
-            ("edits/well_formed".to_owned(), formed / f64::max(edits, 1.0)),
-            ("edits/mend".to_owned(), helped / f64::max(edits, 1.0)),
-        ])
+        let all: Vec<f64> = self.objects.iter().chain(&self.relations).copied().collect();
+        let named = |(name, value): (&str, f64)| (format!("{prefix}{name}"), value);
+        [
+            ("verdicts", mean(&all)),
+            ("verdicts/objects", mean(&self.objects)),
+            ("verdicts/relations", mean(&self.relations)),
+            ("calibration_error", calibration_error(&self.odds)),
+        ]
+        .map(named)
+        .to_vec()
     }
 }
 

@@ -11,6 +11,7 @@
 //! Nobody asks for the last one later: it is taught because one answer says as much about a picture as dozens of
 //! verdicts, and teaches the vision tower to see.
 
+use super::drawn::Drawn;
 use crate::{
     rig::{
         prompts,
@@ -22,6 +23,8 @@ use crate::{
         tabletop::{
             caption::{Style, caption},
             edit::{Edit, Kind},
+            oracle::Reading,
+            plan,
             render::render,
             sample,
             split::{self, Split},
@@ -164,7 +167,8 @@ pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
     objects.chain(relations).collect()
 }
 
-fn check_row(verdict: &Verdict) -> Row {
+/// The question of a claim, and its verdict as the answer.
+pub fn check_row(verdict: &Verdict) -> Row {
     Row {
         task: Task::Check,
         question: prompts::check(&verdict.claim),
@@ -212,6 +216,9 @@ fn mistaken(rng: &mut Stream, view: &View, mut near: Seen) -> Object {
 
 /// Claims of single objects and of relations between two, about half of them true.
 fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
+    if view.objects.is_empty() {
+        return None;
+    }
     let relation = rng.chance(0.6) && view.objects.len() > 1;
     let wanted = rng.chance(0.5);
     for _ in 0..20 {
@@ -329,6 +336,37 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     Lesson { scene, rows }
 }
 
+/// What is taught of a picture that was drawn: as of a scene, by what the oracle reads in it.
+pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
+    let mut rng = Stream::new(seed, "vlm drawn", index);
+    let Drawn { prompt, graph, reading, .. } = drawn;
+    let mut checks = verdicts(&reading.view, graph);
+    let edit = if rng.chance(mix.act) { mending(&mut rng, reading, graph) } else { None };
+    let mut rows = vec![match edit {
+        Some(edit) => {
+            let question = prompts::reflect(prompt, &checks, &[]);
+            Row { task: Task::Act, question, answer: prompts::edit(&edit.instruction(&mut rng)) }
+        }
+        None => describe_row(&reading.view),
+    }];
+    rng.shuffle(&mut checks);
+    checks.truncate(mix.claims);
+    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, Split::Train, &reading.view)));
+    rows.extend(checks.iter().map(check_row));
+    rows
+}
+
+/// An edit that would mend a claim of the graph, as far as the picture can be read.
+fn mending(rng: &mut Stream, reading: &Reading, graph: &SceneGraph) -> Option<Edit> {
+    let before = reading.view.judge(graph).satisfied();
+    let mut edits = plan::edits(rng, &reading.view, graph);
+    rng.shuffle(&mut edits);
+    edits.into_iter().filter(|edit| edit.kind() != Kind::Remove && !tasks::novel(edit)).find(|edit| {
+        let target = edit.apply(rng, &reading.scene);
+        target.is_some_and(|target| target.view().judge(graph).satisfied() > before)
+    })
+}
+
 /// The picture of a scene, often a little spoilt as drawn pictures are: noise, blur, other light.
 pub fn picture(rng: &mut Stream, scene: &Scene) -> RgbImage {
     let mut picture = render(scene);
@@ -364,6 +402,7 @@ fn blurred(picture: &RgbImage, share: f32) -> RgbImage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scene::tabletop::oracle;
 
     const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, parse: 0.2 };
 
@@ -409,6 +448,36 @@ mod tests {
         for row in lessons.iter().flat_map(|l| &l.rows) {
             assert!(serde_json::from_str::<Value>(&row.answer).is_ok(), "{}", row.answer);
         }
+    }
+
+    #[test]
+    fn drawn_pictures_are_taught_as_the_oracle_reads_them() {
+        let mix = Mix { act: 1.0, ..MIX };
+        let mut acted = 0;
+        for index in 0..40 {
+            let sample = tasks::check(5, Split::Train, index, 3);
+            let picture = render(&sample.scene);
+            let reading = oracle::read(&picture);
+            let prompt = caption(&mut Stream::new(0, "prompt", index), &sample.graph, Style::Natural);
+            let drawn = Drawn { picture, prompt, graph: sample.graph, reading };
+            let rows = drawn_rows(5, index, &drawn, mix);
+            let truths = verdicts(&drawn.reading.view, &drawn.graph);
+            let claimed = truths.iter().map(check_row).filter(|row| rows.iter().any(|r| r.question == row.question));
+            assert!(claimed.count() >= 2.min(truths.len()));
+            for row in rows.iter().filter(|row| row.task == Task::Act) {
+                let answer: Value = serde_json::from_str(&row.answer).unwrap();
+                let instruction = answer["edit"].as_str().unwrap();
+                assert!(mends(instruction, &drawn.reading.scene, &drawn.graph).0, "{instruction}");
+                acted += 1;
+            }
+        }
+        assert!(acted > 10, "{acted}");
+        let blank = RgbImage::from_pixel(SIDE, SIDE, image::Rgb([230, 230, 230]));
+        let (reading, graph) =
+            (oracle::read(&blank), crate::scene::parse::parse("red ball left of blue cube").unwrap());
+        let drawn = Drawn { picture: blank, prompt: "red ball left of blue cube".to_owned(), graph, reading };
+        let rows = drawn_rows(5, 0, &drawn, Mix { act: 0.0, ..MIX });
+        assert!(rows.iter().filter(|r| r.task == Task::Check).all(|r| r.answer.ends_with("\"no\"}")));
     }
 
     #[test]

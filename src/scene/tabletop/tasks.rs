@@ -128,7 +128,7 @@ pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> Edit
 }
 
 /// Whether the instruction itself names a relation that training never names.
-fn novel(edit: &Edit) -> bool {
+pub fn novel(edit: &Edit) -> bool {
     match edit {
         Edit::Move { what, relation, anchor } | Edit::Add { what, place: Some((relation, anchor)) } => {
             split::held_out(what, *relation, anchor)

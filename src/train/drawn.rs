@@ -1,0 +1,50 @@
+//! Pictures of a run of `rlrig eval`: drawn and edited, right and wrong, and read by the pixel oracle. The Checker and the
+//! Actor meet such pictures in use, and renders alone do not prepare them for a shape that is not quite one.
+
+use crate::{
+    eval::{dataset::TABLETOP, folder::Folder},
+    scene::{
+        graph::SceneGraph,
+        parse::parse,
+        tabletop::oracle::{self, Reading},
+    },
+    usage,
+};
+use anyhow::{Context, Result};
+use image::RgbImage;
+use rayon::prelude::*;
+use std::path::Path;
+
+pub struct Drawn {
+    pub picture: RgbImage,
+    pub prompt: String,
+    pub graph: SceneGraph,
+    pub reading: Reading,
+}
+
+/// The pictures of a run on the tabletop world, in the order of its lines: those to learn from, and those of every tenth
+/// prompt, which are held out.
+pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
+    let (folder, _) = Folder::open(path)?;
+    if folder.lines().is_empty() || folder.lines().iter().any(|line| line.dataset != TABLETOP) {
+        usage!("{} is no run of rlrig eval on the tabletop world with pictures in it", path.display());
+    }
+    let mut ids: Vec<&str> = folder.lines().iter().map(|line| line.id.as_str()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let drawn: Vec<(bool, Drawn)> = folder
+        .lines()
+        .par_iter()
+        .map(|line| {
+            let file = path.join(&line.file);
+            let picture = image::open(&file).with_context(|| format!("cannot read {}", file.display()))?.into_rgb8();
+            let graph = parse(&line.prompt).map_err(|error| anyhow::anyhow!("{}: {error}", line.prompt))?;
+            let held_out = ids.binary_search(&line.id.as_str()).is_ok_and(|place| place % 10 == 9);
+            let reading = oracle::read(&picture);
+            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading }))
+        })
+        .collect::<Result<_>>()?;
+    let (held_out, learned): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|(held_out, _)| *held_out);
+    let only = |some: Vec<(bool, Drawn)>| some.into_iter().map(|(_, drawn)| drawn).collect();
+    Ok((only(learned), only(held_out)))
+}
