@@ -29,7 +29,7 @@ STEPS, GUIDANCE = 12, 3.0
 
 
 def rlrig(*arguments, adapters):
-    flags = [part for adapter in adapters for part in ("--adapter", adapter)]
+    flags = [part for adapter in adapters for part in ("--adapter", f"all={adapter}")]
     command = [ROOT / "target" / "release" / "rlrig", *map(str, arguments), *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

@@ -446,7 +446,7 @@ pub enum Train {
     /// Train one of the shipped models from nothing: autoencoder, Diffuser or VLM
     #[command(after_help = PRETRAIN_EXAMPLES)]
     Pretrain(Run),
-    /// Reflection-GRPO: train the Actor (stage 1) or the Editor (stage 2) by what the Checker says of their edits
+    /// Reflection-GRPO: train the Actor (stage 1), the Editor (stage 2) or both by what the Checker says of their edits
     #[command(after_help = GRPO_EXAMPLES)]
     Grpo(Run),
 }
@@ -463,6 +463,7 @@ const GRPO_EXAMPLES: &str = "\
 Examples:
   rlrig train grpo --config configs/tabletop/grpo-actor.toml
   rlrig train grpo --config configs/tabletop/grpo-editor.toml --set editor.loss=grpo-guard --dry-run
+  rlrig train grpo --config configs/tabletop/grpo-joint.toml --set models.actor=runs/grpo-actor/best
   rlrig train grpo --resume runs/grpo-actor
   rlrig generate --adapter runs/grpo-actor/model --prompt \"...\"       use what was trained
 

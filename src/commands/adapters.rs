@@ -106,3 +106,49 @@ fn read(text: &str) -> Result<(Who, Peft, f64)> {
     }
     Ok((who, Peft::open(&Folder::from(path))?, strength))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn built_in_adapters_fit_the_built_in_models() {
+        let folder = built_in::tabletop();
+        for (role, part, stem) in
+            [(built_in::ACTOR, "vlm", "model"), (built_in::EDITOR, "transformer", "diffusion_pytorch_model")]
+        {
+            let there = built_in::adapter(role).is_some();
+            let params = Params::open(&folder.sub(part).unwrap(), stem, DType::F32, &Device::Cpu).unwrap();
+            let mut adapters = Adapters::open(&ModelArgs::default()).unwrap();
+            assert_eq!(adapters.take_or_built_in(role, &params).unwrap().len(), usize::from(there));
+            assert_eq!(adapters.told().len(), usize::from(there));
+            if let Some(folder) = built_in::adapter(role) {
+                let layers = Peft::open(&folder).unwrap().layers;
+                assert!(layers.iter().all(|layer| params.has(&format!("{layer}.weight"))), "{role}");
+            }
+            let none = ModelArgs { adapter: vec![NONE.to_owned()], ..ModelArgs::default() };
+            assert!(Adapters::open(&none).unwrap().take_or_built_in(role, &params).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_flag_names_who_has_the_adapter_the_folder_and_its_strength() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = read("all=nowhere:0.5").err().unwrap().to_string();
+        assert!(missing.contains("there is no folder nowhere"), "{missing}");
+        std::fs::write(dir.path().join("adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
+        let one = candle_core::Tensor::ones((1, 1), DType::F32, &Device::Cpu).unwrap();
+        let tensors = ["x.lora_A.weight", "x.lora_B.weight"].map(|name| (name.to_owned(), one.clone()));
+        candle_core::safetensors::save(&tensors.into(), dir.path().join("adapter_model.safetensors")).unwrap();
+        let path = dir.path().display();
+        for (text, expected) in [
+            (format!("{path}"), (Who::Mender, 1.0)),
+            (format!("{path}:0.5"), (Who::Mender, 0.5)),
+            (format!("all={path}:-2"), (Who::Both, -2.0)),
+        ] {
+            let (who, _, strength) = read(&text).unwrap();
+            assert_eq!((who, strength), expected, "{text}");
+        }
+    }
+}

@@ -38,7 +38,7 @@ pub fn run(args: &Models) -> Result<()> {
     }
     writeln!(out, "built in")?;
     for part in &listing.built_in {
-        writeln!(out, "  {:<13} {:<34} {:.1} MB", part.name, part.class, part.megabytes)?;
+        writeln!(out, "  {:<15} {:<34} {:.1} MB", part.name, part.class, part.megabytes)?;
     }
     if !listing.missing.is_empty() {
         writeln!(out, "  not in this build: {}", listing.missing.join(", "))?;
@@ -64,15 +64,22 @@ fn listing() -> Listing {
         let megabytes = bytes(&sub) as f64 / 1e6;
         Some(Part { name: name.to_owned(), class: class.to_owned(), megabytes })
     };
+    let adapter = |role: &str| {
+        let sub = built_in::adapter(role)?;
+        let config: serde_json::Value = sub.json("adapter_config.json").ok()?;
+        let class = format!("LoRA of rank {}", config["r"]);
+        Some(Part { name: format!("adapters/{role}"), class, megabytes: bytes(&sub) as f64 / 1e6 })
+    };
+    let parts = ["transformer", "vae", "text_encoder", "vlm"].into_iter().filter_map(part);
     let cache = Hub::from_env().ok().map(|hub| Cache { folder: hub.cache.display().to_string(), models: hub.list() });
     Listing {
-        built_in: ["transformer", "vae", "text_encoder", "vlm"].into_iter().filter_map(part).collect(),
+        built_in: parts.chain([built_in::ACTOR, built_in::EDITOR].into_iter().filter_map(adapter)).collect(),
         missing: built_in::missing(built_in::PIPELINE).into_iter().chain(built_in::missing(built_in::VLM)).collect(),
         cache,
     }
 }
 
 fn bytes(folder: &Folder) -> usize {
-    let names = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+    let names = ["model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"];
     names.iter().filter(|name| folder.has(name)).filter_map(|name| Some(folder.read(name).ok()?.len())).sum()
 }

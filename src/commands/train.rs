@@ -5,10 +5,11 @@ use crate::{
     train::{
         Metrics,
         grpo_config::GrpoConfig,
+        log::peak_memory,
         optim::Outcome,
         pretrain::PretrainConfig,
         request::{Request, RunConfig},
-        run::{End, Event, Plan, Rehearsal, peak_memory},
+        run::{End, Event, Plan, Rehearsal},
     },
 };
 use anyhow::{Context, Result};

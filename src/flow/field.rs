@@ -4,7 +4,10 @@ use super::{sampler::Velocity, watch::Progress};
 use crate::models::flux2::{Angles, Conditioning, Flux2, image_positions, text_positions};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// `(C, h, w)` latents as `(h w, C)` tokens, row by row.
 pub fn pack(latents: &Tensor) -> candle_core::Result<Tensor> {
@@ -31,7 +34,8 @@ pub struct Given<'a> {
 
 /// A velocity field over states of `(B, h w, C)`.
 ///
-/// Both branches of guidance run as one batch. The negative one is detached, as reinforcement learning asks for. The tokens
+/// Both branches of guidance run as one batch, or one after another ([`Field::apart`]). The negative one is detached, as
+/// reinforcement learning asks for. The tokens
 /// of references follow those of the picture at every evaluation, with their own rotary positions; only the picture's tokens
 /// of the output count.
 pub struct Field<'a> {
@@ -42,6 +46,7 @@ pub struct Field<'a> {
     references: Option<Tensor>,
     angles: Angles,
     guidance: Option<f64>,
+    apart: bool,
     /// Evaluations of the network, counted for each row.
     evaluations: &'a AtomicU64,
     progress: Option<&'a Progress<'a>>,
@@ -90,14 +95,35 @@ impl<'a> Field<'a> {
             references,
             angles: transformer.angles(&positions, device)?,
             guidance: guidance.map(|(_, strength)| strength),
+            apart: false,
             evaluations,
             progress: None,
         })
     }
 
+    /// Evaluates the negative branch of guidance by itself, to the same numbers: as it is detached, nothing of its evaluation
+    /// is kept for a backward pass, which halves the memory and the time of that.
+    pub fn apart(self) -> Self {
+        Self { apart: true, ..self }
+    }
+
     /// Tells `progress` of every evaluation, and fails once it is cancelled.
     pub fn watched(self, progress: &'a Progress<'a>) -> Self {
         Self { progress: Some(progress), ..self }
+    }
+
+    /// The velocity of `image (rows, N, C)` under the texts and references of these rows.
+    fn evaluate(&self, image: &Tensor, sigma: &Tensor, rows: Range<usize>) -> candle_core::Result<Tensor> {
+        let n = image.dim(1)?;
+        let some = |all: &Tensor| all.narrow(0, rows.start, rows.len());
+        let image = match &self.references {
+            Some(references) => Tensor::cat(&[image, &some(references)?], 1)?, // (rows, N + M, C)
+            None => image.clone(),
+        };
+        let given = Conditioning { text: &some(&self.text)?, sigma, guidance: None, angles: &self.angles };
+        let v = self.transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
+        self.evaluations.fetch_add(rows.len() as u64, Ordering::Relaxed);
+        v.narrow(1, 0, n)?.to_dtype(DType::F32)
     }
 }
 
@@ -106,30 +132,26 @@ impl Velocity for Field<'_> {
         if let Some(progress) = self.progress {
             progress.begin()?;
         }
-        let (batch, n, _) = x.dims3()?;
-        let rows = self.text.dim(0)?;
-        let mut image = x.to_dtype(self.dtype)?;
-        if rows != batch {
-            image = Tensor::cat(&[&image, &image], 0)?; // (R, N, C)
-        }
-        if let Some(references) = &self.references {
-            image = Tensor::cat(&[&image, references], 1)?; // (R, N + M, C)
-        }
+        let (batch, rows) = (x.dim(0)?, self.text.dim(0)?);
+        let image = x.to_dtype(self.dtype)?;
         // By way of the timestep, as the reference pipeline does: the network's angles show the rounding.
         let sigma = Tensor::full(sigma as f32 * 1000.0 / 1000.0, 1, x.device())?;
-        let given = Conditioning { text: &self.text, sigma: &sigma, guidance: None, angles: &self.angles };
-        let v = self.transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
-        let v = v.narrow(1, 0, n)?.to_dtype(DType::F32)?; // (R, N, C)
-        self.evaluations.fetch_add(rows as u64, Ordering::Relaxed);
+        let v = match self.guidance {
+            None => self.evaluate(&image, &sigma, 0..rows)?,
+            Some(strength) => {
+                let (text, negative) = if self.apart {
+                    let negative = self.evaluate(&image, &sigma, batch..rows)?.detach();
+                    (self.evaluate(&image, &sigma, 0..batch)?, negative)
+                } else {
+                    let both = self.evaluate(&Tensor::cat(&[&image, &image], 0)?, &sigma, 0..rows)?; // (R, N, C)
+                    (both.narrow(0, 0, batch)?, both.narrow(0, batch, batch)?.detach())
+                };
+                ((text * strength)? + (negative * (1.0 - strength))?)?
+            }
+        };
         if let Some(progress) = self.progress {
             progress.end();
         }
-        match self.guidance {
-            Some(strength) => {
-                let (text, negative) = (v.narrow(0, 0, batch)?, v.narrow(0, batch, batch)?.detach());
-                (text * strength)? + (negative * (1.0 - strength))?
-            }
-            None => Ok(v),
-        }
+        Ok(v)
     }
 }

@@ -169,6 +169,11 @@ impl Klein {
         })
     }
 
+    /// What the transformer computes in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     pub fn device(&self) -> &Device {
         &self.device
     }

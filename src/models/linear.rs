@@ -2,13 +2,13 @@
 
 use super::{Init, Params};
 use crate::tensor::{Precision, linear, linear_in};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor, Var};
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -30,6 +30,8 @@ struct Inner {
     /// Strength given by the user beside `alpha / rank`.
     strength: f64,
     enabled: AtomicBool,
+    /// Layers that have it.
+    layers: AtomicUsize,
     vars: Mutex<BTreeMap<String, Var>>,
 }
 
@@ -61,12 +63,21 @@ impl Adapter {
         strength: f64,
     ) -> Self {
         let enabled = AtomicBool::new(true);
-        Self(Arc::new(Inner { rank, alpha, targets, loaded, seed, trained, strength, enabled, vars: Mutex::default() }))
+        let (layers, vars) = (AtomicUsize::new(0), Mutex::default());
+        Self(Arc::new(Inner { rank, alpha, targets, loaded, seed, trained, strength, enabled, layers, vars }))
     }
 
     /// Switches the adapter on or off for all its layers.
     pub fn enable(&self, on: bool) {
         self.0.enabled.store(on, Ordering::Relaxed);
+    }
+
+    /// An error if the models that were built with it have not all the layers that it is for.
+    pub fn check(&self) -> Result<()> {
+        let (found, due) = (self.0.layers.load(Ordering::Relaxed), (self.0.loaded.len() / 2).max(1));
+        let first = self.0.targets.first().map_or("", String::as_str);
+        ensure!(found >= due, "the adapter fits another model: only {found} of its layers, such as {first}, are here");
+        Ok(())
     }
 
     /// Its trained variables by PEFT's names without their head.
@@ -117,6 +128,7 @@ impl Adapter {
                 tensor.detach()
             });
         }
+        self.0.layers.fetch_add(1, Ordering::Relaxed);
         let b = pair.remove(1);
         let a = pair.remove(0);
         Ok(Some(Low { a, b, adapter: self.clone() }))

@@ -69,6 +69,15 @@ impl Peft {
     }
 }
 
+impl Peft {
+    /// The adapter, to be trained on.
+    pub fn learned(self) -> Adapter {
+        let Config { r, lora_alpha, use_rslora, .. } = self.config;
+        let alpha = if use_rslora { lora_alpha * (r as f64).sqrt() } else { lora_alpha };
+        Adapter::loaded(r, alpha, self.layers.into_iter().collect(), self.tensors, 1.0, true)
+    }
+}
+
 /// Writes a trained adapter so that PEFT loads it onto the model of the same layer names.
 pub fn write(adapter: &Adapter, folder: &Path, dtype: DType) -> Result<()> {
     let (mut layers, mut tensors) = (BTreeSet::new(), BTreeMap::new());

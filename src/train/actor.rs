@@ -9,54 +9,35 @@
 //! 5. one update on the advantages within the group ([`super::grpo`]).
 //!
 //! Trained is a low-rank adapter on the VLM's decoder; Checker, Editor and Diffuser stay as they are. The picture is drawn
-//! by the Diffuser, as in the loop, or rendered, which is cheaper. One update is made of each batch, so the old policy is
-//! the present one, its log-probabilities those of the replay; they are held to those of the rollout at every step.
-//! Answers are decoded under a schema, but the ratio is of the model's own probabilities, as is common.
+//! by the Diffuser, as in the loop, or rendered, which is cheaper. Where one update is made of each batch, the old policy is
+//! the present one. Where several are, the rollouts are read again before the first of them, and the ratios of the later ones
+//! are clipped. Either way the log-probabilities of the replay are held to those of the rollout at every step. Answers are decoded under a schema, but the ratio is of the model's own probabilities, as is common.
 
 use super::{
-    Batch, Metrics, Objective, Step,
+    Batch, Metrics, Objective, Step, Work,
     grpo::{TokenBatch, TokenLoss, TokenLossKind, token_loss},
     grpo_config::{GroupConfig, GrpoConfig},
     objective_diffuser::tiled,
-    replay::{Asked, drawn, replay},
-    rollout::{self, Reward, TOKEN_RATIO, check_ratio, judge, through_latents},
+    pose::{Poser, Problem, Source, TOGETHER},
+    replay::{Asked, EDIT, drawn, replay, write},
+    rollout::{self, Judges, Kept, Reward, check_ratio, judge},
 };
 use crate::{
-    flow::{Klein, Unwatched},
-    models::{Adapter, peft},
-    rig::{
-        klein::{Editing, Painter, Painting},
-        prompts,
-        roles::{Checker, Decode, Diffuser, Draw, Edit, Editor, Picture, Target, Verdict, score},
-        vlm_roles::Critic,
-    },
+    models::{Adapter, built_in, peft},
+    rig::roles::{Checker, Edit, Editor, Picture, Target, Verdict, score},
     scene::{
         graph::SceneGraph,
-        tabletop::{edit, oracle, render::render, split::Split, tasks},
+        tabletop::{edit, oracle, split::Split},
     },
     tensor::rng::Stream,
-    usage,
-    vlm::{
-        Vlm,
-        decode::{Answer, Sampling},
-        prefix::Question,
-    },
+    vlm::{Vlm, decode::Answer},
 };
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
-
-/// Where the picture that misses its prompt comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Source {
-    /// The Diffuser draws it; where it gets everything right, a render that does not stands in.
-    Draw,
-    Render,
-}
+use std::{collections::BTreeMap, fs, path::Path};
 
 /// The section `[actor]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -96,27 +77,11 @@ impl Default for ActorConfig {
 }
 
 /// The decoder's layers that get an adapter.
-const TARGETS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-/// Tokens of an edit at most.
-const EDIT: usize = 64;
-/// Pictures tried for a prompt until the Checker finds something wrong with one.
-const ATTEMPTS: u64 = 4;
-/// Pictures that run through a network together.
-const TOGETHER: usize = 32;
+pub const TARGETS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 /// Edits on a sample sheet.
 const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
-
-/// A prompt and a picture that misses it.
-struct Problem {
-    target: Target,
-    graph: SceneGraph,
-    picture: Picture,
-    verdicts: Vec<Verdict>,
-    /// Of all noise in its pictures.
-    seed: u64,
-}
 
 /// An edit written for a problem, and what became of it.
 struct Attempt {
@@ -126,120 +91,87 @@ struct Attempt {
     verdicts: Vec<Verdict>,
 }
 
+/// What the updates of a step are computed from.
+struct Rollouts {
+    problems: Vec<Problem>,
+    attempts: Vec<Attempt>,
+    advantages: Vec<f32>,
+    /// 1, or 0 for what no update may use.
+    counts: Vec<f32>,
+    /// Log-probabilities under the policy that drew, read again in the shape of the updates; `None` where the only update's
+    /// own are these. And those under the untrained policy, where the divergence from it counts.
+    old: Option<Tensor>,
+    reference: Option<Tensor>,
+}
+
+impl Rollouts {
+    fn questions(&self) -> Vec<String> {
+        self.problems.iter().map(Problem::question).collect()
+    }
+
+    /// Reads the answers again.
+    fn replay(&self, vlm: &Vlm) -> Result<super::replay::Replay> {
+        let (texts, size) = (self.questions(), self.attempts.len() / self.problems.len().max(1));
+        let pictures: Vec<&RgbImage> = self.problems.iter().map(|p| p.picture.pixels()).collect::<Result<_>>()?;
+        let rows = self.attempts.iter().enumerate();
+        let asked: Vec<Asked> =
+            rows.map(|(r, a)| Asked { picture: r / size, question: &texts[r / size], answer: &a.answer }).collect();
+        replay(vlm, &pictures, &asked)
+    }
+}
+
 pub struct Actor {
     config: ActorConfig,
     group: GroupConfig,
     seed: u64,
-    klein: Arc<Klein>,
-    decode: Decode,
-    critic: Critic,
+    poser: Poser,
+    judges: Judges,
     policy: Vlm,
     adapter: Adapter,
+    kept: Kept<Rollouts>,
     held_out: Vec<Problem>,
 }
 
 impl Actor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
-        let GrpoConfig { actor, group, seed, .. } = config;
-        group.check(&["format", "brevity", "oracle"])?;
-        if actor.min_objects == 0 || actor.min_objects > actor.max_objects || actor.steps == 0 {
-            usage!("[actor] objects are from 1 on and in order, steps are 1 or more");
-        }
-        let adapter = config.adapter.fresh(TARGETS, *seed)?;
-        let (critic, policy) = rollout::vlm(&config.models.vlm()?, device, Some(&adapter))?;
-        let (klein, _) = rollout::pipeline(&config.models.pipeline()?, device, &[])?;
+        let GrpoConfig { actor, group, models, seed, .. } = config;
+        group.check(&["format", "brevity"])?;
+        let adapter = config.learned(built_in::ACTOR, TARGETS)?;
+        let at = (models.dtype.dtype(), device);
+        let (critic, policy) = rollout::vlm(&models.vlm()?, at, Some(&adapter))?;
+        let editor = models.adapter(built_in::EDITOR)?.map(|peft| peft.adapter(1.0));
+        let (klein, mut editors) = rollout::pipeline(&models.pipeline()?, at, editor.as_slice())?;
+        let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: actor.clone(),
             group: group.clone(),
             seed: *seed,
-            decode: rollout::decoder(&klein),
-            klein,
-            critic,
+            poser: Poser::new(
+                (klein, editors.pop()),
+                critic,
+                actor.source,
+                objects,
+                (actor.steps, actor.guidance),
+                size,
+            )?,
+            judges: Judges::open(config, device)?,
             policy: policy.context("the Actor has an adapter")?,
             adapter,
+            kept: Kept::default(),
             held_out: Vec::new(),
         })
     }
 
-    fn painter(&self) -> Painter {
-        let ActorConfig { steps, guidance, .. } = self.config;
-        let size = self.klein.default_size();
-        let painting = Painting { steps, guidance, editing: Editing::Reference, size, batch: TOGETHER };
-        Painter::new(self.klein.clone(), painting, Box::new(Unwatched))
-    }
-
-    /// Problems by number. What the Checker finds nothing wrong with is replaced as long as [`ATTEMPTS`] last.
-    fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
-        let mut problems: Vec<Problem> = Vec::with_capacity(indices.len());
-        for attempt in 0..ATTEMPTS {
-            let solved = |i: &usize| problems.get(*i).is_none_or(|p| p.verdicts.iter().all(|v| v.yes));
-            let open: Vec<usize> = (0..indices.len()).filter(solved).collect();
-            if open.is_empty() {
-                break;
-            }
-            let drawn = attempt == 0 && self.config.source == Source::Draw;
-            let new = self.pose(split, seed, &open.iter().map(|i| indices[*i]).collect::<Vec<_>>(), attempt, drawn)?;
-            for (i, problem) in open.into_iter().zip(new) {
-                match problems.get_mut(i) {
-                    Some(old) => *old = problem,
-                    None => problems.push(problem),
-                }
-            }
-        }
-        Ok(problems)
-    }
-
-    fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64, drawn: bool) -> Result<Vec<Problem>> {
-        let ActorConfig { min_objects, max_objects, .. } = self.config;
-        let noise = |index: u64| Stream::new(seed, "actor pictures", index).next_u64();
-        let (mut problems, mut pictures) = (Vec::with_capacity(indices.len()), Vec::with_capacity(indices.len()));
-        for index in indices {
-            let (prompt, graph) = if drawn {
-                let sample = tasks::text_to_image(seed, split, *index, min_objects, max_objects);
-                (sample.prompt, sample.graph)
-            } else {
-                let sample = tasks::act(seed, split, index * ATTEMPTS + attempt, max_objects);
-                pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene))?);
-                (sample.prompt, sample.graph)
-            };
-            problems.push((Target::new(prompt, &graph), graph, noise(*index)));
-        }
-        if drawn {
-            let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();
-            pictures = self.painter().draw(&jobs)?;
-        }
-        Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
-        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(&problems).map(|(p, (t, ..))| (p, t)).collect();
-        let verdicts = self.critic.check(&asked)?;
-        let all = problems.into_iter().zip(pictures.iter().cloned()).zip(verdicts);
-        Ok(all
-            .map(|(((target, graph, seed), picture), verdicts)| Problem { target, graph, picture, verdicts, seed })
-            .collect())
-    }
-
     /// `size` edits for each problem, problem by problem, carried out and checked.
     fn attempts(&self, problems: &[Problem], size: usize, temperature: f64, first: u64) -> Result<Vec<Attempt>> {
-        #[derive(Deserialize)]
-        struct Written {
-            edit: String,
-        }
         let pictures: Vec<&RgbImage> = problems.iter().map(|p| p.picture.pixels()).collect::<Result<_>>()?;
-        let texts: Vec<String> = problems.iter().map(question).collect();
+        let texts: Vec<String> = problems.iter().map(Problem::question).collect();
         let rows = 0..problems.len() * size;
-        let questions: Vec<Question> =
-            rows.clone().map(|r| Question { picture: Some(r / size), text: &texts[r / size] }).collect();
-        let mut streams: Vec<Stream> =
-            rows.map(|r| Stream::new(self.seed, "actor edits", first * size as u64 + r as u64)).collect();
-        let sampling = Sampling { temperature, max_tokens: EDIT };
-        let looked = self.policy.look(&pictures)?;
-        let answers = self.policy.answer(&looked, &questions, &prompts::reflect_schema(), sampling, &mut streams)?;
-        let read = |answer: &Answer| -> Result<String> {
-            let text = self.policy.chat.decode(&answer.ids)?;
-            let written: Written =
-                serde_json::from_str(&text).with_context(|| format!("the Actor's answer is no edit: {text}"))?;
-            Ok(written.edit)
-        };
-        let instructions: Vec<String> = answers.iter().map(read).collect::<Result<_>>()?;
+        let asked: Vec<(usize, &str)> = rows.clone().map(|r| (r / size, texts[r / size].as_str())).collect();
+        let stream = |r: usize| Stream::new(self.seed, "actor edits", first * size as u64 + r as u64);
+        let mut streams: Vec<Stream> = rows.map(stream).collect();
+        let written = write(&self.policy, &pictures, &asked, temperature, &mut streams)?;
+        let (answers, instructions): (Vec<Answer>, Vec<String>) = written.into_iter().unzip();
 
         // The same words in one group make the same picture: they are carried out once.
         let mut numbers: BTreeMap<(usize, &str), usize> = BTreeMap::new();
@@ -255,10 +187,10 @@ impl Actor {
                 })
             })
             .collect();
-        let edited = self.painter().edit(&jobs)?;
+        let edited = self.poser.painter().edit(&jobs)?;
         Picture::develop(&edited.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = edited.iter().zip(&jobs).map(|(p, job)| (p, job.target)).collect();
-        let verdicts = self.critic.check(&asked)?;
+        let verdicts = self.poser.critic.check(&asked)?;
         let all = answers.into_iter().zip(instructions.iter().cloned()).zip(&places);
         Ok(all
             .map(|((answer, instruction), place)| Attempt {
@@ -271,7 +203,8 @@ impl Actor {
     }
 
     fn rewards(&self, problems: &[Problem], attempts: &[Attempt]) -> Result<Vec<Reward>> {
-        let before: Vec<&[Verdict]> = problems.iter().map(|p| p.verdicts.as_slice()).collect();
+        let before: Vec<&[Verdict]> =
+            (0..attempts.len()).map(|r| problems[r / self.group.size].verdicts.as_slice()).collect();
         let after: Vec<Vec<Verdict>> = attempts.iter().map(|a| a.verdicts.clone()).collect();
         let mut rewards = rollout::by_verdicts(&self.group, &before, &after)?;
         let mut add = |name: &str, value: &dyn Fn(&Attempt) -> f64| {
@@ -282,12 +215,13 @@ impl Actor {
         add("format", &|a| well_formed(&a.instruction));
         // From 1 for no words down to 0 for as many as there may be.
         add("brevity", &|a| 1.0 - (a.answer.ids.len() as f64 / EDIT as f64).min(1.0));
-        if self.group.asks("oracle") {
-            let graphs: Vec<&SceneGraph> = (0..attempts.len()).map(|r| &problems[r / self.group.size].graph).collect();
-            let judged = attempts.par_iter().zip(graphs);
-            let judged = judged.map(|(a, graph)| Ok(oracle::judge(a.picture.pixels()?, graph).score()));
-            rewards.push(("oracle".to_owned(), judged.collect::<Result<_>>()?));
-        }
+        let judged: Vec<(&Picture, &Target, &SceneGraph)> = attempts
+            .iter()
+            .enumerate()
+            .map(|(r, a)| (&a.picture, &problems[r / self.group.size]))
+            .map(|(picture, problem)| (picture, &problem.target, &problem.graph))
+            .collect();
+        rewards.extend(self.judges.rewards(&self.group, &judged)?);
         Ok(rewards)
     }
 
@@ -295,7 +229,7 @@ impl Actor {
     fn held_out(&mut self, count: usize) -> Result<Vec<Attempt>> {
         if self.held_out.is_empty() {
             let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
-            self.held_out = self.problems(Split::Val, HELD_OUT, &indices)?;
+            self.held_out = self.poser.problems(Split::Val, HELD_OUT, &indices)?;
         }
         let some = &self.held_out[..count.min(self.held_out.len())];
         let parts = some.chunks(TOGETHER).map(|some| self.attempts(some, 1, 0.0, 0));
@@ -303,11 +237,8 @@ impl Actor {
     }
 }
 
-fn question(problem: &Problem) -> String {
-    prompts::reflect(&problem.target.prompt, &problem.verdicts, &[])
-}
-
-fn well_formed(instruction: &str) -> f64 {
+/// Whether the Editor has learned to read such an edit.
+pub fn well_formed(instruction: &str) -> f64 {
     f64::from(u8::from(edit::Edit::parse(instruction).is_ok()))
 }
 
@@ -316,54 +247,62 @@ impl Objective for Actor {
         self.adapter.vars()
     }
 
-    fn loss(&self, batch: &Batch) -> Result<Step> {
-        let size = self.group.size;
+    fn work(&self) -> Work {
+        Work { epochs: self.group.epochs, minibatches: self.group.minibatches, pieces: 1 }
+    }
+
+    fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let indices: Vec<u64> = batch.indices().collect();
-        let problems = self.problems(Split::Train, self.seed, &indices)?;
-        let attempts = self.attempts(&problems, size, 1.0, indices[0])?;
-        let judged = judge(&self.group, &self.rewards(&problems, &attempts)?)?;
-
-        let device = self.policy.model.decoder.device();
-        let texts: Vec<String> = problems.iter().map(question).collect();
-        let pictures: Vec<&RgbImage> = problems.iter().map(|p| p.picture.pixels()).collect::<Result<_>>()?;
-        let asked: Vec<Asked> = attempts
-            .iter()
-            .enumerate()
-            .map(|(r, a)| Asked { picture: r / size, question: &texts[r / size], answer: &a.answer })
-            .collect();
-        let replayed = replay(&self.policy, &pictures, &asked)?;
-        let (drawn, mask) = drawn(&attempts.iter().map(|a| &a.answer).collect::<Vec<_>>(), device)?;
-        let off = check_ratio(&replayed.log_probs, &drawn, &mask, TOKEN_RATIO)?;
-        let reference = match self.config.kl {
-            0.0 => None,
-            _ => Some(replay(&self.critic.checker, &pictures, &asked)?.log_probs),
-        };
-        let counts = Tensor::from_slice(&judged.counts, (asked.len(), 1), device)?;
-        let mask = mask.broadcast_mul(&counts)?;
-        let ActorConfig { loss: kind, eps_low, eps_high, kl: beta, .. } = self.config;
-        let tokens = TokenBatch {
-            log_probs: &replayed.log_probs,
-            old: &replayed.log_probs.detach(),
-            reference: reference.as_ref(),
-            mask: &mask,
-            advantages: &Tensor::new(judged.advantages.as_slice(), device)?,
-            active: None,
-        };
-        let loss = token_loss(&TokenLoss { kind, eps_low, eps_high, beta, max_length: EDIT }, &tokens)?;
-
+        let problems = self.poser.problems(Split::Train, self.seed, &indices)?;
+        let attempts = self.attempts(&problems, self.group.size, 1.0, indices[0])?;
+        let judged = judge(&self.group, &self.rewards(&problems, &attempts)?, &self.group.numbers(attempts.len()))?;
         let mean = |value: &dyn Fn(&Attempt) -> f64| attempts.iter().map(value).sum::<f64>() / attempts.len() as f64;
         let mut metrics = judged.metrics;
         let more = [
             ("completions/mean_length", mean(&|a| a.answer.ids.len() as f64)),
             ("completions/clipped_ratio", mean(&|a| f64::from(u8::from(a.answer.ids.len() >= EDIT)))),
+        ];
+        metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
+        let (advantages, counts) = (judged.advantages, judged.counts);
+        let mut rollouts = Rollouts { problems, attempts, advantages, counts, old: None, reference: None };
+        if self.group.updates() > 1 {
+            rollouts.old = Some(rollouts.replay(&self.policy)?.log_probs.detach());
+        }
+        if self.config.kl != 0.0 {
+            rollouts.reference = Some(rollouts.replay(&self.poser.critic.checker)?.log_probs.detach());
+        }
+        self.kept.keep(batch, rollouts);
+        Ok(metrics)
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Step> {
+        let rollouts = self.kept.of(batch)?;
+        let replayed = rollouts.replay(&self.policy)?;
+        let answers: Vec<&Answer> = rollouts.attempts.iter().map(|a| &a.answer).collect();
+        let device = replayed.log_probs.device();
+        let (drawn, mask) = drawn(&answers, device)?;
+        let old = rollouts.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
+        let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.policy))?;
+        let counts = Tensor::from_slice(&rollouts.counts, (answers.len(), 1), device)?;
+        let mask = mask.broadcast_mul(&counts)?;
+        let ActorConfig { loss: kind, eps_low, eps_high, kl: beta, .. } = self.config;
+        let tokens = TokenBatch {
+            log_probs: &replayed.log_probs,
+            old: &old,
+            reference: rollouts.reference.as_ref(),
+            mask: &mask,
+            advantages: &Tensor::new(rollouts.advantages.as_slice(), device)?,
+            active: None,
+        };
+        let loss = token_loss(&TokenLoss { kind, eps_low, eps_high, beta, max_length: EDIT }, &tokens)?;
+        let metrics = [
             ("entropy", replayed.entropy),
             ("kl", loss.kl),
             ("clip_ratio/low_mean", loss.clip_low),
             ("clip_ratio/high_mean", loss.clip_high),
             ("ratio_off", off),
         ];
-        metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
-        Ok(Step { loss: loss.loss, metrics })
+        Ok(Step { loss: loss.loss, metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into() })
     }
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {

@@ -5,8 +5,8 @@
 //! 1. the Editor draws a group of edits: stochastic steps in a window that the whole update shares, Euler's elsewhere
 //!    ([`crate::flow::policy`]);
 //! 2. the Checker answers the graph's claims on each: what was asked, and what had to stay;
-//! 3. one update: every stochastic step's log-probability, evaluated again with gradients, times the advantage
-//!    ([`super::grpo`]).
+//! 3. one update, or several: every stochastic step's log-probability, evaluated again with gradients, times the advantage
+//!    ([`super::grpo`]). Each step goes backward before the next goes forward ([`super::flow_steps`]).
 //!
 //! DiffusionNFT needs no stochastic steps: its old policy, a slow copy of the adapter, draws by Euler's rule, and the
 //! velocity is fitted to good pictures and away from bad ones at any noise level.
@@ -15,37 +15,40 @@
 //! Removals are not trained: no claim of a graph says that something is gone.
 
 use super::{
-    Batch, Metrics, Objective, Step,
-    grpo::{self, NftBatch, flow_loss, guard_loss, nft_decay, nft_loss, velocity_kl},
+    Batch, Metrics, Objective, Step, Work,
+    flow_steps::{Carried, Edits, Pieces, carry_out, window_of},
+    grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
     grpo_config::{GroupConfig, GrpoConfig},
     objective_diffuser::tiled,
-    rollout::{self, FLOW_RATIO, Judged, Reward, check_ratio, judge, through_latents},
+    pixels::preserved,
+    rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
 };
 use crate::{
     flow::{
-        Field, KlForm, Klein, Policy,
+        KlForm, Klein, Policy,
         field::{pack, unpack},
-        policy::{Taken, rollout, window},
         sampler::{Velocity, euler},
     },
-    models::{Adapter, flux2::Flux2, peft},
+    models::{Adapter, built_in, flux2::Flux2, peft},
     rig::{
         roles::{Checker, Decode, Picture, Target, Verdict, score},
         vlm_roles::Critic,
     },
-    scene::tabletop::{
-        edit::Kind,
-        oracle,
-        render::render,
-        split::Split,
-        tasks::{self, EditSample},
+    scene::{
+        graph::SceneGraph,
+        tabletop::{
+            edit::Kind,
+            oracle,
+            render::render,
+            split::Split,
+            tasks::{self, EditSample},
+        },
     },
     tensor::rng::Stream,
     usage,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -53,6 +56,7 @@ use std::{
     fs,
     path::Path,
     sync::Arc,
+    time::Instant,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,7 +117,7 @@ impl Default for EditorConfig {
 }
 
 /// The transformer's layers that get an adapter: its attention.
-const TARGETS: &[&str] = &[
+pub const TARGETS: &[&str] = &[
     "to_q",
     "to_k",
     "to_v",
@@ -139,6 +143,20 @@ struct Problem {
     source: Picture,
 }
 
+/// What the updates of a step are computed from.
+struct Rollouts {
+    drawn: Drawn,
+    /// `(B)`
+    advantages: Tensor,
+}
+
+enum Drawn {
+    /// Stochastic steps.
+    Steps(Carried),
+    /// DiffusionNFT's: final states of the old policy alone.
+    Pictures { edits: Edits, x0: Tensor },
+}
+
 pub struct Editor {
     config: EditorConfig,
     group: GroupConfig,
@@ -146,37 +164,55 @@ pub struct Editor {
     /// With the frozen transformer, the reference.
     klein: Arc<Klein>,
     decode: Decode,
+    /// Width and height of pictures.
+    size: (u32, u32),
     critic: Critic,
+    judges: Judges,
     policy: Flux2,
     adapter: Adapter,
-    /// DiffusionNFT's old policy, and the updates so far.
+    /// DiffusionNFT's old policy, and the steps so far.
     old: Option<(Flux2, Adapter)>,
     updates: usize,
+    pieces: Pieces,
+    kept: Kept<Rollouts>,
     held_out: Vec<Problem>,
+}
+
+impl EditorConfig {
+    /// Refuses what cannot be learned from.
+    pub fn check(&self, seed: u64) -> Result<()> {
+        self.policy.check()?;
+        if self.min_objects == 0 || self.min_objects > self.max_objects {
+            usage!("[editor] objects are from 1 on and in order");
+        }
+        if self.loss == LossKind::DiffusionNft {
+            if self.window == 0 || self.window > self.steps || self.beta <= 0.0 {
+                usage!("[editor] with diffusion-nft, window is 1 to steps, and beta is positive");
+            }
+        } else {
+            window_of(self, seed, 0)?;
+            if self.policy.noise == 0.0 {
+                usage!("[editor] policy.noise is 0: the members of a group would all be the same");
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Editor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
-        let GrpoConfig { editor, group, seed, .. } = config;
-        group.check(&["preserve", "oracle"])?;
-        editor.policy.check()?;
-        if editor.min_objects == 0 || editor.min_objects > editor.max_objects {
-            usage!("[editor] objects are from 1 on and in order");
+        let GrpoConfig { editor, group, models, seed, .. } = config;
+        group.check(&["preserve"])?;
+        editor.check(*seed)?;
+        let at = (models.dtype.dtype(), device);
+        let (critic, _) = rollout::vlm(&models.vlm()?, at, None)?;
+        let nft = editor.loss == LossKind::DiffusionNft;
+        if nft && group.rows != 0 {
+            usage!("group.rows is for the losses over stochastic steps, not for diffusion-nft");
         }
-        if editor.loss == LossKind::DiffusionNft {
-            if editor.window == 0 || editor.window > editor.steps || editor.beta <= 0.0 {
-                usage!("[editor] with diffusion-nft, window is 1 to steps, and beta is positive");
-            }
-        } else {
-            window(*seed, 0, editor.steps, editor.window)?;
-            if editor.policy.noise == 0.0 {
-                usage!("[editor] policy.noise is 0: the members of a group would all be the same");
-            }
-        }
-        let (critic, _) = rollout::vlm(&config.models.vlm()?, device, None)?;
-        let adapters = [config.adapter.fresh(TARGETS, *seed)?, config.adapter.fresh(TARGETS, *seed)?];
-        let (klein, transformers) =
-            rollout::pipeline(&config.models.pipeline()?, device, &adapters.iter().collect::<Vec<_>>())?;
+        let adapters: Vec<Adapter> =
+            (0..if nft { 2 } else { 1 }).map(|_| config.learned(built_in::EDITOR, TARGETS)).collect::<Result<_>>()?;
+        let (klein, transformers) = rollout::pipeline(&models.pipeline()?, at, &adapters)?;
         let mut both = transformers.into_iter().zip(adapters);
         let (policy, adapter) = both.next().context("the Editor has an adapter")?;
         Ok(Self {
@@ -184,12 +220,16 @@ impl Editor {
             group: group.clone(),
             seed: *seed,
             decode: rollout::decoder(&klein),
+            size: models.size(&klein),
             klein,
             critic,
+            judges: Judges::open(config, device)?,
             policy,
             adapter,
-            old: both.next().filter(|_| editor.loss == LossKind::DiffusionNft),
+            old: both.next(),
             updates: 0,
+            pieces: config.pieces(),
+            kept: Kept::default(),
             held_out: Vec::new(),
         })
     }
@@ -200,27 +240,20 @@ impl Editor {
             .map(|index| {
                 let mut samples = (0..).map(|k| tasks::edit(seed, split, index << 8 | k, min_objects, max_objects));
                 let sample = samples.find(|s| s.kind != Kind::Remove).context("there are edits of all kinds")?;
-                let source = through_latents(&self.klein, &self.decode, &render(&sample.source))?;
+                let source = through_latents(&self.klein, &self.decode, &render(&sample.source), self.size)?;
                 Ok(Problem { target: Target::new(sample.after.triple_text(), &sample.after), source, sample })
             })
             .collect()
     }
 
-    /// The velocity field of `size` edits of each problem by `transformer`.
-    fn field<'a>(&'a self, transformer: &'a Flux2, problems: &[Problem], size: usize) -> Result<Field<'a>> {
-        let each = |r: usize| &problems[r / size];
-        let rows = 0..problems.len() * size;
-        let prompts: Vec<&str> = rows.clone().map(|r| each(r).sample.instruction.as_str()).collect();
-        let references: Vec<Vec<Tensor>> =
-            rows.map(|r| each(r).source.latents().cloned().into_iter().collect()).collect();
-        self.klein.field_of(transformer, &prompts, &references, self.shape(problems)?, self.config.guidance)
-    }
-
-    /// The size of the pictures in tokens.
-    fn shape(&self, problems: &[Problem]) -> Result<(usize, usize)> {
-        let latents = problems.first().and_then(|p| p.source.latents()).context("nothing to edit")?;
-        let (_, h, w) = latents.dims3()?;
-        Ok((h, w))
+    /// `size` edits of each problem.
+    fn edits(&self, problems: &[Problem], size: usize) -> Result<Edits> {
+        let rows = problems.iter().flat_map(|problem| std::iter::repeat_n(problem, size));
+        let source = |p: &Problem| p.source.latents().cloned().context("a source without latents");
+        Ok(Edits {
+            instructions: rows.clone().map(|p| p.sample.instruction.clone()).collect(),
+            sources: rows.map(source).collect::<Result<_>>()?,
+        })
     }
 
     /// Pictures of final states `(B, h w, C)`.
@@ -239,141 +272,51 @@ impl Editor {
         let before = self.critic.check(&sources)?;
         let asked: Vec<(&Picture, &Target)> = pictures.iter().enumerate().map(|(r, p)| (p, target(r))).collect();
         let after = self.critic.check(&asked)?;
-        let before: Vec<&[Verdict]> = before.iter().map(Vec::as_slice).collect();
+        let before: Vec<&[Verdict]> = (0..pictures.len()).map(|r| before[r / size].as_slice()).collect();
         let mut rewards: Vec<Reward> = rollout::by_verdicts(&self.group, &before, &after)?;
         if self.group.asks("preserve") {
             let kept =
                 |(r, picture): (usize, &Picture)| Ok(preserved(problems[r / size].source.pixels()?, picture.pixels()?));
             rewards.push(("preserve".to_owned(), pictures.iter().enumerate().map(kept).collect::<Result<_>>()?));
         }
-        if self.group.asks("oracle") {
-            let right = |(r, picture): (usize, &Picture)| {
-                Ok(oracle::judge(picture.pixels()?, &problems[r / size].sample.after).score())
-            };
-            rewards.push(("oracle".to_owned(), pictures.par_iter().enumerate().map(right).collect::<Result<_>>()?));
-        }
-        judge(&self.group, &rewards)
+        let judged: Vec<(&Picture, &Target, &SceneGraph)> =
+            pictures.iter().enumerate().map(|(r, p)| (p, target(r), &problems[r / size].sample.after)).collect();
+        rewards.extend(self.judges.rewards(&self.group, &judged)?);
+        judge(&self.group, &rewards, &self.group.numbers(pictures.len()))
     }
 
-    /// Rollouts along stochastic steps, and the loss over these steps.
-    fn by_steps(&self, batch: &Batch, problems: &[Problem]) -> Result<Step> {
-        let EditorConfig { policy, steps, window: width, .. } = self.config;
-        let (size, shape) = (self.group.size, self.shape(problems)?);
-        let field = self.field(&self.policy, problems, size)?;
-        let x = self.noise(batch, shape)?;
-        let sigmas = self.klein.schedule.sigmas(steps, shape.0 * shape.1);
-        let window = window(self.seed, batch.step, steps, width)?;
-        let first = batch.indices().start * size as u64;
-        let fresh = |step: usize| {
-            let numbers = x.elem_count() / x.dim(0)?;
-            let row = |r: u64| Stream::new(self.seed, &format!("editor step {step}"), first + r).normals(numbers);
-            let all: Vec<f32> = (0..x.dim(0)? as u64).flat_map(row).collect();
-            Tensor::from_vec(all, x.dims(), x.device())
-        };
-        let (states, taken) = rollout(&field, &x, &sigmas, policy, window, fresh)?;
-        ensure!(!taken.is_empty(), "no step of the window is stochastic");
-        let pictures = self.pictures(&states, shape)?;
-        let judged = self.judge(problems, &pictures)?;
-        let advantages = Tensor::new(judged.advantages.as_slice(), x.device())?;
-        let reference = match self.config.kl {
-            0.0 => None,
-            _ => Some(self.field(&self.klein.transformer, problems, size)?),
-        };
-        let (mut total, mut sums) = (None, Sums::default());
-        for taken in &taken {
-            let loss = self.step_loss(&field, reference.as_ref(), taken, &advantages, &mut sums)?;
-            total = Some(match total {
-                Some(total) => (total + loss)?,
-                None => loss,
-            });
-        }
-        let n = taken.len() as f64;
-        let loss = (total.context("a window has a step")? / n)?;
-        let mut metrics = judged.metrics;
-        let more = [
-            ("kl", sums.kl / n),
-            ("clip_ratio/low_mean", sums.clip_low / n),
-            ("clip_ratio/high_mean", sums.clip_high / n),
-            ("ratio_off", sums.off),
-        ];
-        metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
-        Ok(Step { loss, metrics })
-    }
-
-    /// The loss of one stochastic step, evaluated again with gradients.
-    fn step_loss(
-        &self,
-        field: &Field,
-        reference: Option<&Field>,
-        taken: &Taken,
-        advantages: &Tensor,
-        sums: &mut Sums,
-    ) -> Result<Tensor> {
-        let Taken { index, step, x, next, log_prob, .. } = taken;
-        let EditorConfig { loss: kind, eps, kl, kl_form, .. } = self.config;
-        let v = field.velocity(x, step.sigma, *index)?;
-        let mean = step.mean(x, &v)?;
-        let new = step.log_prob(&mean, next)?; // (B)
-        sums.off = sums.off.max(check_ratio(&new, log_prob, &log_prob.ones_like()?, FLOW_RATIO)?);
-        let old = new.detach();
-        let found = match kind {
-            LossKind::GrpoGuard => {
-                guard_loss((&new, &old), (&mean, &mean.detach()), (step.std, -step.d), advantages, eps)?
-            }
-            _ => flow_loss(&new, &old, advantages, eps)?,
-        };
-        let grpo::Loss { mut loss, clip_low, clip_high, .. } = found;
-        if let Some(reference) = reference {
-            let divergence = velocity_kl(&v, &reference.velocity(x, step.sigma, *index)?, step.kl_weight(kl_form))?;
-            sums.kl += f64::from(divergence.to_scalar::<f32>()?);
-            loss = (loss + (divergence * kl)?)?;
-        }
-        (sums.clip_low, sums.clip_high) = (sums.clip_low + clip_low, sums.clip_high + clip_high);
-        Ok(loss)
-    }
-
-    /// Rollouts of the old policy by Euler's rule, and DiffusionNFT's loss at a few noise levels.
-    fn by_pictures(&self, batch: &Batch, problems: &[Problem], old: &Flux2) -> Result<Step> {
-        let EditorConfig { steps, window: levels, beta, kl, .. } = self.config;
-        let (size, shape) = (self.group.size, self.shape(problems)?);
-        let old = self.field(old, problems, size)?;
-        let sigmas = self.klein.schedule.sigmas(steps, shape.0 * shape.1);
-        let x0 = euler(&old, &self.noise(batch, shape)?, &sigmas)?;
-        let judged = self.judge(problems, &self.pictures(&x0, shape)?)?;
-        let advantages = Tensor::new(judged.advantages.as_slice(), x0.device())?;
-        let field = self.field(&self.policy, problems, size)?;
-        let reference = self.field(&self.klein.transformer, problems, size)?;
+    /// DiffusionNFT's loss at the `k`-th of a few noise levels.
+    fn at_level(&self, batch: &Batch, k: usize, edits: &Edits, x0: &Tensor, advantages: &Tensor) -> Result<Step> {
+        let EditorConfig { steps, beta, kl, guidance, .. } = self.config;
+        let (old, _) = self.old.as_ref().context("DiffusionNFT has an old policy")?;
+        let (h, w) = edits.shape()?;
+        let sigmas = self.klein.schedule.sigmas(steps, h * w);
         let mut order: Vec<usize> = (0..steps).collect();
-        Stream::new(self.seed, "editor levels", batch.step).shuffle(&mut order);
-        let (mut total, mut divergences) = (None, 0.0);
-        for (k, index) in order.into_iter().take(levels).enumerate() {
-            let t = sigmas[index];
-            let first = batch.indices().start * size as u64;
-            let row = |r: u64| {
-                let mut stream = Stream::new(self.seed, &format!("editor level {k}"), first + r);
-                stream.normals(x0.elem_count() / advantages.elem_count())
-            };
-            let noise: Vec<f32> = (0..advantages.elem_count() as u64).flat_map(row).collect();
-            let noise = Tensor::from_vec(noise, x0.dims(), x0.device())?;
-            let x_t = ((&x0 * (1.0 - t))? + (noise * t)?)?;
-            let v = field.velocity(&x_t, t, index)?;
-            let mirror = old.velocity(&x_t, t, index)?;
-            let levels_of = Tensor::full(t as f32, advantages.dims(), x0.device())?;
-            let pair = NftBatch { v: &v, old: &mirror, x_t: &x_t, x0: &x0, t: &levels_of, advantages: &advantages };
-            let mut loss = nft_loss(&pair, beta)?;
-            if kl != 0.0 {
-                let divergence = velocity_kl(&v, &reference.velocity(&x_t, t, index)?, 1.0)?;
-                divergences += f64::from(divergence.to_scalar::<f32>()?);
-                loss = (loss + (divergence * kl)?)?;
-            }
-            total = Some(match total {
-                Some(total) => (total + loss)?,
-                None => loss,
-            });
+        // Every update has levels and noise of its own.
+        let update = if batch.update == 0 { String::new() } else { format!(" of update {}", batch.update) };
+        Stream::new(self.seed, &format!("editor levels{update}"), batch.step).shuffle(&mut order);
+        let index = *order.get(k).context("no such level")?;
+        let t = sigmas[index];
+        let first = batch.indices().start * self.group.size as u64;
+        let row = |r: u64| {
+            let mut stream = Stream::new(self.seed, &format!("editor level {k}{update}"), first + r);
+            stream.normals(x0.elem_count() / advantages.elem_count())
+        };
+        let noise: Vec<f32> = (0..advantages.elem_count() as u64).flat_map(row).collect();
+        let noise = Tensor::from_vec(noise, x0.dims(), x0.device())?;
+        let x_t = ((x0 * (1.0 - t))? + (noise * t)?)?;
+        let mirror = edits.field(&self.klein, old, guidance)?.velocity(&x_t, t, index)?.detach();
+        let v = edits.field(&self.klein, &self.policy, guidance)?.apart().velocity(&x_t, t, index)?;
+        let levels_of = Tensor::full(t as f32, advantages.dims(), x0.device())?;
+        let pair = NftBatch { v: &v, old: &mirror, x_t: &x_t, x0, t: &levels_of, advantages };
+        let (mut loss, mut divergence) = (nft_loss(&pair, beta)?, 0.0);
+        if kl != 0.0 {
+            let reference = edits.field(&self.klein, &self.klein.transformer, guidance)?.velocity(&x_t, t, index)?;
+            let kept = velocity_kl(&v, &reference, 1.0)?;
+            divergence = f64::from(kept.to_scalar::<f32>()?);
+            loss = (loss + (kept * kl)?)?;
         }
-        let mut metrics = judged.metrics;
-        metrics.push(("kl".to_owned(), divergences / levels as f64));
-        Ok(Step { loss: (total.context("at least one level")? / levels as f64)?, metrics })
+        Ok(Step { loss: (loss / self.config.window as f64)?, metrics: vec![("kl".to_owned(), divergence)] })
     }
 
     /// What the rollouts of a batch begin with, `(B, h w, C)`.
@@ -394,36 +337,17 @@ impl Editor {
         let problems = &self.held_out[..count.min(self.held_out.len())];
         let mut pictures = Vec::with_capacity(problems.len());
         for (first, some) in (0..).step_by(TOGETHER).zip(problems.chunks(TOGETHER)) {
-            let shape = self.shape(some)?;
+            let edits = self.edits(some, 1)?;
+            let shape = edits.shape()?;
             let sigmas = self.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
             let rows = (first..first + some.len() as u64).map(|i| pack(&self.klein.noise(HELD_OUT, i, shape)?));
             let noise = Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-            let states = euler(&self.field(&self.policy, some, 1)?, &noise, &sigmas)?;
+            let field = edits.field(&self.klein, &self.policy, self.config.guidance)?;
+            let states = euler(&field, &noise, &sigmas)?;
             pictures.extend(self.pictures(&states, shape)?);
         }
         Ok(pictures)
     }
-}
-
-/// What is logged of the steps of a window.
-#[derive(Default)]
-struct Sums {
-    kl: f64,
-    clip_low: f64,
-    clip_high: f64,
-    off: f64,
-}
-
-/// How well an edit left alone what it could: 1 where the half of the pixels that changed least did not change at all,
-/// `1/e` where they changed by 8 of 255 on the average.
-fn preserved(before: &RgbImage, after: &RgbImage) -> f64 {
-    let change = |(a, b): (&[u8], &[u8])| a.iter().zip(b).map(|(a, b)| u32::from(a.abs_diff(*b))).sum::<u32>();
-    let mut changes: Vec<u32> =
-        before.as_raw().chunks_exact(3).zip(after.as_raw().chunks_exact(3)).map(change).collect();
-    changes.sort_unstable();
-    let half = &changes[..changes.len() / 2];
-    let mean = half.iter().map(|c| f64::from(*c) / 3.0).sum::<f64>() / half.len().max(1) as f64;
-    (-mean / 8.0).exp()
 }
 
 impl Objective for Editor {
@@ -431,11 +355,58 @@ impl Objective for Editor {
         self.adapter.vars()
     }
 
-    fn loss(&self, batch: &Batch) -> Result<Step> {
+    fn work(&self) -> Work {
+        Work { epochs: self.group.epochs, minibatches: self.group.minibatches, pieces: self.pieces.count() }
+    }
+
+    fn collect(&self, batch: &Batch) -> Result<Metrics> {
+        let start = Instant::now();
         let problems = self.problems(Split::Train, self.seed, batch.indices())?;
-        match &self.old {
-            None => self.by_steps(batch, &problems),
-            Some((old, _)) => self.by_pictures(batch, &problems, old),
+        let edits = self.edits(&problems, self.group.size)?;
+        let shape = edits.shape()?;
+        let noise = self.noise(batch, shape)?;
+        let (drawn, states) = match &self.old {
+            None => {
+                let first = batch.indices().start * self.group.size as u64;
+                let (models, window) = ((&*self.klein, &self.policy), window_of(&self.config, self.seed, batch.step)?);
+                let noise_of = (self.seed, "editor", first);
+                let mut carried = carry_out(&self.config, models, edits, &noise, window, noise_of)?;
+                if self.group.updates() > 1 && self.klein.dtype() != DType::F32 {
+                    carried.reread(models, self.pieces, self.config.guidance)?;
+                }
+                let states = carried.states.clone();
+                (Drawn::Steps(carried), states)
+            }
+            Some((old, _)) => {
+                let sigmas = self.klein.schedule.sigmas(self.config.steps, shape.0 * shape.1);
+                let x0 = euler(&edits.field(&self.klein, old, self.config.guidance)?, &noise, &sigmas)?;
+                (Drawn::Pictures { edits, x0: x0.clone() }, x0)
+            }
+        };
+        let pictures = self.pictures(&states, shape)?;
+        let rolled_out = start.elapsed().as_secs_f64();
+        let mut judged = self.judge(&problems, &pictures)?;
+        let claims: usize = problems.iter().map(|p| p.target.claims.len() * (1 + self.group.size)).sum();
+        let more = [
+            ("claims", claims as f64),
+            ("time/rollout", rolled_out),
+            ("time/judge", start.elapsed().as_secs_f64() - rolled_out),
+        ];
+        judged.metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
+        let advantages = Tensor::new(judged.advantages.as_slice(), noise.device())?;
+        self.kept.keep(batch, Rollouts { drawn, advantages });
+        Ok(judged.metrics)
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Step> {
+        let rollouts = self.kept.of(batch)?;
+        let Rollouts { drawn, advantages } = &*rollouts;
+        match drawn {
+            Drawn::Steps(carried) => {
+                let (models, piece) = ((&*self.klein, &self.policy), (self.pieces, batch.piece));
+                carried.loss(&self.config, models, piece, advantages, batch.update == 0)
+            }
+            Drawn::Pictures { edits, x0 } => self.at_level(batch, batch.piece, edits, x0, advantages),
         }
     }
 
@@ -506,20 +477,5 @@ impl Objective for Editor {
         }
         self.updates = take("updates")?.to_scalar::<u32>()? as usize;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use image::Rgb;
-
-    #[test]
-    fn an_edit_may_change_half_of_the_picture() {
-        let before = RgbImage::from_pixel(8, 8, Rgb([100; 3]));
-        let half = RgbImage::from_fn(8, 8, |x, _| Rgb([if x < 4 { 0 } else { 100 }; 3]));
-        let all = RgbImage::from_pixel(8, 8, Rgb([108; 3]));
-        assert_eq!((preserved(&before, &before), preserved(&before, &half)), (1.0, 1.0));
-        assert!((preserved(&before, &all) - (-1f64).exp()).abs() < 1e-12);
     }
 }

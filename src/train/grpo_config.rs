@@ -4,20 +4,27 @@ use super::{
     Objective,
     actor::{Actor, ActorConfig},
     editor::{Editor, EditorConfig},
+    flow_steps::Pieces,
     grpo::Scale,
+    joint::{Joint, JointConfig},
     optim::OptimConfig,
     request::RunConfig,
-    run::TrainConfig,
+    run::{Precision, TrainConfig},
 };
 use crate::{
-    models::{Adapter, Folder, built_in},
+    flow::Klein,
+    io::hub::Hub,
+    models::{Adapter, Folder, built_in, peft::Peft},
     rig::reward::{ByVerdicts, Reward},
     usage,
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// Who learns; each has a section of the config by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +34,8 @@ pub enum Learner {
     Actor,
     /// Stage 2: the flow transformer that carries them out.
     Editor,
+    /// Both, over whole trajectories; the other two sections count as well.
+    Joint,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,10 +50,11 @@ pub struct GrpoConfig {
     pub optim: OptimConfig,
     pub actor: ActorConfig,
     pub editor: EditorConfig,
+    pub joint: JointConfig,
 }
 
-/// Folders of the models; the built-in ones where none is given.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Folders or hub ids of the models; the built-in ones where none is given.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelsConfig {
     /// The pipeline: Diffuser and Editor.
@@ -53,6 +63,19 @@ pub struct ModelsConfig {
     /// The VLM: Checker and Actor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vlm: Option<PathBuf>,
+    /// Another VLM, for the reward `judge`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge: Option<PathBuf>,
+    /// Folders of adapters, or `built-in`: what the learner goes on from, and what the other has on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actor: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub editor: Option<PathBuf>,
+    /// Width and height of pictures in pixels; the pipeline's own if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<u32>,
+    /// What the frozen weights compute in; adapters are trained in f32.
+    pub dtype: Precision,
 }
 
 /// The low-rank adapter that is trained.
@@ -76,9 +99,18 @@ pub struct GroupConfig {
     pub combine: Combine,
     /// Rewards by name, each with its weight; one of weight 0 is only logged.
     pub rewards: BTreeMap<String, f64>,
+    /// How often each batch of rollouts is used, and into how many updates it is split each time.
+    pub epochs: usize,
+    pub minibatches: usize,
+    /// Rollouts of the Editor that go through the network together in an update, at most; 0 is all of a micro-batch. Less take
+    /// less memory, to the same gradients.
+    pub rows: usize,
     /// Training stops when a larger share of a step's rewards is missing.
     pub max_missing: f64,
 }
+
+/// The rewards by judges other than the Checker.
+const BY_OTHERS: [&str; 2] = ["judge", "oracle"];
 
 /// How several rewards become one advantage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,7 +133,14 @@ impl Default for GrpoConfig {
             optim: OptimConfig::default(),
             actor: ActorConfig::default(),
             editor: EditorConfig::default(),
+            joint: JointConfig::default(),
         }
+    }
+}
+
+impl Default for ModelsConfig {
+    fn default() -> Self {
+        Self { model: None, vlm: None, judge: None, actor: None, editor: None, size: None, dtype: Precision::F32 }
     }
 }
 
@@ -118,6 +157,9 @@ impl Default for GroupConfig {
             scale: Scale::Group,
             combine: Combine::SumThenNormalise,
             rewards: BTreeMap::new(),
+            epochs: 1,
+            minibatches: 1,
+            rows: 0,
             max_missing: 0.25,
         }
     }
@@ -136,8 +178,8 @@ impl AdapterConfig {
 }
 
 impl GroupConfig {
-    /// Refuses groups that teach nothing, and rewards that the learner, who has `own` ones beside those by verdicts, does
-    /// not know.
+    /// Refuses groups that teach nothing, and rewards that the learner, who has `own` ones beside those by verdicts and by
+    /// other judges, does not know.
     pub fn check(&self, own: &[&str]) -> Result<()> {
         if self.size < 2 {
             usage!("group.size is at least 2, not {}: a single member has nothing to be compared with", self.size);
@@ -145,7 +187,11 @@ impl GroupConfig {
         if self.size < 8 {
             tracing::warn!("groups of {} are small: the mean of a group is a rough baseline", self.size);
         }
-        let known: Vec<&str> = ByVerdicts::ALL.iter().map(|r| r.name()).chain(own.iter().copied()).collect();
+        if self.epochs == 0 || self.minibatches == 0 {
+            usage!("group.epochs and group.minibatches are at least 1");
+        }
+        let known = ByVerdicts::ALL.iter().map(|r| r.name()).chain(BY_OTHERS).chain(own.iter().copied());
+        let known: Vec<&str> = known.collect();
         if let Some(name) = self.rewards.keys().find(|name| !known.contains(&name.as_str())) {
             usage!("group.rewards: there is no reward {name:?}; there are {}", known.join(", "));
         }
@@ -153,6 +199,16 @@ impl GroupConfig {
             usage!("group.rewards gives no reward a weight, or one that is no number");
         }
         Ok(())
+    }
+
+    /// The updates that are made of a batch of rollouts.
+    pub fn updates(&self) -> usize {
+        self.epochs * self.minibatches
+    }
+
+    /// The group of each of `count` rollouts that come group by group.
+    pub fn numbers(&self, count: usize) -> Vec<u64> {
+        (0..count).map(|i| (i / self.size) as u64).collect()
     }
 
     /// Whether a reward is asked for, be it for the log alone.
@@ -164,22 +220,67 @@ impl GroupConfig {
 impl ModelsConfig {
     /// The pipeline's folder.
     pub fn pipeline(&self) -> Result<Folder> {
-        folder(self.model.as_ref(), built_in::PIPELINE, "models.model")
+        folder(self.model.as_deref(), built_in::PIPELINE, "models.model")
     }
 
     /// The VLM's folder.
     pub fn vlm(&self) -> Result<Folder> {
-        let folder = folder(self.vlm.as_ref(), built_in::VLM, "models.vlm")?;
+        let folder = folder(self.vlm.as_deref(), built_in::VLM, "models.vlm")?;
         if self.vlm.is_some() { Ok(folder) } else { folder.require("vlm") }
+    }
+
+    /// The judge's folder.
+    pub fn judge(&self) -> Result<Option<Folder>> {
+        self.judge.as_deref().map(|name| folder(Some(name), &[], "models.judge")).transpose()
+    }
+
+    /// Width and height of pictures.
+    pub fn size(&self, klein: &Klein) -> (u32, u32) {
+        self.size.map_or_else(|| klein.default_size(), |side| (side, side))
+    }
+
+    /// The adapter that the Actor or the Editor ([`built_in::ACTOR`], [`built_in::EDITOR`]) has before training.
+    pub fn adapter(&self, role: &str) -> Result<Option<Peft>> {
+        let Some(path) = (if role == built_in::ACTOR { &self.actor } else { &self.editor }) else { return Ok(None) };
+        let folder = match path.to_str() {
+            Some(built_in::NAME) => built_in::adapter(role),
+            _ => path.is_dir().then(|| Folder::from(path.clone())),
+        };
+        let Some(folder) = folder else { usage!("models.{role}: there is no adapter {}", path.display()) };
+        Peft::open(&folder).map(Some)
     }
 }
 
-fn folder(path: Option<&PathBuf>, parts: &[&'static str], key: &str) -> Result<Folder> {
-    if let Some(path) = path {
-        if !path.is_dir() {
-            usage!("{key}: there is no folder {}", path.display());
+impl GrpoConfig {
+    /// The adapter that is trained for a role: the one that `models` names, or a new one; `usual` are the layers where the
+    /// config names none.
+    pub fn learned(&self, role: &str, usual: &[&str]) -> Result<Adapter> {
+        match self.models.adapter(role)? {
+            Some(peft) => Ok(peft.learned()),
+            None => self.adapter.fresh(usual, self.seed),
         }
-        return Ok(Folder::from(path.clone()));
+    }
+
+    /// How the Editor's losses are cut into pieces.
+    pub fn pieces(&self) -> Pieces {
+        let micro = if self.train.micro_batch == 0 { self.train.batch } else { self.train.micro_batch };
+        let rows = if self.group.rows == 0 { usize::MAX } else { self.group.rows };
+        Pieces { window: self.editor.window, rows, all: micro * self.group.size }
+    }
+}
+
+fn folder(path: Option<&Path>, parts: &[&'static str], key: &str) -> Result<Folder> {
+    if let Some(path) = path {
+        if path.is_dir() {
+            return Ok(Folder::from(path));
+        }
+        let Some(name) = path.to_str() else { usage!("{key}: there is no folder {}", path.display()) };
+        let local = Hub::from_env()?.locate(name, &|file, done, total| {
+            if done == total {
+                tracing::info!("{file} is here");
+            }
+        });
+        return Ok(Folder::from(local.with_context(|| key.to_owned())?.path));
     }
     let missing = built_in::missing(parts);
     ensure!(missing.is_empty(), "this rlrig was built without {}; set {key} to a folder", missing.join(", "));
@@ -199,13 +300,15 @@ impl RunConfig for GrpoConfig {
         match self.objective {
             Learner::Actor => Ok(Box::new(Actor::new(self, device)?)),
             Learner::Editor => Ok(Box::new(Editor::new(self, device)?)),
+            Learner::Joint => Ok(Box::new(Joint::new(self, device)?)),
         }
     }
 
     fn unused(&self) -> Vec<&'static str> {
         match self.objective {
-            Learner::Actor => vec!["editor"],
-            Learner::Editor => vec!["actor"],
+            Learner::Actor => vec!["editor", "joint"],
+            Learner::Editor => vec!["actor", "joint"],
+            Learner::Joint => Vec::new(),
         }
     }
 }

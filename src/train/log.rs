@@ -72,6 +72,13 @@ fn truncate(path: &Path, step: u64) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
+/// The most memory that this process has held so far, in bytes, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,15 +9,20 @@ pub mod checkpoint;
 pub mod drawn;
 pub mod editor;
 pub mod ema;
+pub mod flow_steps;
 pub mod grpo;
 pub mod grpo_config;
+pub mod joint;
 pub mod layout;
 pub mod log;
+mod means;
 pub mod muon;
 pub mod objective_diffuser;
 pub mod objective_vae;
 pub mod objective_vlm;
 pub mod optim;
+mod pixels;
+pub mod pose;
 pub mod pretrain;
 pub mod replay;
 pub mod request;
@@ -49,6 +54,10 @@ pub struct Batch {
     pub rows: Range<usize>,
     /// Samples in the whole batch.
     pub size: usize,
+    /// Which of the step's updates, counted from 0.
+    pub update: usize,
+    /// Which piece of the loss, counted from 0.
+    pub piece: usize,
 }
 
 impl Batch {
@@ -57,6 +66,22 @@ impl Batch {
     pub fn indices(&self) -> Range<u64> {
         let start = self.step * self.size as u64;
         start + self.rows.start as u64..start + self.rows.end as u64
+    }
+}
+
+/// How a step is worked off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Work {
+    /// How often each sample is used, and into how many updates it is split each time.
+    pub epochs: usize,
+    pub minibatches: usize,
+    /// Pieces that the loss is the sum of. Each goes backward before the next goes forward, so they share no memory.
+    pub pieces: usize,
+}
+
+impl Default for Work {
+    fn default() -> Self {
+        Self { epochs: 1, minibatches: 1, pieces: 1 }
     }
 }
 
@@ -76,8 +101,21 @@ pub trait Objective: Sync {
     /// The trained variables by their names in the saved model, in f32.
     fn vars(&self) -> BTreeMap<String, Var>;
 
-    /// The mean loss of `batch`. Micro-batches of one step run in parallel; together they must give every variable a
-    /// gradient.
+    /// How a step is worked off.
+    fn work(&self) -> Work {
+        Work::default()
+    }
+
+    /// Prepares what all updates on `batch` are computed from, such as rollouts of the policy as it is before them, and
+    /// keeps it by [`Batch::rows`] until the next step. Micro-batches run in parallel. Returns what to log, means over the
+    /// rows.
+    fn collect(&self, batch: &Batch) -> Result<Metrics> {
+        let _ = batch;
+        Ok(Vec::new())
+    }
+
+    /// The mean loss of `batch`, or its piece. Micro-batches of one update run in parallel; together, and over all pieces,
+    /// they must give every variable a gradient.
     fn loss(&self, batch: &Batch) -> Result<Step>;
 
     /// Is told the metrics of each step once it is done, for running statistics.

@@ -1,16 +1,51 @@
-//! Answers read again, with gradients: the log-probabilities of their tokens under the present weights.
+//! The Actor's answers: drawn, and read again with gradients, which gives the log-probabilities of their tokens under the
+//! present weights.
 //!
 //! As when they were drawn, a picture is read once and shared by all questions about it. The temperature is that of the
 //! rollouts, 1. Tokens that the answer's schema left no choice about are no actions of the policy and are left out.
 
 use crate::{
     models::qwen3_vl::rope_positions,
-    tensor::{Mask, cross_entropy},
-    vlm::{Vlm, decode::Answer},
+    rig::prompts,
+    tensor::{Mask, cross_entropy, rng::Stream},
+    vlm::{
+        Vlm,
+        decode::{Answer, Sampling},
+        prefix::Question,
+    },
 };
 use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use image::RgbImage;
+use serde::Deserialize;
+
+/// Tokens of an edit at most.
+pub const EDIT: usize = 64;
+
+/// Draws an edit for each `(picture, question)`, question `i` from `streams[i]`: as answered, and in words.
+pub fn write(
+    vlm: &Vlm,
+    pictures: &[&RgbImage],
+    asked: &[(usize, &str)],
+    temperature: f64,
+    streams: &mut [Stream],
+) -> Result<Vec<(Answer, String)>> {
+    #[derive(Deserialize)]
+    struct Written {
+        edit: String,
+    }
+    let questions: Vec<Question> =
+        asked.iter().map(|(picture, text)| Question { picture: Some(*picture), text }).collect();
+    let sampling = Sampling { temperature, max_tokens: EDIT };
+    let answers = vlm.answer(&vlm.look(pictures)?, &questions, &prompts::reflect_schema(), sampling, streams)?;
+    let read = |answer: Answer| -> Result<(Answer, String)> {
+        let text = vlm.chat.decode(&answer.ids)?;
+        let Written { edit } =
+            serde_json::from_str(&text).with_context(|| format!("the Actor's answer is no edit: {text}"))?;
+        Ok((answer, edit))
+    };
+    answers.into_iter().map(read).collect()
+}
 
 /// An answer to a question about picture `picture`.
 pub struct Asked<'a> {

@@ -2,46 +2,138 @@
 //! worth.
 
 use super::{
-    Metrics,
+    Batch, Metrics,
     grpo::advantages,
-    grpo_config::{Combine, GroupConfig},
+    grpo_config::{Combine, GroupConfig, GrpoConfig},
 };
 use crate::{
     flow::Klein,
-    models::{Adapter, Folder, Params, flux2::Flux2, qwen3_vl::Qwen3VL},
+    models::{
+        Adapter, Folder, Params,
+        flux2::Flux2,
+        qwen3_vl::{self, Qwen3VL},
+    },
     rig::{
         reward::{ByVerdicts, Reward as _, Sample, Weighted},
-        roles::{Decode, Picture, Verdict},
+        roles::{Checker, Decode, Picture, Target, Verdict, score},
         vlm_roles::Critic,
     },
+    scene::{graph::SceneGraph, tabletop::oracle},
+    usage,
     vlm::Vlm,
 };
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
-use std::sync::Arc;
+use image::{RgbImage, imageops};
+use rayon::prelude::*;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// The largest difference from 1 that the ratio of a token's probabilities, replayed and as drawn, may have: decoding word
 /// by word and reading at once round differently.
-pub const TOKEN_RATIO: f64 = 1e-3;
-/// The same for a step of the flow, which is replayed in the shape it was taken in. Clip ranges are of this order.
-pub const FLOW_RATIO: f64 = 1e-6;
+const TOKEN_RATIO: f64 = 1e-3;
+/// The same below f32.
+const COARSE_RATIO: f64 = 0.5;
+/// As [`TOKEN_RATIO`] for a step of the flow, which is replayed in the shape it was taken in. Clip ranges are of this order.
+const FLOW_RATIO: f64 = 1e-6;
+
+/// The largest difference that a token's ratio may have in the number format of the model. Below f32 it says only that
+/// nothing is badly wrong; the updates compare replays with replays.
+pub fn token_ratio(vlm: &Vlm) -> f64 {
+    if vlm.model.decoder.dtype() == DType::F32 { TOKEN_RATIO } else { COARSE_RATIO }
+}
+
+/// The same for a step of the flow.
+pub fn flow_ratio(klein: &Klein) -> f64 {
+    if klein.dtype() == DType::F32 { FLOW_RATIO } else { COARSE_RATIO }
+}
 
 /// The frozen VLM, and a copy with an adapter on the same weights, if asked for.
-pub fn vlm(folder: &Folder, device: &Device, adapter: Option<&Adapter>) -> Result<(Critic, Option<Vlm>)> {
-    let config = folder.json("config.json")?;
-    let params = Params::open(folder, "model", DType::F32, device)?;
+pub fn vlm(
+    folder: &Folder,
+    (dtype, device): (DType, &Device),
+    adapter: Option<&Adapter>,
+) -> Result<(Critic, Option<Vlm>)> {
+    let config: qwen3_vl::Config = folder.json("config.json")?;
+    let params = Params::open(folder, "model", dtype, device)?;
     let frozen = Qwen3VL::new(&config, &params)?;
-    params.finish(|name| name == "lm_head.weight")?;
+    params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
     let adapted = |adapter: &Adapter| Vlm::of(Qwen3VL::new(&config, &params.again(vec![adapter.clone()]))?, folder);
     let adapted = adapter.map(adapted).transpose()?;
+    adapter.map(Adapter::check).transpose()?;
     Ok((Critic::new(Vlm::of(frozen, folder)?), adapted))
 }
 
 /// The frozen pipeline, and copies of its transformer on the same weights, each with an adapter.
-pub fn pipeline(folder: &Folder, device: &Device, adapters: &[&Adapter]) -> Result<(Arc<Klein>, Vec<Flux2>)> {
-    let others = adapters.iter().map(|adapter| vec![(*adapter).clone()]).collect();
-    let (klein, adapted) = Klein::open_with(folder, DType::F32, device, Vec::new(), others)?;
+pub fn pipeline(
+    folder: &Folder,
+    (dtype, device): (DType, &Device),
+    adapters: &[Adapter],
+) -> Result<(Arc<Klein>, Vec<Flux2>)> {
+    let others = adapters.iter().map(|adapter| vec![adapter.clone()]).collect();
+    let (klein, adapted) = Klein::open_with(folder, dtype, device, Vec::new(), others)?;
+    adapters.iter().try_for_each(Adapter::check)?;
     Ok((Arc::new(klein), adapted))
+}
+
+/// What one step's micro-batches have collected, each by its rows.
+pub struct Kept<T>(Mutex<BTreeMap<usize, Arc<T>>>);
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Kept<T> {
+    pub fn keep(&self, batch: &Batch, collected: T) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(batch.rows.start, Arc::new(collected));
+    }
+
+    pub fn of(&self, batch: &Batch) -> Result<Arc<T>> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(&batch.rows.start).cloned().context("an update before its rollouts")
+    }
+}
+
+/// Who judges pictures beside the Checker.
+pub struct Judges {
+    /// Another VLM.
+    judge: Option<Critic>,
+}
+
+impl Judges {
+    pub fn open(config: &GrpoConfig, device: &Device) -> Result<Self> {
+        let GrpoConfig { models, group, .. } = config;
+        let judge = match models.judge()? {
+            Some(folder) => Some(vlm(&folder, (models.dtype.dtype(), device), None)?.0),
+            None if group.asks("judge") => {
+                usage!("group.rewards has judge, which is a VLM of its own: set models.judge")
+            }
+            None => None,
+        };
+        Ok(Self { judge })
+    }
+
+    /// Their rewards, as far as they are asked for, of pictures that should show a target, which is also known as a graph.
+    pub fn rewards(&self, group: &GroupConfig, pictures: &[(&Picture, &Target, &SceneGraph)]) -> Result<Vec<Reward>> {
+        let mut rewards = Vec::new();
+        if let Some(judge) = self.judge.as_ref().filter(|_| group.asks("judge")) {
+            let asked: Vec<(&Picture, &Target)> =
+                pictures.iter().map(|(picture, target, _)| (*picture, *target)).collect();
+            let of = |verdicts: &Vec<Verdict>| score(verdicts).unwrap_or(1.0);
+            rewards.push(("judge".to_owned(), judge.check(&asked)?.iter().map(of).collect()));
+        }
+        if group.asks("oracle") {
+            let of = |(picture, _, graph): &(&Picture, &Target, &SceneGraph)| {
+                Ok(oracle::judge(picture.pixels()?, graph).score())
+            };
+            rewards.push(("oracle".to_owned(), pictures.par_iter().map(of).collect::<Result<_>>()?));
+        }
+        Ok(rewards)
+    }
 }
 
 /// The decoder of pictures that are kept as latents.
@@ -50,21 +142,27 @@ pub fn decoder(klein: &Arc<Klein>) -> Decode {
     Arc::new(move |latents: &[Tensor]| klein.decode(latents))
 }
 
-/// A picture as the pipeline would have drawn it: its latents, and the pixels they stand for.
-pub fn through_latents(klein: &Klein, decode: &Decode, pixels: &image::RgbImage) -> Result<Picture> {
-    Ok(Picture::from_latents(klein.encode(pixels)?, decode.clone()))
+/// A picture as the pipeline would have drawn it in `size`: its latents, and the pixels they stand for.
+pub fn through_latents(klein: &Klein, decode: &Decode, pixels: &RgbImage, size: (u32, u32)) -> Result<Picture> {
+    let (width, height) = size;
+    let latents = if pixels.dimensions() == size {
+        klein.encode(pixels)?
+    } else {
+        klein.encode(&imageops::resize(pixels, width, height, imageops::FilterType::CatmullRom))?
+    };
+    Ok(Picture::from_latents(latents, decode.clone()))
 }
 
 /// A reward by name, one number for each rollout; one that is not finite is missing.
 pub type Reward = (String, Vec<f64>);
 
-/// The rewards by verdicts that `config` asks for. `before` has the verdicts on each group's picture, `after` those on each
-/// rollout's, group by group.
+/// The rewards by verdicts that `config` asks for: `before` and `after` are those on the picture before and after each
+/// rollout.
 pub fn by_verdicts(config: &GroupConfig, before: &[&[Verdict]], after: &[Vec<Verdict>]) -> Result<Vec<Reward>> {
     let known = |name: &&String| ByVerdicts::ALL.iter().any(|r| r.name() == name.as_str());
     let names: Vec<(&str, f64)> = config.rewards.keys().filter(known).map(|name| (name.as_str(), 1.0)).collect();
     let samples: Vec<Sample> =
-        after.iter().enumerate().map(|(i, after)| Sample { before: Some(before[i / config.size]), after }).collect();
+        before.iter().zip(after).map(|(before, after)| Sample { before: Some(before), after }).collect();
     Ok(Weighted::named(names)?.score(&samples)?.parts)
 }
 
@@ -77,16 +175,15 @@ pub struct Judged {
     pub metrics: Metrics,
 }
 
-/// Weighs the rewards of rollouts that come group by group. The metrics have TRL's names.
-pub fn judge(config: &GroupConfig, rewards: &[Reward]) -> Result<Judged> {
-    let count = rewards.first().map_or(0, |(_, values)| values.len());
-    let groups: Vec<u64> = (0..count).map(|i| (i / config.size) as u64).collect();
+/// Weighs the rewards of rollouts, of which `groups` names each one's group. The metrics have TRL's names.
+pub fn judge(config: &GroupConfig, rewards: &[Reward], groups: &[u64]) -> Result<Judged> {
+    let count = groups.len();
     let weight = |name: &str| config.rewards.get(name).copied().unwrap_or(0.0);
     let mut total = vec![0.0; count];
     for (name, values) in rewards.iter().filter(|(name, _)| weight(name) != 0.0) {
         total.iter_mut().zip(values).for_each(|(total, value)| *total += weight(name) * value);
     }
-    let summed = advantages(&total, &groups, config.scale)?;
+    let summed = advantages(&total, groups, config.scale)?;
     let missing = summed.missing_count() as f64 / count.max(1) as f64;
     if missing > config.max_missing {
         bail!("{:.0}% of a step's rewards are missing (group.max_missing allows less)", 100.0 * missing);
@@ -99,7 +196,7 @@ pub fn judge(config: &GroupConfig, rewards: &[Reward]) -> Result<Judged> {
     ];
     let mut apart = vec![0.0; count];
     for (name, values) in rewards {
-        let alone = advantages(values, &groups, config.scale)?;
+        let alone = advantages(values, groups, config.scale)?;
         apart.iter_mut().zip(&alone.values).for_each(|(sum, value)| *sum += weight(name) as f32 * value);
         metrics.push((format!("rewards/{name}/mean"), alone.reward));
         metrics.push((format!("rewards/{name}/std"), alone.reward_std));
@@ -155,13 +252,13 @@ mod tests {
     #[test]
     fn rewards_are_weighed_in_either_order_and_logged_apart() -> Result<()> {
         let rewards = rewards([0.0, 0.5, 0.25, 0.25]);
-        let summed = judge(&config(Combine::SumThenNormalise), &rewards)?;
+        let summed = judge(&config(Combine::SumThenNormalise), &rewards, &[0, 0, 1, 1])?;
         // In the first group what one loses the other gains: 0 + 0.5 against 0.5 + 0.
         assert_eq!(summed.advantages, [0.0; 4]);
         assert_eq!(metric(&summed, "frac_reward_zero_std"), 1.0);
         assert_eq!(metric(&summed, "reward"), 0.5 + 0.125);
         assert_eq!(metric(&summed, "rewards/oracle/mean"), 4.5);
-        let apart = judge(&config(Combine::NormaliseThenSum), &rewards)?;
+        let apart = judge(&config(Combine::NormaliseThenSum), &rewards, &[0, 0, 1, 1])?;
         assert!(apart.advantages[1] > 0.3 && apart.advantages[0] < -0.3, "{:?}", apart.advantages);
         assert_eq!(apart.advantages[2..], [0.0, 0.0]);
         Ok(())
@@ -169,10 +266,10 @@ mod tests {
 
     #[test]
     fn missing_rewards_are_masked_and_too_many_are_fatal() -> Result<()> {
-        let one = judge(&config(Combine::SumThenNormalise), &rewards([0.0, 1.0, f64::NAN, 0.5]))?;
+        let one = judge(&config(Combine::SumThenNormalise), &rewards([0.0, 1.0, f64::NAN, 0.5]), &[0, 0, 1, 1])?;
         assert_eq!((one.counts.as_slice(), one.advantages[2]), (&[1.0, 1.0, 0.0, 1.0][..], 0.0));
         assert_eq!(metric(&one, "rewards/missing"), 0.25);
-        let two = judge(&config(Combine::SumThenNormalise), &rewards([0.0, f64::NAN, f64::NAN, 0.5]));
+        let two = judge(&config(Combine::SumThenNormalise), &rewards([0.0, f64::NAN, f64::NAN, 0.5]), &[0, 0, 1, 1]);
         assert!(two.err().expect("an error").to_string().contains("50%"));
         Ok(())
     }

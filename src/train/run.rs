@@ -13,10 +13,11 @@
 //! An interrupted run (Ctrl-C, or killed at any point) that is resumed ends bit for bit as an uninterrupted one.
 
 use super::{
-    Batch, Metrics, Objective, Step,
+    Batch, Metrics, Objective, Work,
     checkpoint::{self, Checkpoint},
     ema::Ema,
     log::Log,
+    means::Means,
     optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
 };
 use crate::usage;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
+    ops::Range,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -234,23 +236,18 @@ pub struct Rehearsal {
     pub seconds: f64,
 }
 
-/// Everything but training: one batch forward and backward, and one evaluation.
+/// Everything but training: the first update of a step forward and backward, and one evaluation.
 pub fn rehearse(objective: &mut dyn Objective, config: &TrainConfig, optim: &OptimConfig) -> Result<Rehearsal> {
     let run = Run::new(objective, config, optim)?;
     let start = Instant::now();
-    let (mut metrics, gradients) = run.gradients()?;
+    let mut means = run.collect()?;
+    let gradients = run.gradients(0, &run.updates()[0], &mut means)?;
     run.check(&gradients)?;
+    let mut metrics = means.metrics();
     metrics.push(("grad_norm".into(), optim::norm(&gradients)?));
     let seconds = start.elapsed().as_secs_f64();
     metrics.extend(run.objective.evaluate(0)?);
     Ok(Rehearsal { plan: run.plan(), metrics, seconds })
-}
-
-/// The most memory that this process has held so far, in bytes, where the system tells.
-pub fn peak_memory() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 struct Run<'a> {
@@ -306,34 +303,62 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The metrics and gradients of this step's batch. Micro-batches run side by side, which keeps all cores busy where one
-    /// operation alone would not; their gradients are added in order, so the result is the same on any number of threads.
-    fn gradients(&self) -> Result<(Metrics, Gradients)> {
+    /// The rows of each micro-batch of a step.
+    fn micro_batches(&self) -> Vec<Range<usize>> {
         let (size, micro) = (self.config.batch, self.micro_batch());
+        (0..size).step_by(micro).map(|start| start..(start + micro).min(size)).collect()
+    }
+
+    /// Those of each update of a step.
+    fn updates(&self) -> Vec<Vec<Range<usize>>> {
+        let Work { epochs, minibatches, .. } = self.objective.work();
+        let all = self.micro_batches();
+        let epoch: Vec<&[Range<usize>]> = all.chunks(all.len().div_ceil(minibatches.max(1))).collect();
+        epoch.iter().cycle().take(epoch.len() * epochs.max(1)).map(|micro| micro.to_vec()).collect()
+    }
+
+    fn batch(&self, rows: &Range<usize>) -> Batch {
+        Batch { step: self.step, rows: rows.clone(), size: self.config.batch, update: 0, piece: 0 }
+    }
+
+    /// Lets the objective prepare the step.
+    fn collect(&self) -> Result<Means> {
+        let objective: &dyn Objective = &*self.objective;
+        let batches: Vec<Batch> = self.micro_batches().iter().map(|rows| self.batch(rows)).collect();
+        let parts: Vec<Result<Metrics>> = batches.par_iter().map(|batch| objective.collect(batch)).collect();
+        let mut means = Means::default();
+        for (batch, metrics) in batches.iter().zip(parts) {
+            metrics?.into_iter().for_each(|metric| means.add(metric, batch.rows.len() as f64));
+        }
+        Ok(means)
+    }
+
+    /// The gradients of one update. Micro-batches run side by side, which keeps all cores busy where one operation alone
+    /// would not; their gradients are added in order, so the result is the same on any number of threads.
+    fn gradients(&self, update: usize, micro: &[Range<usize>], means: &mut Means) -> Result<Gradients> {
         let (objective, vars): (&dyn Objective, _) = (&*self.objective, &self.vars);
-        let work = |start: usize| -> Result<(f64, Metrics, Gradients)> {
-            let batch = Batch { step: self.step, rows: start..(start + micro).min(size), size };
-            let weight = batch.rows.len() as f64 / size as f64;
-            let Step { loss, mut metrics } = objective.loss(&batch)?;
-            metrics.insert(0, ("loss".into(), f64::from(loss.to_scalar::<f32>()?)));
-            Ok((weight, metrics, optim::named(vars, (loss * weight)?.backward()?)))
-        };
-        let starts: Vec<usize> = (0..size).step_by(micro).collect();
-        let parts: Vec<_> = starts.into_par_iter().map(work).collect();
-        // Means over the micro-batches that have a metric: (name, sum, weight).
-        let mut means: Vec<(String, f64, f64)> = Vec::new();
-        let mut total = Gradients::new();
-        for part in parts {
-            let (weight, metrics, gradients) = part?;
-            for (name, value) in metrics {
-                match means.iter_mut().find(|(known, ..)| *known == name) {
-                    Some((_, sum, weights)) => (*sum, *weights) = (*sum + weight * value, *weights + weight),
-                    None => means.push((name, weight * value, weight)),
-                }
+        let (pieces, size) = (objective.work().pieces.max(1), micro.iter().map(Range::len).sum::<usize>() as f64);
+        let work = |rows: &Range<usize>| -> Result<(Metrics, Gradients)> {
+            let weight = rows.len() as f64 / size;
+            let (mut loss, mut more, mut total) = (0.0, Means::default(), Gradients::new());
+            for piece in 0..pieces {
+                let step = objective.loss(&Batch { update, piece, ..self.batch(rows) })?;
+                loss += f64::from(step.loss.to_scalar::<f32>()?);
+                step.metrics.into_iter().for_each(|metric| more.add(metric, 1.0));
+                optim::add(&mut total, optim::named(vars, (step.loss * weight)?.backward()?))?;
             }
+            let mut metrics = more.metrics();
+            metrics.insert(0, ("loss".into(), loss));
+            Ok((metrics, total))
+        };
+        let parts: Vec<_> = micro.par_iter().map(work).collect();
+        let mut total = Gradients::new();
+        for (rows, part) in micro.iter().zip(parts) {
+            let (metrics, gradients) = part?;
+            metrics.into_iter().for_each(|metric| means.add(metric, rows.len() as f64));
             optim::add(&mut total, gradients)?;
         }
-        Ok((means.into_iter().map(|(name, sum, weight)| (name, sum / weight)).collect(), total))
+        Ok(total)
     }
 
     /// A variable without a gradient is a mistake in the objective or a break in the graph: say so before hours go by.
@@ -345,20 +370,28 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// One step of the optimiser.
+    /// One step with all its updates. Returns the first norm and outcome that is no update, or the last.
     fn advance(&mut self) -> Result<(Metrics, f64, Outcome)> {
-        let (mut metrics, gradients) = self.gradients()?;
-        self.check(&gradients)?;
         let factor = self.schedule.factor(self.step, self.config.steps);
-        let (norm, outcome) = self.optimizer.step(&gradients, factor)?;
-        if outcome == Outcome::Updated {
-            self.ema.update(&self.vars)?;
+        let mut means = self.collect()?;
+        let mut told = (0.0, Outcome::Updated);
+        for (update, micro) in self.updates().iter().enumerate() {
+            let gradients = self.gradients(update, micro, &mut means)?;
+            self.check(&gradients)?;
+            let (norm, outcome) = self.optimizer.step(&gradients, factor)?;
+            if outcome == Outcome::Updated {
+                self.ema.update(&self.vars)?;
+            }
+            means.add(("grad_norm".into(), norm), 1.0);
+            if told.1 == Outcome::Updated {
+                told = (norm, outcome);
+            }
         }
         self.step += 1;
+        let mut metrics = means.metrics();
         self.objective.observe(&metrics);
-        metrics.push(("grad_norm".into(), norm));
         metrics.push(("learning_rate".into(), self.lr * factor));
-        Ok((metrics, norm, outcome))
+        Ok((metrics, told.0, told.1))
     }
 
     /// Whether an evaluation is the best so far.

@@ -1,0 +1,488 @@
+//! Reflection-GRPO, both at once: Actor and Editor learn from whole trajectories of the loop.
+//!
+//! For each prompt and a picture that misses it, a group of trajectories begins. In every round the Actor writes an edit of
+//! the best picture so far, at temperature 1; the Editor carries it out by stochastic steps; the Checker answers the prompt's
+//! claims. A trajectory ends when all of them hold, or when the rounds are spent.
+//!
+//! A turn is worth what it changed: the rewards of `[group]`, compared among the turns of this round in the group. A trajectory
+//! is worth what came of it: how much better its best picture is than its first, whether it passes, and how many of its turns
+//! left the picture as it was, which is what stopping too early is where only the Checker stops. Both advantages are fused,
+//!
+//! ```text
+//! A = turn * A_turn + whole * A_trajectory
+//! ```
+//!
+//! and given to all tokens of the turn's edit and to all stochastic steps of its picture (as MT-EditFlow broadcasts them). One
+//! update moves both adapters. How the Actor's answers are weighed is written in `[actor]`, and the Editor's steps in
+//! `[editor]`; each is what it is in its own stage.
+
+use super::{
+    Batch, Group, Metrics, Objective, Step, Work,
+    actor::{self, well_formed},
+    editor::{self, LossKind},
+    flow_steps::{Carried, Edits, carry_out, window_of},
+    grpo::{ADVANTAGE_BOUND, TokenBatch, TokenLoss, advantages, token_loss},
+    grpo_config::GrpoConfig,
+    means::Means,
+    objective_diffuser::tiled,
+    optim,
+    pixels::{preserved, still},
+    pose::{Poser, Problem, TOGETHER},
+    replay::{Asked, EDIT, Replay, drawn, replay, write},
+    rollout::{self, Judges, Kept, Reward, check_ratio, judge},
+};
+use crate::{
+    flow::field::{pack, unpack},
+    models::{Adapter, built_in, flux2::Flux2, peft},
+    rig::{
+        cycle::{self, Cast},
+        prompts,
+        roles::{Checker, Picture, Target, Verdict, score},
+    },
+    scene::{
+        graph::SceneGraph,
+        tabletop::{oracle, split::Split, tasks},
+    },
+    tensor::rng::Stream,
+    usage,
+    vlm::{Vlm, decode::Answer},
+};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use image::RgbImage;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+
+/// The section `[joint]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JointConfig {
+    /// Rounds at most, the drawing included.
+    pub rounds: usize,
+    /// Weights of a turn's own advantage and of its trajectory's.
+    pub turn: f64,
+    pub whole: f64,
+    /// Weights of what a trajectory is worth: how much better its best picture is than its first, whether it passes, and the
+    /// share of its turns that changed nothing.
+    pub improvement: f64,
+    pub success: f64,
+    pub idle: f64,
+    /// Weights of the two losses.
+    pub actor: f64,
+    pub editor: f64,
+    /// Factor on the learning rate of the Actor's adapter.
+    pub actor_lr: f64,
+    /// Held-out prompts of an evaluation.
+    pub evaluation: usize,
+}
+
+impl Default for JointConfig {
+    fn default() -> Self {
+        Self {
+            rounds: 3,
+            turn: 0.5,
+            whole: 0.5,
+            improvement: 1.0,
+            success: 1.0,
+            idle: -0.25,
+            actor: 1.0,
+            editor: 1.0,
+            actor_lr: 0.3,
+            evaluation: 64,
+        }
+    }
+}
+
+/// Prompts on a sample sheet.
+const SHOWN: usize = 16;
+/// The seed of held-out prompts.
+const HELD_OUT: u64 = 1;
+/// One round of all trajectories that had not ended before.
+struct Turn {
+    /// The pictures that the edits are about, and for each row which of them it is.
+    sources: Vec<Picture>,
+    source_of: Vec<usize>,
+    questions: Vec<String>,
+    answers: Vec<Answer>,
+    carried: Carried,
+    /// For each row, and the same as a column of what counts.
+    advantages: Tensor,
+    counts: Tensor,
+    /// As in the Actor's stage.
+    old: Option<Tensor>,
+    reference: Option<Tensor>,
+}
+
+impl Turn {
+    fn replay(&self, vlm: &Vlm) -> Result<Replay> {
+        let pictures: Vec<&RgbImage> = self.sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
+        let rows = self.source_of.iter().zip(&self.questions).zip(&self.answers);
+        let asked: Vec<Asked> =
+            rows.map(|((picture, question), answer)| Asked { picture: *picture, question, answer }).collect();
+        replay(vlm, &pictures, &asked)
+    }
+
+    fn rows(&self) -> usize {
+        self.answers.len()
+    }
+}
+
+/// Where a trajectory stands.
+struct State<'a> {
+    problem: &'a Problem,
+    best: Picture,
+    verdicts: Vec<Verdict>,
+    edits: Vec<String>,
+    idle: usize,
+}
+
+impl State<'_> {
+    fn passes(&self) -> bool {
+        self.verdicts.iter().all(|v| v.yes)
+    }
+}
+
+pub struct Joint {
+    config: GrpoConfig,
+    poser: Poser,
+    judges: Judges,
+    actor: Arc<Vlm>,
+    editor: Arc<Flux2>,
+    /// Of the Actor and of the Editor.
+    adapters: [Adapter; 2],
+    kept: Kept<Vec<Turn>>,
+}
+
+impl Joint {
+    pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
+        let GrpoConfig { actor, editor, joint, group, models, seed, .. } = config;
+        group.check(&["format", "brevity", "preserve"])?;
+        editor.check(*seed)?;
+        if editor.loss == LossKind::DiffusionNft {
+            usage!("[editor] loss is grpo or grpo-guard here: diffusion-nft has an old policy of its own");
+        }
+        if joint.rounds < 2 {
+            usage!("joint.rounds is at least 2: the drawing and an edit");
+        }
+        let of = [config.learned(built_in::ACTOR, actor::TARGETS)?, config.learned(built_in::EDITOR, editor::TARGETS)?];
+        let at = (models.dtype.dtype(), device);
+        let (critic, policy) = rollout::vlm(&models.vlm()?, at, Some(&of[0]))?;
+        let (klein, mut flows) = rollout::pipeline(&models.pipeline()?, at, &of[1..])?;
+        let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
+        Ok(Self {
+            config: config.clone(),
+            poser: Poser::new((klein, None), critic, actor.source, objects, (actor.steps, actor.guidance), size)?,
+            judges: Judges::open(config, device)?,
+            actor: Arc::new(policy.context("the Actor has an adapter")?),
+            editor: Arc::new(flows.pop().context("the Editor has an adapter")?),
+            adapters: of,
+            kept: Kept::default(),
+        })
+    }
+
+    /// Plays round `round` of the trajectories `rows`, and moves them on. The turn has no advantages yet; with it come the
+    /// pictures before and after, and the verdicts after.
+    fn play(&self, states: &mut [State], rows: &[usize], round: usize, batch: &Batch) -> Result<(Turn, Vec<Reward>)> {
+        let GrpoConfig { editor, group, joint, seed, .. } = &self.config;
+        let first = batch.indices().start * group.size as u64;
+        // In the first round all of a group read the same picture.
+        let (sources, source_of): (Vec<Picture>, Vec<usize>) = if round == 1 {
+            let heads = rows.iter().step_by(group.size).map(|r| states[*r].best.clone()).collect();
+            (heads, rows.iter().map(|r| r / group.size).collect())
+        } else {
+            (rows.iter().map(|r| states[*r].best.clone()).collect(), (0..rows.len()).collect())
+        };
+        let ask =
+            |r: &usize| prompts::reflect(&states[*r].problem.target.prompt, &states[*r].verdicts, &states[*r].edits);
+        let questions: Vec<String> = rows.iter().map(ask).collect();
+        let asked: Vec<(usize, &str)> = source_of.iter().copied().zip(questions.iter().map(String::as_str)).collect();
+        let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
+        let mut streams: Vec<Stream> = rows.iter().map(stream).collect();
+        let pixels: Vec<&RgbImage> = sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
+        let written = write(&self.actor, &pixels, &asked, 1.0, &mut streams)?;
+        let (answers, instructions): (Vec<Answer>, Vec<String>) = written.into_iter().unzip();
+
+        let latents = |r: &usize| states[*r].best.latents().cloned().context("a picture without latents");
+        let edits =
+            Edits { instructions: instructions.clone(), sources: rows.iter().map(latents).collect::<Result<_>>()? };
+        let (h, w) = edits.shape()?;
+        let klein = &*self.poser.klein;
+        let noise = |r: &usize| {
+            let own = if editor.shared_noise { 0 } else { (*r % group.size) as u64 };
+            pack(&klein.noise(states[*r].problem.seed.wrapping_add(own), round as u64, (h, w))?)
+        };
+        let noise = Tensor::stack(&rows.iter().map(noise).collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+        let window = window_of(editor, *seed, batch.step * joint.rounds as u64 + round as u64)?;
+        let streams = (*seed, format!("joint {round}"), first);
+        let carried =
+            carry_out(editor, (klein, &self.editor), edits, &noise, window, (streams.0, &streams.1, streams.2))?;
+        let picture =
+            |i: usize| Ok(Picture::from_latents(unpack(&carried.states.get(i)?, h, w)?, self.poser.decode.clone()));
+        let pictures: Vec<Picture> = (0..rows.len()).map(picture).collect::<Result<_>>()?;
+        Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
+        let targets = rows.iter().map(|r| &states[*r].problem.target);
+        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(targets).collect();
+        let after = self.poser.critic.check(&asked)?;
+
+        let before: Vec<&[Verdict]> = rows.iter().map(|r| states[*r].verdicts.as_slice()).collect();
+        let mut rewards = rollout::by_verdicts(group, &before, &after)?;
+        let kept = |(picture, r): (&Picture, &usize)| Ok(preserved(states[*r].best.pixels()?, picture.pixels()?));
+        let kept: Vec<f64> = pictures.iter().zip(rows).map(kept).collect::<Result<_>>()?;
+        let brief = |a: &Answer| 1.0 - (a.ids.len() as f64 / EDIT as f64).min(1.0);
+        for (name, values) in [
+            ("format", instructions.iter().map(|i| well_formed(i)).collect()),
+            ("brevity", answers.iter().map(brief).collect()),
+            ("preserve", kept),
+        ] {
+            if group.asks(name) {
+                rewards.push((name.to_owned(), values));
+            }
+        }
+        let judged: Vec<(&Picture, &Target, &SceneGraph)> =
+            asked.iter().zip(rows).map(|((p, t), r)| (*p, *t, &states[*r].problem.graph)).collect();
+        rewards.extend(self.judges.rewards(group, &judged)?);
+
+        for (((r, picture), after), instruction) in rows.iter().zip(&pictures).zip(after).zip(instructions) {
+            let state = &mut states[*r];
+            state.idle += usize::from(still(state.best.pixels()?, picture.pixels()?));
+            state.edits.push(instruction);
+            let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
+            if rank(&after) > rank(&state.verdicts) {
+                (state.best, state.verdicts) = (picture.clone(), after);
+            }
+        }
+        let none = Tensor::zeros(rows.len(), DType::F32, klein.device())?;
+        let (advantages, counts) = (none.clone(), none);
+        let turn =
+            Turn { sources, source_of, questions, answers, carried, advantages, counts, old: None, reference: None };
+        Ok((turn, rewards))
+    }
+
+    /// The advantages of whole trajectories, and what to log of them.
+    fn whole(&self, states: &[State]) -> Result<(Vec<f32>, Metrics)> {
+        let GrpoConfig { joint, group, .. } = &self.config;
+        let better = |s: &State| score(&s.verdicts).unwrap_or(1.0) - score(&s.problem.verdicts).unwrap_or(1.0);
+        let success = |s: &State| f64::from(u8::from(s.passes()));
+        let idle = |s: &State| s.idle as f64 / s.edits.len().max(1) as f64;
+        let worth = |s: &State| joint.improvement * better(s) + joint.success * success(s) + joint.idle * idle(s);
+        let worths: Vec<f64> = states.iter().map(worth).collect();
+        let found = advantages(&worths, &group.numbers(states.len()), group.scale)?;
+        let mean = |of: &dyn Fn(&State) -> f64| states.iter().map(of).sum::<f64>() / states.len().max(1) as f64;
+        let metrics = [
+            ("trajectory/reward", found.reward),
+            ("trajectory/reward_std", found.reward_std),
+            ("trajectory/frac_reward_zero_std", found.frac_reward_zero_std()),
+            ("trajectory/improvement", mean(&better)),
+            ("trajectory/success", mean(&success)),
+            ("trajectory/idle", mean(&idle)),
+            ("trajectory/turns", mean(&|s| s.edits.len() as f64)),
+        ];
+        Ok((found.values, metrics.map(|(name, value)| (name.to_owned(), value)).into()))
+    }
+
+    /// The Actor's loss on a turn.
+    fn actor_loss(&self, turn: &Turn) -> Result<Step> {
+        let replayed = turn.replay(&self.actor)?;
+        let answers: Vec<&Answer> = turn.answers.iter().collect();
+        let (drawn, mask) = drawn(&answers, replayed.log_probs.device())?;
+        let old = turn.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
+        let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.actor))?;
+        let actor = &self.config.actor;
+        let tokens = TokenBatch {
+            log_probs: &replayed.log_probs,
+            old: &old,
+            reference: turn.reference.as_ref(),
+            mask: &mask.broadcast_mul(&turn.counts.unsqueeze(1)?)?,
+            advantages: &turn.advantages,
+            active: None,
+        };
+        let loss = TokenLoss {
+            kind: actor.loss,
+            eps_low: actor.eps_low,
+            eps_high: actor.eps_high,
+            beta: actor.kl,
+            max_length: EDIT,
+        };
+        let loss = token_loss(&loss, &tokens)?;
+        let metrics = [
+            ("entropy", replayed.entropy),
+            ("actor/kl", loss.kl),
+            ("actor/clip_ratio/low_mean", loss.clip_low),
+            ("actor/clip_ratio/high_mean", loss.clip_high),
+            ("actor/ratio_off", off),
+        ];
+        Ok(Step { loss: loss.loss, metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into() })
+    }
+
+    /// Runs the loop over the first held-out prompts.
+    fn held_out(&self, count: usize) -> Result<Vec<(SceneGraph, String, cycle::Outcome)>> {
+        let GrpoConfig { actor, joint, .. } = &self.config;
+        let samples: Vec<_> = (0..count as u64)
+            .map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, actor.min_objects, actor.max_objects))
+            .collect();
+        let job = |(i, sample): (u64, &tasks::TextToImage)| cycle::Job {
+            target: Target::new(sample.prompt.clone(), &sample.graph),
+            seed: i,
+        };
+        let jobs: Vec<cycle::Job> = (0..).zip(&samples).map(job).collect();
+        let painter = self.poser.painter().with_editor(Some(self.editor.clone()));
+        let critic = self.poser.critic.clone().with_actor(Some(self.actor.clone()));
+        let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
+        let options = cycle::Options { rounds: joint.rounds, width: TOGETHER, ..cycle::Options::default() };
+        let outcomes = cycle::run(cast, &jobs, &options, &|| false, &mut |_| Ok(()))?;
+        let whole = samples.into_iter().zip(outcomes);
+        whole.map(|(s, outcome)| Ok((s.graph, s.prompt, outcome.context("a prompt without an outcome")?))).collect()
+    }
+}
+
+impl Objective for Joint {
+    fn vars(&self) -> BTreeMap<String, Var> {
+        let of = |role: &'static str, adapter: &Adapter| {
+            adapter.vars().into_iter().map(move |(name, var)| (format!("{role}.{name}"), var))
+        };
+        of(built_in::ACTOR, &self.adapters[0]).chain(of(built_in::EDITOR, &self.adapters[1])).collect()
+    }
+
+    fn group(&self, name: &str, shape: &[usize]) -> Group {
+        let group = optim::default_group(name, shape);
+        if name.starts_with(built_in::ACTOR) { Group { lr: self.config.joint.actor_lr, ..group } } else { group }
+    }
+
+    /// The Actor's loss and each of the Editor's steps, turn by turn.
+    fn work(&self) -> Work {
+        let GrpoConfig { group, joint, .. } = &self.config;
+        let pieces = (joint.rounds - 1) * (1 + self.config.pieces().count());
+        Work { epochs: group.epochs, minibatches: group.minibatches, pieces }
+    }
+
+    fn collect(&self, batch: &Batch) -> Result<Metrics> {
+        let GrpoConfig { group, joint, actor, seed, .. } = &self.config;
+        let indices: Vec<u64> = batch.indices().collect();
+        let problems = self.poser.problems(Split::Train, *seed, &indices)?;
+        let mut states: Vec<State> = problems
+            .iter()
+            .flat_map(|p| std::iter::repeat_n(p, group.size))
+            .map(|problem| State {
+                best: problem.picture.clone(),
+                verdicts: problem.verdicts.clone(),
+                problem,
+                edits: Vec::new(),
+                idle: 0,
+            })
+            .collect();
+        let (mut turns, mut worth, mut means) = (Vec::new(), Vec::new(), Means::default());
+        for round in 1..joint.rounds {
+            let rows: Vec<usize> = (0..states.len()).filter(|r| round == 1 || !states[*r].passes()).collect();
+            if rows.is_empty() {
+                break;
+            }
+            let (turn, rewards) = self.play(&mut states, &rows, round, batch)?;
+            let groups: Vec<u64> = rows.iter().map(|r| (r / group.size) as u64).collect();
+            let judged = judge(group, &rewards, &groups)?;
+            judged.metrics.into_iter().for_each(|metric| means.add(metric, rows.len() as f64));
+            let length = turn.answers.iter().map(|a| a.ids.len()).sum::<usize>() as f64 / rows.len() as f64;
+            means.add(("completions/mean_length".to_owned(), length), rows.len() as f64);
+            worth.push((rows, judged.advantages, judged.counts));
+            turns.push(turn);
+        }
+        let (whole, more) = self.whole(&states)?;
+        for (turn, (rows, of_turn, counts)) in turns.iter_mut().zip(worth) {
+            let bound = ADVANTAGE_BOUND as f32;
+            let fuse = |((of_turn, counts), r): ((&f32, &f32), &usize)| {
+                let fused = joint.turn as f32 * of_turn + joint.whole as f32 * whole[*r];
+                counts * fused.clamp(-bound, bound)
+            };
+            let fused: Vec<f32> = of_turn.iter().zip(&counts).zip(&rows).map(fuse).collect();
+            let device = self.poser.klein.device();
+            (turn.advantages, turn.counts) = (Tensor::new(fused, device)?, Tensor::new(counts, device)?);
+            if group.updates() > 1 {
+                let models = (&*self.poser.klein, &*self.editor);
+                if models.0.dtype() != DType::F32 {
+                    turn.carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
+                }
+                turn.old = Some(turn.replay(&self.actor)?.log_probs.detach());
+            }
+            if actor.kl != 0.0 {
+                turn.reference = Some(turn.replay(&self.poser.critic.checker)?.log_probs.detach());
+            }
+        }
+        self.kept.keep(batch, turns);
+        let mut metrics = means.metrics();
+        metrics.extend(more);
+        Ok(metrics)
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Step> {
+        let GrpoConfig { joint, editor, .. } = &self.config;
+        let turns = self.kept.of(batch)?;
+        let pieces = self.config.pieces();
+        let (number, part) = (batch.piece / (1 + pieces.count()), batch.piece % (1 + pieces.count()));
+        let Some(turn) = turns.get(number) else {
+            let loss = Tensor::zeros((), DType::F32, self.poser.klein.device())?;
+            return Ok(Step { loss, metrics: Metrics::new() });
+        };
+        let (Step { loss, metrics }, weight) = match part {
+            0 => (self.actor_loss(turn)?, joint.actor),
+            _ => {
+                let models = (&*self.poser.klein, &*self.editor);
+                let (piece, first) = ((pieces, part - 1), batch.update == 0);
+                let step = turn.carried.loss(editor, models, piece, &turn.advantages, first)?;
+                let named = step.metrics.into_iter().map(|(name, value)| (format!("editor/{name}"), value));
+                (Step { loss: step.loss, metrics: named.collect() }, joint.editor)
+            }
+        };
+        // Every row of every turn weighs the same.
+        let share = turn.rows() as f64 / turns.iter().map(Turn::rows).sum::<usize>() as f64;
+        Ok(Step { loss: (loss * (weight * share))?, metrics })
+    }
+
+    fn evaluate(&mut self, _: u64) -> Result<Metrics> {
+        let played = self.held_out(self.config.joint.evaluation)?;
+        let judged = played.par_iter().map(|(graph, _, outcome)| {
+            let of = |turn: &cycle::Turn| anyhow::Ok(oracle::judge(turn.picture.pixels()?, graph));
+            Ok((of(&outcome.turns[0])?, of(outcome.best())?))
+        });
+        let judged: Vec<_> = judged.collect::<Result<_>>()?;
+        let n = played.len().max(1) as f64;
+        let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
+        let share = |yes: bool| f64::from(u8::from(yes));
+        let named = [
+            ("eval/oracle_before", mean(&mut judged.iter().map(|(before, _)| before.score()))),
+            ("eval/oracle", mean(&mut judged.iter().map(|(_, after)| after.score()))),
+            ("eval/perfect_before", mean(&mut judged.iter().map(|(before, _)| share(before.perfect())))),
+            ("eval/perfect", mean(&mut judged.iter().map(|(_, after)| share(after.perfect())))),
+            ("eval/checker_before", mean(&mut played.iter().filter_map(|(.., o)| o.turns[0].score))),
+            ("eval/checker", mean(&mut played.iter().filter_map(|(.., o)| o.best().score))),
+            ("eval/turns", mean(&mut played.iter().map(|(.., o)| o.turns.len() as f64))),
+        ];
+        Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
+    }
+
+    /// The first and the best picture of each prompt, side by side, with the edits in words.
+    fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
+        let (mut pictures, mut words) = (Vec::new(), String::new());
+        for (_, prompt, outcome) in self.held_out(SHOWN.min(self.config.joint.evaluation))? {
+            pictures.extend([outcome.turns[0].picture.pixels()?.clone(), outcome.best().picture.pixels()?.clone()]);
+            words += &prompt;
+            for turn in &outcome.turns {
+                if let cycle::Action::Edit { instruction, .. } = &turn.action {
+                    words += &format!(" | {instruction}");
+                }
+            }
+            words.push('\n');
+        }
+        tiled(&pictures, 8).save(folder.join("loops.png"))?;
+        Ok(fs::write(folder.join("loops.txt"), words)?)
+    }
+
+    /// Both adapters, each in a folder of its role.
+    fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        for (role, adapter) in [built_in::ACTOR, built_in::EDITOR].into_iter().zip(&self.adapters) {
+            let folder = folder.join(role);
+            fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+            peft::write(adapter, &folder, dtype)?;
+        }
+        Ok(())
+    }
+}

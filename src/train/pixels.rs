@@ -1,0 +1,47 @@
+//! What an edit did to a picture's pixels.
+
+use image::RgbImage;
+
+/// In levels of 255.
+const STILL: f64 = 2.0;
+
+/// How well an edit left alone what it could: 1 where the half of the pixels that changed least did not change at all,
+/// `1/e` where they changed by 8 of 255 on the average.
+pub fn preserved(before: &RgbImage, after: &RgbImage) -> f64 {
+    let change = |(a, b): (&[u8], &[u8])| a.iter().zip(b).map(|(a, b)| u32::from(a.abs_diff(*b))).sum::<u32>();
+    let mut changes: Vec<u32> =
+        before.as_raw().chunks_exact(3).zip(after.as_raw().chunks_exact(3)).map(change).collect();
+    changes.sort_unstable();
+    let half = &changes[..changes.len() / 2];
+    let mean = half.iter().map(|c| f64::from(*c) / 3.0).sum::<f64>() / half.len().max(1) as f64;
+    (-mean / 8.0).exp()
+}
+
+/// Whether an edit left a picture as it was: its pixels changed by no more than [`STILL`] on the average.
+pub fn still(before: &RgbImage, after: &RgbImage) -> bool {
+    let sum: u64 = before.as_raw().iter().zip(after.as_raw()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+    sum as f64 <= STILL * before.as_raw().len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::Rgb;
+
+    #[test]
+    fn an_edit_may_change_half_of_the_picture() {
+        let before = RgbImage::from_pixel(8, 8, Rgb([100; 3]));
+        let half = RgbImage::from_fn(8, 8, |x, _| Rgb([if x < 4 { 0 } else { 100 }; 3]));
+        let all = RgbImage::from_pixel(8, 8, Rgb([108; 3]));
+        assert_eq!((preserved(&before, &before), preserved(&before, &half)), (1.0, 1.0));
+        assert!((preserved(&before, &all) - (-1f64).exp()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_picture_that_is_hardly_touched_is_left_as_it_was() {
+        let before = RgbImage::from_pixel(8, 8, Rgb([100; 3]));
+        let spot = RgbImage::from_fn(8, 8, |x, y| Rgb([if (x, y) == (0, 0) { 180 } else { 100 }; 3]));
+        let moved = RgbImage::from_fn(8, 8, |x, _| Rgb([if x == 0 { 180 } else { 100 }; 3]));
+        assert!(still(&before, &spot) && !still(&before, &moved));
+    }
+}

@@ -1,0 +1,141 @@
+//! Prompts with pictures that miss them: what the Actor, and the whole loop, are trained on.
+
+use super::rollout::{decoder, through_latents};
+use crate::{
+    flow::{Klein, Unwatched},
+    models::flux2::Flux2,
+    rig::{
+        klein::{Editing, Painter, Painting},
+        prompts,
+        roles::{Checker, Decode, Diffuser, Draw, Picture, Target, Verdict},
+        vlm_roles::Critic,
+    },
+    scene::{
+        graph::SceneGraph,
+        tabletop::{render::render, split::Split, tasks},
+    },
+    tensor::rng::Stream,
+    usage,
+};
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Where the picture that misses its prompt comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The Diffuser draws it; where it gets everything right, a render that does not stands in.
+    Draw,
+    Render,
+}
+
+/// Pictures tried for a prompt until the Checker finds something wrong with one.
+const ATTEMPTS: u64 = 4;
+/// Pictures that run through a network together.
+pub const TOGETHER: usize = 32;
+
+/// A prompt and a picture that misses it.
+pub struct Problem {
+    pub target: Target,
+    pub graph: SceneGraph,
+    pub picture: Picture,
+    pub verdicts: Vec<Verdict>,
+    /// Of all noise in its pictures.
+    pub seed: u64,
+}
+
+impl Problem {
+    /// What the Actor is asked first.
+    pub fn question(&self) -> String {
+        prompts::reflect(&self.target.prompt, &self.verdicts, &[])
+    }
+}
+
+/// Who poses problems: the frozen Diffuser and Checker.
+pub struct Poser {
+    pub klein: Arc<Klein>,
+    /// The Editor, where it is another than the Diffuser.
+    pub editor: Option<Arc<Flux2>>,
+    pub critic: Critic,
+    pub decode: Decode,
+    source: Source,
+    /// Objects of a prompt at least and at most.
+    objects: [usize; 2],
+    steps: usize,
+    guidance: f64,
+    /// Width and height of pictures.
+    size: (u32, u32),
+}
+
+impl Poser {
+    pub fn new(
+        (klein, editor): (Arc<Klein>, Option<Flux2>),
+        critic: Critic,
+        source: Source,
+        objects: [usize; 2],
+        (steps, guidance): (usize, f64),
+        size: (u32, u32),
+    ) -> Result<Self> {
+        if objects[0] == 0 || objects[0] > objects[1] || steps == 0 {
+            usage!("objects are from 1 on and in order, steps are 1 or more");
+        }
+        let (editor, decode) = (editor.map(Arc::new), decoder(&klein));
+        Ok(Self { klein, editor, critic, decode, source, objects, steps, guidance, size })
+    }
+
+    pub fn painter(&self) -> Painter {
+        let Self { steps, guidance, size, .. } = *self;
+        let painting = Painting { steps, guidance, editing: Editing::Reference, size, batch: TOGETHER };
+        Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_editor(self.editor.clone())
+    }
+
+    /// Problems by number. What the Checker finds nothing wrong with is replaced as long as [`ATTEMPTS`] last.
+    pub fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
+        let mut problems: Vec<Problem> = Vec::with_capacity(indices.len());
+        for attempt in 0..ATTEMPTS {
+            let solved = |i: &usize| problems.get(*i).is_none_or(|p| p.verdicts.iter().all(|v| v.yes));
+            let open: Vec<usize> = (0..indices.len()).filter(solved).collect();
+            if open.is_empty() {
+                break;
+            }
+            let drawn = attempt == 0 && self.source == Source::Draw;
+            let new = self.pose(split, seed, &open.iter().map(|i| indices[*i]).collect::<Vec<_>>(), attempt, drawn)?;
+            for (i, problem) in open.into_iter().zip(new) {
+                match problems.get_mut(i) {
+                    Some(old) => *old = problem,
+                    None => problems.push(problem),
+                }
+            }
+        }
+        Ok(problems)
+    }
+
+    fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64, drawn: bool) -> Result<Vec<Problem>> {
+        let [min, max] = self.objects;
+        let noise = |index: u64| Stream::new(seed, "actor pictures", index).next_u64();
+        let (mut problems, mut pictures) = (Vec::with_capacity(indices.len()), Vec::with_capacity(indices.len()));
+        for index in indices {
+            let (prompt, graph) = if drawn {
+                let sample = tasks::text_to_image(seed, split, *index, min, max);
+                (sample.prompt, sample.graph)
+            } else {
+                let sample = tasks::act(seed, split, index * ATTEMPTS + attempt, max);
+                pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
+                (sample.prompt, sample.graph)
+            };
+            problems.push((Target::new(prompt, &graph), graph, noise(*index)));
+        }
+        if drawn {
+            let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();
+            pictures = self.painter().draw(&jobs)?;
+        }
+        Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
+        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(&problems).map(|(p, (t, ..))| (p, t)).collect();
+        let verdicts = self.critic.check(&asked)?;
+        let all = problems.into_iter().zip(pictures.iter().cloned()).zip(verdicts);
+        Ok(all
+            .map(|(((target, graph, seed), picture), verdicts)| Problem { target, graph, picture, verdicts, seed })
+            .collect())
+    }
+}
