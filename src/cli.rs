@@ -480,6 +480,9 @@ pub struct Run {
     /// Override one key of the configuration; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Where to compute
+    #[arg(long, value_enum, value_name = "D", default_value_t)]
+    pub device: DeviceKind,
     /// Go on with a run's folder, exactly where its last checkpoint ends
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out"])]
     pub resume: Option<PathBuf>,

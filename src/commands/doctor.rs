@@ -1,6 +1,11 @@
 //! `rlrig doctor`: what this machine has, and what would run on it.
 
-use crate::{cli::Doctor, io::hub::Hub, models::built_in};
+use crate::{
+    cli::Doctor,
+    io::hub::Hub,
+    models::built_in,
+    tensor::device::{Accelerator, describe},
+};
 use anyhow::Result;
 use serde::Serialize;
 use std::{io::Write, path::Path};
@@ -27,7 +32,10 @@ struct Report {
 struct Device {
     name: &'static str,
     usable: bool,
-    note: &'static str,
+    /// Whether `--device auto` takes it: the first that is usable.
+    chosen: bool,
+    /// What it is, or why it is not usable.
+    note: Option<String>,
 }
 
 pub fn run(args: &Doctor) -> Result<()> {
@@ -42,8 +50,13 @@ pub fn run(args: &Doctor) -> Result<()> {
     writeln!(out, "cpu       {} threads, built for {}", report.threads, report.cpu.join(" "))?;
     writeln!(out, "memory    {}, {} free", gib(report.memory_gib), gib(report.memory_free_gib))?;
     for device in &report.devices {
-        let state = if device.usable { "usable" } else { "not usable" };
-        writeln!(out, "device    {}: {state}{}", device.name, device.note)?;
+        let state = match device {
+            Device { chosen: true, .. } => "usable, and what --device auto takes",
+            Device { usable: true, .. } => "usable",
+            _ => "not usable",
+        };
+        let note = device.note.as_ref().map_or(String::new(), |note| format!(" ({note})"));
+        writeln!(out, "device    {}: {state}{note}", device.name)?;
     }
     if let Some(cache) = &report.cache {
         let offline = if report.offline { ", offline" } else { "" };
@@ -100,22 +113,20 @@ fn examine() -> Report {
     }
 }
 
+/// All kinds in the order in which `--device auto` tries them.
 fn devices() -> Vec<Device> {
-    use candle_core::utils::{cuda_is_available, metal_is_available};
-    let cuda = cuda_is_available();
-    let metal = metal_is_available();
-    let cuda_works = cuda && candle_core::Device::new_cuda(0).is_ok();
-    let metal_works = metal && candle_core::Device::new_metal(0).is_ok();
-    let note = |built: bool, works: bool| match (built, works) {
-        (false, _) => " (not part of this build)",
-        (true, false) => " (no such device, or its driver is missing)",
-        (true, true) => "",
-    };
-    vec![
-        Device { name: "cpu", usable: true, note: "" },
-        Device { name: "cuda", usable: cuda_works, note: note(cuda, cuda_works) },
-        Device { name: "metal", usable: metal_works, note: note(metal, metal_works) },
-    ]
+    let mut all: Vec<Device> = Accelerator::PREFERRED
+        .into_iter()
+        .map(|kind| match kind.open() {
+            Ok(device) => Device { name: kind.name(), usable: true, chosen: false, note: describe(&device) },
+            Err(reason) => Device { name: kind.name(), usable: false, chosen: false, note: Some(reason) },
+        })
+        .collect();
+    all.push(Device { name: "cpu", usable: true, chosen: false, note: None });
+    if let Some(first) = all.iter_mut().find(|device| device.usable) {
+        first.chosen = true;
+    }
+    all
 }
 
 fn instructions() -> Vec<&'static str> {

@@ -11,10 +11,11 @@ use crate::{
         trajectory::Source,
         vlm_roles::Critic,
     },
+    tensor::device::{Accelerator, best},
     usage,
     vlm::Vlm,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::Arc;
@@ -71,19 +72,23 @@ fn find(name: Option<&str>, parts: &[&'static str], flag: &str) -> Result<Found>
     Ok(Found { folder: built_in::tabletop(), source: Source { name: built_in::NAME.to_owned(), revision: None } })
 }
 
+/// The device that a flag names; CUDA, then Metal, then the CPU if it leaves the choice.
+pub fn device_of(kind: DeviceKind) -> Result<Device> {
+    let accelerator = match kind {
+        DeviceKind::Auto => return Ok(best()),
+        DeviceKind::Cpu => return Ok(Device::Cpu),
+        DeviceKind::Cuda => Accelerator::Cuda,
+        DeviceKind::Metal => Accelerator::Metal,
+    };
+    accelerator.open().or_else(|reason| match accelerator.name() {
+        name if accelerator.built() => bail!("--device {name}: {reason}"),
+        name => usage!("--device {name} is {reason}; --device cpu works"),
+    })
+}
+
 /// The device and the number format.
 pub fn device(args: &ModelArgs) -> Result<(Device, DType)> {
-    use candle_core::utils::{cuda_is_available, metal_is_available};
-    let device = match args.device {
-        DeviceKind::Cpu => Device::Cpu,
-        DeviceKind::Auto if cuda_is_available() => Device::new_cuda(0)?,
-        DeviceKind::Auto if metal_is_available() => Device::new_metal(0)?,
-        DeviceKind::Auto => Device::Cpu,
-        DeviceKind::Cuda if !cuda_is_available() => usage!("this rlrig was built without CUDA: --device cpu works"),
-        DeviceKind::Cuda => Device::new_cuda(0).context("cannot use the CUDA device")?,
-        DeviceKind::Metal if !metal_is_available() => usage!("this rlrig was built without Metal: --device cpu works"),
-        DeviceKind::Metal => Device::new_metal(0).context("cannot use the Metal device")?,
-    };
+    let device = device_of(args.device)?;
     let dtype = match args.dtype {
         Some(Dtype::F32) => DType::F32,
         Some(Dtype::F16) => DType::F16,

@@ -1,5 +1,6 @@
 //! `rlrig train`.
 
+use super::open;
 use crate::{
     cli::{self, Train},
     train::{
@@ -36,7 +37,7 @@ fn train<C: RunConfig>(command: &str, args: &cli::Run) -> Result<()> {
         out: args.out.clone(),
         set: args.set.clone(),
     };
-    let prepared = request.prepare::<C>()?;
+    let prepared = request.prepare_on::<C>(&open::device_of(args.device)?)?;
     let folder = prepared.folder.display().to_string();
     if args.dry_run {
         let Rehearsal { plan, metrics, seconds } = prepared.rehearse()?;

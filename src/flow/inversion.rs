@@ -164,6 +164,13 @@ impl FlowEdit {
         let total = sigmas.len().saturating_sub(1);
         let noised = |e: Tensor, sigma: f64| (&x * (1.0 - sigma))? + (e * sigma)?;
         let mut z = x.clone();
+        // Drawn and uploaded before the loop, where a device would have to be waited for.
+        let mut fresh = Vec::new();
+        for left in (self.n_min..=self.n_max.min(total)).rev().filter(|left| *left > 0) {
+            let count = if left > self.n_min { self.n_avg } else { 1 };
+            fresh.push((0..count).map(|k| noise(total - left, k)).collect::<candle_core::Result<Vec<_>>>()?);
+        }
+        let mut fresh = fresh.into_iter();
         for (i, sigma, next) in steps(sigmas) {
             let left = total - i;
             if left > self.n_max {
@@ -171,8 +178,8 @@ impl FlowEdit {
             }
             if left > self.n_min {
                 let mut sum: Option<Tensor> = None;
-                for k in 0..self.n_avg {
-                    let z_source = noised(noise(i, k)?, sigma)?;
+                for e in fresh.next().unwrap_or_default() {
+                    let z_source = noised(e, sigma)?;
                     // In this order z == x gives z_source itself, so equal prompts leave the picture as it is.
                     let z_target = (&z_source + (&z - &x)?)?;
                     let v = evaluate(target, &z_target, sigma, i)?;
@@ -186,8 +193,8 @@ impl FlowEdit {
                     z = advance(&z, &sum, (next - sigma) / self.n_avg as f64)?;
                 }
             } else {
-                if left == self.n_min {
-                    z = (noised(noise(i, 0)?, sigma)? + (&z - &x)?)?;
+                if let Some(e) = fresh.next().into_iter().flatten().next() {
+                    z = (noised(e, sigma)? + (&z - &x)?)?;
                 }
                 z = advance(&z, &evaluate(target, &z, sigma, i)?, next - sigma)?;
             }

@@ -161,6 +161,8 @@ pub fn rollout(
 ) -> candle_core::Result<(Tensor, Vec<Taken>)> {
     let mut x = x.to_dtype(DType::F32)?;
     let mut taken = Vec::with_capacity(window.len());
+    // Drawn and uploaded before the loop, where a device would have to be waited for.
+    let fresh: Vec<Tensor> = window.clone().map(&mut noise).collect::<candle_core::Result<_>>()?;
     for (index, sigma, next) in steps(sigmas) {
         let v = evaluate(field, &x, sigma, index)?;
         if !window.contains(&index) {
@@ -173,7 +175,7 @@ pub fn rollout(
             x = mean;
             continue;
         }
-        let next = (&mean + (noise(index)? * step.std)?)?;
+        let next = (&mean + (&fresh[index - window.start] * step.std)?)?;
         let log_prob = step.log_prob(&mean, &next)?;
         taken.push(Taken { index, step, x, mean, next: next.clone(), log_prob });
         x = next;

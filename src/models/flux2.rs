@@ -238,26 +238,26 @@ impl Flux2 {
 
 /// Sinusoids of 1000 times a noise level (or guidance strength), then a two-layer perceptron.
 struct TimeEmbedding {
-    channels: usize,
+    /// `(1, channels / 2)`.
+    frequencies: Tensor,
     first: Linear,
     second: Linear,
 }
 
 impl TimeEmbedding {
     fn new(channels: usize, dim: usize, params: &Params) -> Result<Self> {
+        let half = channels / 2;
+        let frequencies: Vec<f32> = (0..half).map(|i| (-(10_000f32.ln()) * i as f32 / half as f32).exp()).collect();
         Ok(Self {
-            channels,
+            frequencies: Tensor::from_vec(frequencies, (1, half), params.device())?,
             first: Linear::new(channels, dim, &params.at("linear_1"))?,
             second: Linear::new(dim, dim, &params.at("linear_2"))?,
         })
     }
 
     fn forward(&self, value: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
-        let half = self.channels / 2;
-        let frequencies: Vec<f32> = (0..half).map(|i| (-(10_000f32.ln()) * i as f32 / half as f32).exp()).collect();
-        let frequencies = Tensor::from_vec(frequencies, (1, half), value.device())?;
         let value = (value.to_dtype(DType::F32)? * 1000.0)?.unsqueeze(1)?;
-        let angle = value.broadcast_mul(&frequencies)?;
+        let angle = value.broadcast_mul(&self.frequencies)?;
         let waves = Tensor::cat(&[angle.cos()?, angle.sin()?], 1)?.to_dtype(dtype)?;
         self.second.forward(&silu(&self.first.forward(&waves)?)?)
     }

@@ -27,7 +27,11 @@ enum Source {
     Mapped { files: MmapedSafetensors, names: Vec<String> },
     Loaded(HashMap<String, Tensor>),
     Fresh { seed: u64 },
+    Made(Box<Maker>),
 }
+
+/// Makes a tensor of its name and shape.
+type Maker = dyn Fn(&str, &[usize]) -> candle_core::Result<Tensor> + Send + Sync;
 
 struct Shared {
     source: Source,
@@ -129,6 +133,15 @@ impl Params {
         Self::with(Source::Fresh { seed }, "fresh".to_owned(), dtype, device, true)
     }
 
+    /// Frozen tensors that `make` makes of their names and shapes, such as weights of no meaning for a benchmark.
+    pub fn made(
+        dtype: DType,
+        device: &Device,
+        make: impl Fn(&str, &[usize]) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    ) -> Self {
+        Self::with(Source::Made(Box::new(make)), "made".to_owned(), dtype, device, false)
+    }
+
     /// Makes every tensor a variable that gradients reach. Call before the model is built.
     pub fn trained(mut self) -> Self {
         self.unique("trained").trained = true;
@@ -186,7 +199,7 @@ impl Params {
         match &self.shared.source {
             Source::Mapped { files, .. } => files.get(&name).is_ok(),
             Source::Loaded(tensors) => tensors.contains_key(&name),
-            Source::Fresh { .. } => true,
+            Source::Fresh { .. } | Source::Made(_) => true,
         }
     }
 
@@ -208,6 +221,7 @@ impl Params {
         let Shared { source, origin, dtype, device, .. } = &*self.shared;
         let tensor = match source {
             Source::Fresh { seed } => fresh(*seed, &name, shape, init)?,
+            Source::Made(make) => make(&name, shape)?,
             Source::Mapped { files, .. } => {
                 let view =
                     files.get(&name).map_err(|_| anyhow::anyhow!("{origin} lacks the tensor {name} {shape:?}"))?;
@@ -243,7 +257,7 @@ impl Params {
         let names: Vec<&String> = match &self.shared.source {
             Source::Mapped { names, .. } => names.iter().collect(),
             Source::Loaded(tensors) => tensors.keys().collect(),
-            Source::Fresh { .. } => return Ok(()),
+            Source::Fresh { .. } | Source::Made(_) => return Ok(()),
         };
         let taken = lock(&self.shared.taken);
         let mut extra: Vec<&String> = names.into_iter().filter(|n| !taken.contains_key(*n) && !ignored(n)).collect();

@@ -5,7 +5,7 @@
 //! uses the same [`Decoder`] with three-axis positions and features added after its first layers.
 
 use super::{Folder, Init, Linear, Params};
-use crate::tensor::{Mask, Rotation, attention, norm_rope, rms_norm, silu};
+use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, rms_norm, silu};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -312,7 +312,7 @@ impl Decoder {
     /// `(B, T)` token ids to `(B, T, hidden)`.
     pub fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, ()))
+        embedding(&self.embedding, &ids.flatten_all()?)?.reshape((b, t, ()))
     }
 
     /// The angles of text positions `from..from + count`, the same for every row.

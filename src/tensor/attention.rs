@@ -4,10 +4,10 @@
 //! its backward computes them again (as FlashAttention does, arXiv 2205.14135).
 
 use super::{
+    composed,
     cpu::{self, Shared},
-    norm,
 };
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -43,35 +43,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tens
     if cpu::fused(&[q, k, v]) {
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Fused(mask.clone()));
     }
-    let (b, tq, h, d) = q.dims4()?;
-    let (_, tk, hkv, _) = k.dims4()?;
-    let repeat = |x: &Tensor| -> Result<Tensor> {
-        let x = x.transpose(1, 2)?.unsqueeze(2)?.broadcast_as((b, hkv, h / hkv, tk, d))?;
-        x.reshape((b, h, tk, d))
-    };
-    let q = q.transpose(1, 2)?.contiguous()?;
-    let (k, v) = (repeat(k)?, repeat(v)?);
-    let scores = (q.matmul(&k.t()?)? * (d as f64).powf(-0.5))?; // (B, H, Tq, Tk)
-    let mut scores = norm::widen(&scores)?;
-    if *mask != Mask::default() {
-        let mut bias = vec![f32::NEG_INFINITY; b * tq * tk];
-        for row in 0..b {
-            for query in 0..tq {
-                let start = (row * tq + query) * tk;
-                let visible = mask.visible(row, query, tq, tk);
-                if visible.is_empty() {
-                    bias[start..start + tk].fill(0.0); // no padding row may hold NaN
-                } else {
-                    bias[start + visible.start..start + visible.end].fill(0.0);
-                }
-            }
-        }
-        let bias = Tensor::from_vec(bias, (b, 1, tq, tk), q.device())?.to_dtype(scores.dtype())?;
-        scores = scores.broadcast_add(&bias)?;
-    }
-    let scores = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
-    let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
-    weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(1, 2)?.contiguous()
+    composed::attention(q, k, v, mask)
 }
 
 /// The vectors of one head, `(T, D)`: one every `stride` elements from `start` on.

@@ -4,9 +4,9 @@ use super::{
     bf16,
     cpu::{self, View},
 };
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
-/// How a layer multiplies f32 matrices on the CPU.
+/// How a layer multiplies f32 matrices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -31,7 +31,9 @@ pub fn linear_in(precision: Precision, x: &Tensor, weight: &Tensor, bias: Option
         };
     }
     let (out, inner) = weight.dims2()?;
-    let y = x.reshape(((), inner))?.matmul(&weight.t()?)?;
+    let half = precision == Precision::Bf16 && x.dtype() == DType::F32;
+    let factor = |x: &Tensor| if half { x.to_dtype(DType::BF16) } else { Ok(x.clone()) };
+    let y = factor(&x.reshape(((), inner))?)?.matmul(&factor(weight)?.t()?)?.to_dtype(x.dtype())?;
     let y = match bias {
         Some(bias) => y.broadcast_add(bias)?,
         None => y,

@@ -1,6 +1,6 @@
 //! Losses.
 
-use super::cpu;
+use super::{composed, cpu};
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 
 /// Cross entropy of each token: `logits` is `(N, V)`, `targets` is `(N)` of `u32`; the result is `(N)` and not averaged.
@@ -8,6 +8,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if cpu::fused(&[logits]) {
         return logits.contiguous()?.apply_op2(&targets.contiguous()?, CrossEntropy);
     }
+    let logits = composed::widen(logits)?;
     let shifted = logits.broadcast_sub(&logits.detach().max_keepdim(D::Minus1)?)?;
     let normaliser = shifted.exp()?.sum(D::Minus1)?.log()?;
     normaliser - shifted.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?

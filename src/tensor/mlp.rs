@@ -1,11 +1,11 @@
 //! Element-wise parts of a transformer block.
 
-use super::cpu;
+use super::{composed, cpu};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor};
 
 /// `x * sigmoid(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Unary::Silu) } else { x * (x.neg()?.exp()? + 1.0)?.recip()? }
+    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Unary::Silu) } else { x.silu() }
 }
 
 /// The exact Gaussian error linear unit.
@@ -23,8 +23,7 @@ pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     if cpu::fused(&[x]) {
         return x.contiguous()?.apply_op1(Swiglu);
     }
-    let half = x.dim(D::Minus1)? / 2;
-    silu(&x.narrow(D::Minus1, 0, half)?)? * x.narrow(D::Minus1, half, half)?
+    composed::swiglu(x)
 }
 
 /// `x + gate * y`: `x` and `y` are `(B, T, D)`, `gate` is `(B, D)`.

@@ -1,27 +1,33 @@
 //! Differentiable operations. Everything that is trained stands on these, because several of candle's own fast paths
 //! drop gradients without a word.
 //!
-//! Each operation has a fused CPU kernel with its own backward, and a composition of candle's plain operations for
-//! every other device.
+//! Each operation has a fused CPU kernel with its own backward, and a composition of candle's kernels for every other
+//! device and number format.
 
+pub mod device;
 pub mod rng;
 
 mod attention;
 mod bf16;
+mod composed;
 mod conv;
 pub(crate) mod cpu;
+mod embedding;
 mod group_norm;
 mod linear;
 mod loss;
 mod mlp;
 mod norm;
 mod parallel_block;
+#[cfg(test)]
+pub(crate) mod parity;
 mod rope;
 #[cfg(test)]
 mod tests;
 
 pub use attention::{Mask, attention};
 pub use conv::{conv2d, upsample2x};
+pub use embedding::embedding;
 pub use group_norm::group_norm;
 pub use linear::{Precision, linear, linear_in};
 pub use loss::cross_entropy;

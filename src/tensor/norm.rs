@@ -1,32 +1,14 @@
 //! Normalisations over the last dimension.
 
-use super::cpu;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use super::{composed, cpu};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if cpu::fused(&[x, weight]) {
         return x.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm(eps as f32));
     }
-    let wide = widen(x)?;
-    let scale = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    wide.broadcast_mul(&scale)?.to_dtype(x.dtype())?.broadcast_mul(weight)
-}
-
-/// `x` in f32 where it is in half precision, whose sums of squares overflow and whose angles are coarse.
-pub(super) fn widen(x: &Tensor) -> Result<Tensor> {
-    match x.dtype() {
-        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
-        _ => Ok(x.clone()),
-    }
-}
-
-fn standardise(x: &Tensor, eps: f64) -> Result<Tensor> {
-    let dtype = x.dtype();
-    let x = widen(x)?;
-    let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    x.broadcast_mul(&scale)?.to_dtype(dtype)
+    composed::rms_norm(x, weight, eps)
 }
 
 /// Layer normalisation over the last dimension with an affine map.
@@ -35,7 +17,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         let op = LayerNorm { eps: eps as f32, modulate: false };
         return x.contiguous()?.apply_op3(&bias.contiguous()?, &weight.contiguous()?, op);
     }
-    standardise(x, eps)?.broadcast_mul(weight)?.broadcast_add(bias)
+    composed::layer_norm(x, weight, bias, eps)
 }
 
 /// `norm(x) * (1 + scale) + shift`, the adaptive layer norm of diffusion transformers: `x` is `(B, T, D)`, `shift` and
@@ -45,8 +27,7 @@ pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64)
         let op = LayerNorm { eps: eps as f32, modulate: true };
         return x.contiguous()?.apply_op3(&shift.contiguous()?, &scale.contiguous()?, op);
     }
-    let scale = (scale.unsqueeze(1)? + 1.0)?;
-    standardise(x, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift.unsqueeze(1)?)
+    composed::layer_norm_modulate(x, shift, scale, eps)
 }
 
 /// `1 / sqrt(mean(x^2) + eps)`.

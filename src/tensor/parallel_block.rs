@@ -4,13 +4,14 @@
 //! and joining the results with general operations would copy each of them several times.
 
 use super::{
-    Mask, Rotation,
+    Rotation,
     attention::{Head, HeadShape},
+    composed,
     cpu::{self, Shared},
     mlp, norm,
-    rope::{Angles, Turn, norm_rope},
+    rope::{Angles, Turn},
 };
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 /// Takes `x` of `(B, T, 3 H D + 2 F)` apart into query, key, value of `H` heads and gate, up; normalises (RMS with
@@ -27,19 +28,11 @@ pub fn attention_swiglu(
     sin: &Tensor,
     rotation: Rotation,
 ) -> Result<Tensor> {
-    let d = q_norm.dim(0)?;
-    let inner = heads * d;
     if cpu::fused(&[x, q_norm, k_norm, cos, sin]) {
-        let op = Fused { angles: Angles::new(cos, sin, rotation)?, eps: eps as f32, heads, d };
+        let op = Fused { angles: Angles::new(cos, sin, rotation)?, eps: eps as f32, heads, d: q_norm.dim(0)? };
         return x.contiguous()?.apply_op3(&q_norm.contiguous()?, &k_norm.contiguous()?, op);
     }
-    let (b, t, width) = x.dims3()?;
-    let part = |i: usize| x.narrow(2, i * inner, inner)?.reshape((b, t, heads, d));
-    let q = norm_rope(&part(0)?, q_norm, eps, cos, sin, rotation)?;
-    let k = norm_rope(&part(1)?, k_norm, eps, cos, sin, rotation)?;
-    let y = super::attention(&q, &k, &part(2)?, &Mask::default())?.reshape((b, t, inner))?;
-    let mlp = super::swiglu(&x.narrow(2, 3 * inner, width - 3 * inner)?)?;
-    Tensor::cat(&[y, mlp], D::Minus1)
+    composed::attention_swiglu(x, q_norm, k_norm, eps, heads, cos, sin, rotation)
 }
 
 struct Fused {

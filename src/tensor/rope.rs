@@ -1,7 +1,7 @@
 //! Rotary position embedding (RoFormer, arXiv 2104.09864).
 
-use super::{cpu, norm};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use super::{composed, cpu, norm};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
 /// Which two numbers of a head form a pair that is rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Resul
     if cpu::fused(&[x, cos, sin]) {
         return x.contiguous()?.apply_op1(Rope(Angles::new(cos, sin, rotation)?));
     }
-    compose(x, cos, sin, rotation)
+    composed::rope(x, cos, sin, rotation)
 }
 
 /// [`super::rms_norm`] of each head, then [`rope`]: what comes before attention in FLUX.2 and Qwen3.
@@ -34,33 +34,7 @@ pub fn norm_rope(
         let op = NormRope { angles: Angles::new(cos, sin, rotation)?, eps: eps as f32 };
         return x.contiguous()?.apply_op2(&weight.contiguous()?, op);
     }
-    compose(&super::rms_norm(x, weight, eps)?, cos, sin, rotation)
-}
-
-/// In f32 where `x` is in half precision, as the reference implementations rotate.
-fn compose(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
-    let (b, t, h, d) = x.dims4()?;
-    let dtype = x.dtype();
-    let x = norm::widen(x)?;
-    let angle = |a: &Tensor| a.to_dtype(x.dtype())?.unsqueeze(D::Minus2);
-    let (cos, sin) = (angle(cos)?, angle(sin)?);
-    let turn = |a: &Tensor, b: &Tensor| -> Result<(Tensor, Tensor)> {
-        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let second = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
-        Ok((first, second))
-    };
-    let y = match rotation {
-        Rotation::Interleaved => {
-            let pairs = x.reshape((b, t, h, d / 2, 2))?;
-            let (first, second) = turn(&pairs.narrow(4, 0, 1)?.squeeze(4)?, &pairs.narrow(4, 1, 1)?.squeeze(4)?)?;
-            Tensor::stack(&[first, second], 4)?.reshape((b, t, h, d))
-        }
-        Rotation::Half => {
-            let (first, second) = turn(&x.narrow(3, 0, d / 2)?, &x.narrow(3, d / 2, d / 2)?)?;
-            Tensor::cat(&[first, second], 3)
-        }
-    };
-    y?.to_dtype(dtype)
+    composed::norm_rope(x, weight, eps, cos, sin, rotation)
 }
 
 /// Turns the head vector at `(batch row, position)` in place; with `true` back by the same angle, as a gradient is.

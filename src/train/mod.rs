@@ -21,6 +21,8 @@ pub mod objective_diffuser;
 pub mod objective_vae;
 pub mod objective_vlm;
 pub mod optim;
+#[cfg(test)]
+mod parity;
 mod pixels;
 pub mod pose;
 pub mod pretrain;

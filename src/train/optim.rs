@@ -188,12 +188,17 @@ impl Optimizer {
         state.updates += 1;
         let clip = if self.config.clip > 0.0 { (self.config.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
         let (config, updates) = (&self.config, state.updates);
-        // Side by side, one matrix a task: the Newton-Schulz iterations of small matrices do not fill the threads.
-        self.params.par_iter_mut().with_max_len(1).try_for_each(|param| {
+        let update = |param: &mut Param| {
             let gradient =
                 gradients.get(&param.name).with_context(|| format!("the loss gives {} no gradient", param.name))?;
             param.update(&gradient.contiguous()?, clip, factor, config, updates).context(param.name.clone())
-        })?;
+        };
+        if self.params.iter().all(|param| param.var.device().is_cpu()) {
+            // Side by side, one matrix a task: the Newton-Schulz iterations of small matrices do not fill the threads.
+            self.params.par_iter_mut().with_max_len(1).try_for_each(update)?;
+        } else {
+            self.params.iter_mut().try_for_each(update)?;
+        }
         Ok((norm, Outcome::Updated))
     }
 }
@@ -222,17 +227,21 @@ impl Param {
     }
 }
 
-/// The norm of all gradients together, summed in f64 chunk by chunk in a fixed order.
+/// The norm of all gradients together: on the CPU summed in f64 chunk by chunk in a fixed order, elsewhere in f32 on the
+/// device, which is waited for once.
 pub fn norm(gradients: &Gradients) -> Result<f64> {
-    let mut total = 0.0;
+    let (mut total, mut elsewhere) = (0.0, Vec::new());
     for gradient in gradients.values() {
-        total += if matches!(gradient.device(), Device::Cpu) {
+        if matches!(gradient.device(), Device::Cpu) {
             let gradient = gradient.contiguous()?;
             let squares = |chunk: &[f32]| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
-            floats(&gradient)?.par_chunks(CHUNK).map(squares).collect::<Vec<_>>().iter().sum::<f64>()
+            total += floats(&gradient)?.par_chunks(CHUNK).map(squares).collect::<Vec<_>>().iter().sum::<f64>();
         } else {
-            f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
-        };
+            elsewhere.push(gradient.sqr()?.sum_all()?);
+        }
+    }
+    if !elsewhere.is_empty() {
+        total += f64::from(Tensor::stack(&elsewhere, 0)?.sum_all()?.to_scalar::<f32>()?);
     }
     Ok(total.sqrt())
 }

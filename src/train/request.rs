@@ -57,8 +57,13 @@ pub struct Prepared<C> {
 }
 
 impl Request {
-    /// Resolves the config and builds the objective; writes nothing.
+    /// Resolves the config and builds the objective on the CPU; writes nothing.
     pub fn prepare<C: RunConfig>(&self) -> Result<Prepared<C>> {
+        self.prepare_on(&Device::Cpu)
+    }
+
+    /// [`Request::prepare`] on a device of choice.
+    pub fn prepare_on<C: RunConfig>(&self, device: &Device) -> Result<Prepared<C>> {
         let (file, folder) = match (&self.resume, &self.config) {
             (Some(folder), _) => (folder.join(CONFIG), folder.clone()),
             (None, Some(file)) => {
@@ -74,7 +79,7 @@ impl Request {
             usage!("{0} already holds a run; go on with --resume {0}, or choose another --out", folder.display());
         }
         let config = Layers::<C>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
-        let objective = config.build(&Device::Cpu)?;
+        let objective = config.build(device)?;
         Ok(Prepared { config, folder, objective })
     }
 }

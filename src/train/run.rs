@@ -321,11 +321,20 @@ impl<'a> Run<'a> {
         Batch { step: self.step, rows: rows.clone(), size: self.config.batch, update: 0, piece: 0 }
     }
 
+    /// The results of `work`, side by side on the CPU, one after the other elsewhere: there one alone fills the device.
+    fn each<T: Sync, R: Send>(&self, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+        if self.vars.values().all(|var| var.device().is_cpu()) {
+            items.par_iter().map(work).collect()
+        } else {
+            items.iter().map(work).collect()
+        }
+    }
+
     /// Lets the objective prepare the step.
     fn collect(&self) -> Result<Means> {
         let objective: &dyn Objective = &*self.objective;
         let batches: Vec<Batch> = self.micro_batches().iter().map(|rows| self.batch(rows)).collect();
-        let parts: Vec<Result<Metrics>> = batches.par_iter().map(|batch| objective.collect(batch)).collect();
+        let parts = self.each(&batches, |batch| objective.collect(batch));
         let mut means = Means::default();
         for (batch, metrics) in batches.iter().zip(parts) {
             metrics?.into_iter().for_each(|metric| means.add(metric, batch.rows.len() as f64));
@@ -351,7 +360,7 @@ impl<'a> Run<'a> {
             metrics.insert(0, ("loss".into(), loss));
             Ok((metrics, total))
         };
-        let parts: Vec<_> = micro.par_iter().map(work).collect();
+        let parts = self.each(micro, work);
         let mut total = Gradients::new();
         for (rows, part) in micro.iter().zip(parts) {
             let (metrics, gradients) = part?;

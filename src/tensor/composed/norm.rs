@@ -1,0 +1,85 @@
+//! Normalisations over the last dimension. With `n` the normalised row and `s` the reciprocal deviation (or root mean
+//! square), the gradient of a row is `s (g - mean(g) - n mean(g n))`, without `mean(g)` where no mean was taken away.
+
+use super::{node1, node2};
+use candle_core::{D, DType, Result, Tensor};
+
+/// `x` in f32 where it is in half precision, whose sums of squares overflow and whose angles are coarse.
+pub fn widen(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
+        _ => Ok(x.clone()),
+    }
+}
+
+/// What candle's fused norms know.
+fn has_kernel(x: &Tensor) -> bool {
+    x.dtype() != DType::F64
+}
+
+/// `1 / sqrt(mean(x^2) + eps)` of each row.
+fn inverse_rms(x: &Tensor, eps: f64) -> Result<Tensor> {
+    (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()
+}
+
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let value = rms_value(&x.detach(), &weight.detach(), eps)?;
+    node2([x, weight], value, move |[x, weight], _, grad| rms_gradients(x, weight, eps, grad))
+}
+
+pub(super) fn rms_value(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if has_kernel(x) {
+        return candle_nn::ops::rms_norm(&x.contiguous()?, &weight.contiguous()?, eps as f32);
+    }
+    x.broadcast_mul(&inverse_rms(x, eps)?)?.broadcast_mul(weight)
+}
+
+pub(super) fn rms_gradients(x: &Tensor, weight: &Tensor, eps: f64, grad: &Tensor) -> Result<[Tensor; 2]> {
+    let (wide, g) = (widen(x)?, widen(grad)?);
+    let scale = inverse_rms(&wide, eps)?;
+    let n = wide.broadcast_mul(&scale)?;
+    let to_weight = (&g * &n)?.reshape(((), weight.dim(0)?))?.sum(0)?;
+    let g = g.broadcast_mul(&widen(weight)?)?;
+    let along = (&g * &n)?.mean_keepdim(D::Minus1)?;
+    let to_x = (g - n.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;
+    Ok([to_x.to_dtype(x.dtype())?, to_weight.to_dtype(weight.dtype())?])
+}
+
+/// `(x - mean) / sqrt(variance + eps)`.
+fn standardise(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let value = {
+        let x = x.detach().contiguous()?;
+        if has_kernel(&x) {
+            let d = x.dim(D::Minus1)?;
+            let (one, zero) = (Tensor::ones(d, x.dtype(), x.device())?, Tensor::zeros(d, x.dtype(), x.device())?);
+            candle_nn::ops::layer_norm(&x, &one, &zero, eps as f32)?
+        } else {
+            let x = centred(&x)?;
+            x.broadcast_mul(&inverse_rms(&x, eps)?)?
+        }
+    };
+    node1(x, value, move |[x], _, grad| {
+        let (wide, g) = (centred(&widen(x)?)?, widen(grad)?);
+        let scale = inverse_rms(&wide, eps)?;
+        let n = wide.broadcast_mul(&scale)?;
+        let along = (&g * &n)?.mean_keepdim(D::Minus1)?;
+        let to_x = (centred(&g)? - n.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;
+        Ok([to_x.to_dtype(x.dtype())?])
+    })
+}
+
+fn centred(x: &Tensor) -> Result<Tensor> {
+    x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)
+}
+
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    if has_kernel(x) && ![x, weight, bias].iter().any(|t| t.track_op()) {
+        return candle_nn::ops::layer_norm(&x.contiguous()?, &weight.contiguous()?, &bias.contiguous()?, eps as f32);
+    }
+    standardise(x, eps)?.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    let scale = (scale.unsqueeze(1)? + 1.0)?;
+    standardise(x, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift.unsqueeze(1)?)
+}
