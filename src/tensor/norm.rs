@@ -141,13 +141,13 @@ impl CustomOp3 for LayerNorm {
         x: &CpuStorage,
         xl: &Layout,
         shift: &CpuStorage,
-        _: &Layout,
+        shift_layout: &Layout,
         scale: &CpuStorage,
         scale_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (_, t, d) = self.groups(xl.dims(), scale_layout.dims())?;
         let (x, scale) = (cpu::slice(x, xl)?, cpu::slice(scale, scale_layout)?);
-        let shift = cpu::slice(shift, scale_layout)?;
+        let shift = cpu::slice(shift, shift_layout)?;
         let one = if self.modulate { 1.0 } else { 0.0 };
         let mut out = vec![0.0; x.len()];
         cpu::rows(&mut out, d, |row, out| {

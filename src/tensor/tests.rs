@@ -82,6 +82,31 @@ fn norms_agree() {
     agrees("modulate", &[x, shift, scale], |i| layer_norm_modulate(&i[0], &i[1], &i[2], 1e-6));
 }
 
+/// Of one row, parts of a tensor are contiguous where they lie: each operand is read from its own place.
+#[test]
+fn parts_of_one_row_agree() {
+    let (x, all) = (draw("x", &[1, 5, 40]), draw("all", &[1, 120]));
+    let part = |i: &Tensor, k: usize| i.narrow(1, 40 * k, 40);
+    agrees("modulate by parts", &[x.clone(), all.clone()], |i| {
+        layer_norm_modulate(&i[0], &part(&i[1], 1)?, &part(&i[1], 2)?, 1e-6)
+    });
+    agrees("gate by a part", &[x, all], |i| gate_residual(&i[0], &part(&i[1], 2)?, &i[0]));
+    let all = draw("all", &[1, 80]);
+    let weights = |i: &Tensor| Ok::<_, candle_core::Error>((part(i, 0)?.squeeze(0)?, part(i, 1)?.squeeze(0)?));
+    agrees("layer norm by parts", &[draw("x", &[3, 40]), all], |i| {
+        let (weight, bias) = weights(&i[1])?;
+        layer_norm(&i[0], &weight, &bias, 1e-6)
+    });
+    let (cos, sin) = angles(6, 4);
+    let both = draw("x", &[1, 6, 7, 8]);
+    agrees("attention of parts", &[both], |i| {
+        let head = |k: usize, n: usize| i[0].narrow(2, k, n);
+        let (cos, sin) = (cos.to_dtype(i[0].dtype())?, sin.to_dtype(i[0].dtype())?);
+        let q = rope(&head(0, 4)?, &cos, &sin, Rotation::Half)?;
+        attention(&q, &head(4, 1)?, &head(5, 1)?, &Mask::causal())
+    });
+}
+
 #[test]
 fn element_wise_operations_agree() {
     let x = (draw("x", &[3, 5, 34]) * 3.0).unwrap();

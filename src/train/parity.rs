@@ -64,7 +64,7 @@ vision_hidden = 32
 vision_layers = 2
 vision_heads = 2
 vision_mlp = 64
-deepstack = [0, 1]
+deepstack = [0]
 hidden = 32
 layers = 2
 heads = 2
@@ -195,7 +195,7 @@ fn pictures_are_the_same() {
 /// P(yes) of the claims about a picture.
 fn verdicts(device: &Device, dtype: DType) -> Vec<f64> {
     let folder = built_in::tabletop().require("vlm").unwrap();
-    let critic = Critic(Vlm::of(Qwen3VL::open(&folder, dtype, device).unwrap(), &folder).unwrap());
+    let critic = Critic::new(Vlm::of(Qwen3VL::open(&folder, dtype, device).unwrap(), &folder).unwrap());
     let sample = tasks::text_to_image(0, Split::Train, 3, 3, 3);
     let target = Target::new(sample.prompt, &sample.graph);
     let picture = Picture::from_pixels(render::render(&sample.scene));

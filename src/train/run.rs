@@ -322,7 +322,7 @@ impl<'a> Run<'a> {
     }
 
     /// The results of `work`, side by side on the CPU, one after the other elsewhere: there one alone fills the device.
-    fn each<T: Sync, R: Send>(&self, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    fn each<T: Sync, R: Send>(&self, items: &[T], work: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
         if self.vars.values().all(|var| var.device().is_cpu()) {
             items.par_iter().map(work).collect()
         } else {
