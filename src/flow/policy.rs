@@ -162,7 +162,10 @@ pub fn rollout(
     let mut x = x.to_dtype(DType::F32)?;
     let mut taken = Vec::with_capacity(window.len());
     // Drawn and uploaded before the loop, where a device would have to be waited for.
-    let fresh: Vec<Tensor> = window.clone().map(&mut noise).collect::<candle_core::Result<_>>()?;
+    let random =
+        |&(index, sigma, next): &(usize, f64, f64)| window.contains(&index) && policy.step(sigma, next).std != 0.0;
+    let fresh = steps(sigmas).filter(random).map(|(index, ..)| noise(index));
+    let mut fresh = fresh.collect::<candle_core::Result<Vec<Tensor>>>()?.into_iter();
     for (index, sigma, next) in steps(sigmas) {
         let v = evaluate(field, &x, sigma, index)?;
         if !window.contains(&index) {
@@ -171,11 +174,11 @@ pub fn rollout(
         }
         let step = policy.step(sigma, next);
         let mean = step.mean(&x, &v)?;
-        if step.std == 0.0 {
+        let Some(noise) = (if step.std == 0.0 { None } else { fresh.next() }) else {
             x = mean;
             continue;
-        }
-        let next = (&mean + (&fresh[index - window.start] * step.std)?)?;
+        };
+        let next = (&mean + (noise * step.std)?)?;
         let log_prob = step.log_prob(&mean, &next)?;
         taken.push(Taken { index, step, x, mean, next: next.clone(), log_prob });
         x = next;
