@@ -252,7 +252,13 @@ fn the_small_commands_answer_without_models() {
         assert!(run(&["completions", shell]).contains("rlrig"), "{shell}");
     }
     let doctor: Value = serde_json::from_str(&run(&["doctor", "--json"])).unwrap();
-    assert_eq!(doctor["devices"][0]["name"], "cpu");
+    let devices = doctor["devices"].as_array().unwrap();
+    let names: Vec<&str> = devices.iter().filter_map(|device| device["name"].as_str()).collect();
+    assert_eq!(names, ["cuda", "metal", "cpu"]);
+    let first = devices.iter().find(|device| device["usable"] == true);
+    assert!(first.is_some_and(|device| device["chosen"] == true), "{devices:?}");
+    // What cannot be used says why.
+    assert!(devices.iter().all(|device| device["usable"] == true || device["note"].is_string()));
     assert_eq!(doctor["cache"].as_str(), rig.path("hf/hub").to_str());
     assert!(doctor["offline"].as_bool().unwrap() && doctor["threads"].as_u64().unwrap() > 0);
     assert!(run(&["doctor"]).contains("rlrig "));
