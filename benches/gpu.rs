@@ -253,7 +253,8 @@ fn vlm(device: &Device) -> Result<()> {
     let row: Vec<u32> = [7].into_iter().chain(vec![5; seen]).chain([8]).chain(10..74).collect();
     let prefill = || -> Result<(Session<'_>, Tensor)> {
         let mut session = Session::new(&model, 1);
-        let logits = session.extend(&[row.clone()], Some(Pictures { features: &features, grids: &grids }))?;
+        let logits =
+            session.extend(std::slice::from_ref(&row), Some(Pictures { features: &features, grids: &grids }))?;
         Ok((session, logits))
     };
     println!("prefill tokens: {}", row.len());

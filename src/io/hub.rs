@@ -40,6 +40,9 @@ pub struct Local {
 /// Hears of downloads: the file, the bytes that are there, and the bytes in all.
 pub type OnProgress<'a> = &'a dyn Fn(&str, u64, u64);
 
+/// A repository of the hub, and the files in it.
+type Remote = (ApiRepo, Vec<String>);
+
 impl Hub {
     pub fn from_env() -> Result<Self> {
         Self::from_vars(|name| std::env::var(name).ok())
@@ -123,7 +126,7 @@ impl Hub {
 
     /// Where a repository's files lie in the cache; and, unless the cache has to do, the way to fetch them and their
     /// names.
-    fn look(&self, repo: &Repo, name: &str) -> Result<(Local, Option<(ApiRepo, Vec<String>)>)> {
+    fn look(&self, repo: &Repo, name: &str) -> Result<(Local, Option<Remote>)> {
         if self.offline {
             let cached = self.cached(repo).ok_or_else(|| {
                 anyhow!("{name} is not in the cache {}, and HF_HUB_OFFLINE forbids to fetch it", self.cache.display())
