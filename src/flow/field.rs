@@ -46,7 +46,8 @@ pub struct Field<'a> {
     references: Option<Tensor>,
     angles: Angles,
     guidance: Option<f64>,
-    apart: bool,
+    /// Who evaluates the negative branch of guidance by itself.
+    apart: Option<&'a Flux2>,
     /// Evaluations of the network, counted for each row.
     evaluations: &'a AtomicU64,
     progress: Option<&'a Progress<'a>>,
@@ -95,16 +96,16 @@ impl<'a> Field<'a> {
             references,
             angles: transformer.angles(&positions, device)?,
             guidance: guidance.map(|(_, strength)| strength),
-            apart: false,
+            apart: None,
             evaluations,
             progress: None,
         })
     }
 
-    /// Evaluates the negative branch of guidance by itself, to the same numbers: as it is detached, nothing of its evaluation
-    /// is kept for a backward pass, which halves the memory and the time of that.
-    pub fn apart(self) -> Self {
-        Self { apart: true, ..self }
+    /// Lets `still`, the same network without gradients, evaluate the negative branch of guidance by itself: to the same
+    /// numbers, and as that branch is detached, a backward pass needs nothing of it.
+    pub fn apart(self, still: &'a Flux2) -> Self {
+        Self { apart: Some(still), ..self }
     }
 
     /// Tells `progress` of every evaluation, and fails once it is cancelled.
@@ -113,7 +114,13 @@ impl<'a> Field<'a> {
     }
 
     /// The velocity of `image (rows, N, C)` under the texts and references of these rows.
-    fn evaluate(&self, image: &Tensor, sigma: &Tensor, rows: Range<usize>) -> candle_core::Result<Tensor> {
+    fn evaluate(
+        &self,
+        transformer: &Flux2,
+        image: &Tensor,
+        sigma: &Tensor,
+        rows: Range<usize>,
+    ) -> candle_core::Result<Tensor> {
         let n = image.dim(1)?;
         let some = |all: &Tensor| all.narrow(0, rows.start, rows.len());
         let image = match &self.references {
@@ -121,7 +128,7 @@ impl<'a> Field<'a> {
             None => image.clone(),
         };
         let given = Conditioning { text: &some(&self.text)?, sigma, guidance: None, angles: &self.angles };
-        let v = self.transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
+        let v = transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
         self.evaluations.fetch_add(rows.len() as u64, Ordering::Relaxed);
         v.narrow(1, 0, n)?.to_dtype(DType::F32)
     }
@@ -137,14 +144,18 @@ impl Velocity for Field<'_> {
         // By way of the timestep, as the reference pipeline does: the network's angles show the rounding.
         let sigma = Tensor::full(sigma as f32 * 1000.0 / 1000.0, 1, x.device())?;
         let v = match self.guidance {
-            None => self.evaluate(&image, &sigma, 0..rows)?,
+            None => self.evaluate(self.transformer, &image, &sigma, 0..rows)?,
             Some(strength) => {
-                let (text, negative) = if self.apart {
-                    let negative = self.evaluate(&image, &sigma, batch..rows)?.detach();
-                    (self.evaluate(&image, &sigma, 0..batch)?, negative)
-                } else {
-                    let both = self.evaluate(&Tensor::cat(&[&image, &image], 0)?, &sigma, 0..rows)?; // (R, N, C)
-                    (both.narrow(0, 0, batch)?, both.narrow(0, batch, batch)?.detach())
+                let (text, negative) = match self.apart {
+                    Some(still) => {
+                        let negative = self.evaluate(still, &image, &sigma, batch..rows)?.detach();
+                        (self.evaluate(self.transformer, &image, &sigma, 0..batch)?, negative)
+                    }
+                    None => {
+                        let both = Tensor::cat(&[&image, &image], 0)?;
+                        let both = self.evaluate(self.transformer, &both, &sigma, 0..rows)?; // (R, N, C)
+                        (both.narrow(0, 0, batch)?, both.narrow(0, batch, batch)?.detach())
+                    }
                 };
                 ((text * strength)? + (negative * (1.0 - strength))?)?
             }

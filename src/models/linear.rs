@@ -2,7 +2,7 @@
 
 use super::{Init, Params};
 use crate::tensor::{Precision, linear, linear_in};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor, Var};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -32,6 +32,8 @@ struct Inner {
     enabled: AtomicBool,
     /// Layers that have it.
     layers: AtomicUsize,
+    /// The trained adapter that this one looks at.
+    watched: Option<Adapter>,
     vars: Mutex<BTreeMap<String, Var>>,
 }
 
@@ -64,7 +66,29 @@ impl Adapter {
     ) -> Self {
         let enabled = AtomicBool::new(true);
         let (layers, vars) = (AtomicUsize::new(0), Mutex::default());
-        Self(Arc::new(Inner { rank, alpha, targets, loaded, seed, trained, strength, enabled, layers, vars }))
+        let watched = None;
+        Self(Arc::new(Inner { rank, alpha, targets, loaded, seed, trained, strength, enabled, layers, watched, vars }))
+    }
+
+    /// For another model with the weights of one that was built with this trained adapter: the same variables, as they are at
+    /// each moment, without gradients. What is only drawn by it keeps no graph.
+    pub fn still(&self) -> Self {
+        let Inner { rank, alpha, ref targets, seed, strength, .. } = *self.0;
+        let (targets, loaded, enabled) = (targets.clone(), HashMap::new(), AtomicBool::new(true));
+        let (layers, vars, watched) = (AtomicUsize::new(0), Mutex::default(), Some(self.clone()));
+        Self(Arc::new(Inner {
+            rank,
+            alpha,
+            targets,
+            loaded,
+            seed,
+            trained: false,
+            strength,
+            enabled,
+            layers,
+            watched,
+            vars,
+        }))
     }
 
     /// Switches the adapter on or off for all its layers.
@@ -105,6 +129,18 @@ impl Adapter {
     fn factors(&self, layer: &str, inner: usize, out: usize, params: &Params) -> Result<Option<Low>> {
         if !self.covers(layer) {
             return Ok(None);
+        }
+        if let Some(watched) = &self.0.watched {
+            let vars = watched.vars();
+            let factor = |name: &str| {
+                let var =
+                    vars.get(&format!("{layer}.{name}")).context("the model of the trained adapter comes first")?;
+                // Of the same storage, which updates write into.
+                anyhow::Ok(var.as_tensor().detach())
+            };
+            let (a, b) = (factor("lora_A.weight")?, factor("lora_B.weight")?);
+            self.0.layers.fetch_add(1, Ordering::Relaxed);
+            return Ok(Some(Low { a, b, adapter: self.clone() }));
         }
         let dtype = if self.0.trained { DType::F32 } else { params.dtype() };
         let source = if self.0.loaded.is_empty() {
@@ -181,5 +217,31 @@ impl Linear {
             }
         }
         Ok(y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn a_still_adapter_follows_the_trained_one_without_gradients() {
+        let params = Params::fresh(1, DType::F32, &Device::Cpu);
+        Linear::new(3, 2, &params.at("lin")).unwrap();
+        let trained = Adapter::fresh(2, 4.0, vec!["lin".into()], 5);
+        let linear = |adapter: Adapter| Linear::new(3, 2, &params.again(vec![adapter]).at("lin")).unwrap();
+        let (policy, still) = (linear(trained.clone()), linear(trained.still()));
+        let x = Tensor::ones((1, 3), DType::F32, &Device::Cpu).unwrap();
+        let numbers = |linear: &Linear| linear.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+        let before = numbers(&still);
+        assert_eq!(before, numbers(&policy));
+        trained.vars()["lin.lora_B.weight"].set(&Tensor::ones((2, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        assert!(numbers(&still) == numbers(&policy) && numbers(&still) != before);
+        let gradient = |linear: &Linear, x: &Tensor| {
+            let gradients = linear.forward(x).unwrap().sum_all().unwrap().backward().unwrap();
+            gradients.get(trained.vars()["lin.lora_A.weight"].as_tensor()).is_some()
+        };
+        assert!(gradient(&policy, &x) && !gradient(&still, &x));
     }
 }

@@ -16,7 +16,7 @@
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
-    flow_steps::{Carried, Edits, Pieces, carry_out, window_of},
+    flow_steps::{Carried, Edits, Learned, Pieces, carry_out, window_of},
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
     grpo_config::{GroupConfig, GrpoConfig},
     objective_diffuser::tiled,
@@ -29,7 +29,7 @@ use crate::{
         field::{pack, unpack},
         sampler::{Velocity, euler},
     },
-    models::{Adapter, built_in, flux2::Flux2, peft},
+    models::{Adapter, built_in, peft},
     rig::{
         roles::{Checker, Decode, Picture, Target, Verdict, score},
         vlm_roles::Critic,
@@ -168,10 +168,10 @@ pub struct Editor {
     size: (u32, u32),
     critic: Critic,
     judges: Judges,
-    policy: Flux2,
+    learned: Learned,
     adapter: Adapter,
     /// DiffusionNFT's old policy, and the steps so far.
-    old: Option<(Flux2, Adapter)>,
+    old: Option<(Learned, Adapter)>,
     updates: usize,
     pieces: Pieces,
     kept: Kept<Rollouts>,
@@ -212,9 +212,9 @@ impl Editor {
         }
         let adapters: Vec<Adapter> =
             (0..if nft { 2 } else { 1 }).map(|_| config.learned(built_in::EDITOR, TARGETS)).collect::<Result<_>>()?;
-        let (klein, transformers) = rollout::pipeline(&models.pipeline()?, at, &adapters)?;
-        let mut both = transformers.into_iter().zip(adapters);
-        let (policy, adapter) = both.next().context("the Editor has an adapter")?;
+        let (klein, learned) = rollout::learners(&models.pipeline()?, at, &adapters)?;
+        let mut both = learned.into_iter().zip(adapters);
+        let (learned, adapter) = both.next().context("the Editor has an adapter")?;
         Ok(Self {
             config: editor.clone(),
             group: group.clone(),
@@ -224,7 +224,7 @@ impl Editor {
             klein,
             critic,
             judges: Judges::open(config, device)?,
-            policy,
+            learned,
             adapter,
             old: both.next(),
             updates: 0,
@@ -305,8 +305,9 @@ impl Editor {
         let noise: Vec<f32> = (0..advantages.elem_count() as u64).flat_map(row).collect();
         let noise = Tensor::from_vec(noise, x0.dims(), x0.device())?;
         let x_t = ((x0 * (1.0 - t))? + (noise * t)?)?;
-        let mirror = edits.field(&self.klein, old, guidance)?.velocity(&x_t, t, index)?.detach();
-        let v = edits.field(&self.klein, &self.policy, guidance)?.apart().velocity(&x_t, t, index)?;
+        let Learned { policy, still } = &self.learned;
+        let mirror = edits.field(&self.klein, &old.still, guidance)?.velocity(&x_t, t, index)?;
+        let v = edits.field(&self.klein, policy, guidance)?.apart(still).velocity(&x_t, t, index)?;
         let levels_of = Tensor::full(t as f32, advantages.dims(), x0.device())?;
         let pair = NftBatch { v: &v, old: &mirror, x_t: &x_t, x0, t: &levels_of, advantages };
         let (mut loss, mut divergence) = (nft_loss(&pair, beta)?, 0.0);
@@ -342,7 +343,7 @@ impl Editor {
             let sigmas = self.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
             let rows = (first..first + some.len() as u64).map(|i| pack(&self.klein.noise(HELD_OUT, i, shape)?));
             let noise = Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-            let field = edits.field(&self.klein, &self.policy, self.config.guidance)?;
+            let field = edits.field(&self.klein, &self.learned.still, self.config.guidance)?;
             let states = euler(&field, &noise, &sigmas)?;
             pictures.extend(self.pictures(&states, shape)?);
         }
@@ -368,7 +369,8 @@ impl Objective for Editor {
         let (drawn, states) = match &self.old {
             None => {
                 let first = batch.indices().start * self.group.size as u64;
-                let (models, window) = ((&*self.klein, &self.policy), window_of(&self.config, self.seed, batch.step)?);
+                let (models, window) =
+                    ((&*self.klein, &*self.learned.still), window_of(&self.config, self.seed, batch.step)?);
                 let noise_of = (self.seed, "editor", first);
                 let mut carried = carry_out(&self.config, models, edits, &noise, window, noise_of)?;
                 if self.group.updates() > 1 && self.klein.dtype() != DType::F32 {
@@ -379,7 +381,7 @@ impl Objective for Editor {
             }
             Some((old, _)) => {
                 let sigmas = self.klein.schedule.sigmas(self.config.steps, shape.0 * shape.1);
-                let x0 = euler(&edits.field(&self.klein, old, self.config.guidance)?, &noise, &sigmas)?;
+                let x0 = euler(&edits.field(&self.klein, &old.still, self.config.guidance)?, &noise, &sigmas)?;
                 (Drawn::Pictures { edits, x0: x0.clone() }, x0)
             }
         };
@@ -403,7 +405,7 @@ impl Objective for Editor {
         let Rollouts { drawn, advantages } = &*rollouts;
         match drawn {
             Drawn::Steps(carried) => {
-                let (models, piece) = ((&*self.klein, &self.policy), (self.pieces, batch.piece));
+                let (models, piece) = ((&*self.klein, &self.learned), (self.pieces, batch.piece));
                 carried.loss(&self.config, models, piece, advantages, batch.update == 0)
             }
             Drawn::Pictures { edits, x0 } => self.at_level(batch, batch.piece, edits, x0, advantages),

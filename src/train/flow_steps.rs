@@ -17,7 +17,7 @@ use crate::{
 };
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 /// Edits to carry out: an instruction and the latents `(C, h, w)` of the picture it is about, for each row.
 pub struct Edits {
@@ -49,6 +49,12 @@ pub struct Carried {
     pub edits: Edits,
     pub states: Tensor,
     pub taken: Vec<Taken>,
+}
+
+/// The transformers of a policy: with gradients, and the same without.
+pub struct Learned {
+    pub policy: Flux2,
+    pub still: Arc<Flux2>,
 }
 
 /// Carries edits out from `noise (B, h w, C)`, with stochastic steps in `window`. The fresh noise of row `r` has the number
@@ -108,12 +114,12 @@ impl Carried {
         &self,
         taken: &Taken,
         rows: &Range<usize>,
-        (klein, policy): (&Klein, &Flux2),
+        (klein, policy, still): (&Klein, &Flux2, &Flux2),
         guidance: f64,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let Taken { index, step, x, next, .. } = taken;
         let some = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len());
-        let field = self.edits.rows(rows.clone()).field(klein, policy, guidance)?.apart();
+        let field = self.edits.rows(rows.clone()).field(klein, policy, guidance)?.apart(still);
         let v = field.velocity(&some(x)?, step.sigma, *index)?;
         let mean = step.mean(&some(x)?, &v)?;
         let log_prob = step.log_prob(&mean, &some(next)?)?;
@@ -122,15 +128,15 @@ impl Carried {
 
     /// Takes means and log-probabilities anew in the shapes of the updates: below f32 they differ from those of the rollout by
     /// more than a clip range. Call before the first update.
-    pub fn reread(&mut self, models: (&Klein, &Flux2), pieces: Pieces, guidance: f64) -> Result<()> {
+    pub fn reread(&mut self, (klein, still): (&Klein, &Flux2), pieces: Pieces, guidance: f64) -> Result<()> {
         let all = self.states.dim(0)?;
         for i in 0..self.taken.len() {
             let (mut means, mut log_probs) = (Vec::new(), Vec::new());
             for start in (0..all).step_by(pieces.rows.min(all)) {
                 let rows = start..(start + pieces.rows.min(all)).min(all);
-                let (_, mean, log_prob) = self.evaluate(&self.taken[i], &rows, models, guidance)?;
-                means.push(mean.detach());
-                log_probs.push(log_prob.detach());
+                let (_, mean, log_prob) = self.evaluate(&self.taken[i], &rows, (klein, still, still), guidance)?;
+                means.push(mean);
+                log_probs.push(log_prob);
             }
             (self.taken[i].mean, self.taken[i].log_prob) = (Tensor::cat(&means, 0)?, Tensor::cat(&log_probs, 0)?);
         }
@@ -142,7 +148,7 @@ impl Carried {
     pub fn loss(
         &self,
         config: &EditorConfig,
-        (klein, policy): (&Klein, &Flux2),
+        (klein, learned): (&Klein, &Learned),
         (pieces, piece): (Pieces, usize),
         advantages: &Tensor,
         first_update: bool,
@@ -155,7 +161,7 @@ impl Carried {
         let some = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len());
         let taken = self.taken.get(index).context("no such step in the window")?;
         let EditorConfig { loss: kind, eps, kl, kl_form, guidance, .. } = *config;
-        let (v, mean, new) = self.evaluate(taken, &rows, (klein, policy), guidance)?;
+        let (v, mean, new) = self.evaluate(taken, &rows, (klein, &learned.policy, &learned.still), guidance)?;
         let (step, advantages) = (&taken.step, some(advantages)?);
         let (mut old_mean, mut old) = (some(&taken.mean)?, some(&taken.log_prob)?);
         let mut metrics = Metrics::new();
@@ -171,7 +177,8 @@ impl Carried {
         let grpo::Loss { mut loss, clip_low, clip_high, .. } = found;
         let mut divergence = 0.0;
         if kl != 0.0 {
-            let (reference, ..) = self.evaluate(taken, &rows, (klein, &klein.transformer), guidance)?;
+            let frozen = &klein.transformer;
+            let (reference, ..) = self.evaluate(taken, &rows, (klein, frozen, frozen), guidance)?;
             let kept = velocity_kl(&v, &reference, step.kl_weight(kl_form))?;
             divergence = f64::from(kept.to_scalar::<f32>()?);
             loss = (loss + (kept * kl)?)?;

@@ -20,7 +20,7 @@ use super::{
     Batch, Group, Metrics, Objective, Step, Work,
     actor::{self, well_formed},
     editor::{self, LossKind},
-    flow_steps::{Carried, Edits, carry_out, window_of},
+    flow_steps::{Carried, Edits, Learned, carry_out, window_of},
     grpo::{ADVANTAGE_BOUND, TokenBatch, TokenLoss, advantages, token_loss},
     grpo_config::GrpoConfig,
     means::Means,
@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     flow::field::{pack, unpack},
-    models::{Adapter, built_in, flux2::Flux2, peft},
+    models::{Adapter, built_in, peft},
     rig::{
         cycle::{self, Cast},
         prompts,
@@ -148,7 +148,7 @@ pub struct Joint {
     poser: Poser,
     judges: Judges,
     actor: Arc<Vlm>,
-    editor: Arc<Flux2>,
+    editor: Learned,
     /// Of the Actor and of the Editor.
     adapters: [Adapter; 2],
     kept: Kept<Vec<Turn>>,
@@ -168,14 +168,14 @@ impl Joint {
         let of = [config.learned(built_in::ACTOR, actor::TARGETS)?, config.learned(built_in::EDITOR, editor::TARGETS)?];
         let at = (models.dtype.dtype(), device);
         let (critic, policy) = rollout::vlm(&models.vlm()?, at, Some(&of[0]))?;
-        let (klein, mut flows) = rollout::pipeline(&models.pipeline()?, at, &of[1..])?;
+        let (klein, mut flows) = rollout::learners(&models.pipeline()?, at, &of[1..])?;
         let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: config.clone(),
             poser: Poser::new((klein, None), critic, actor.source, objects, (actor.steps, actor.guidance), size)?,
             judges: Judges::open(config, device)?,
             actor: Arc::new(policy.context("the Actor has an adapter")?),
-            editor: Arc::new(flows.pop().context("the Editor has an adapter")?),
+            editor: flows.pop().context("the Editor has an adapter")?,
             adapters: of,
             kept: Kept::default(),
         })
@@ -216,7 +216,7 @@ impl Joint {
         let window = window_of(editor, *seed, batch.step * joint.rounds as u64 + round as u64)?;
         let streams = (*seed, format!("joint {round}"), first);
         let carried =
-            carry_out(editor, (klein, &self.editor), edits, &noise, window, (streams.0, &streams.1, streams.2))?;
+            carry_out(editor, (klein, &self.editor.still), edits, &noise, window, (streams.0, &streams.1, streams.2))?;
         let picture =
             |i: usize| Ok(Picture::from_latents(unpack(&carried.states.get(i)?, h, w)?, self.poser.decode.clone()));
         let pictures: Vec<Picture> = (0..rows.len()).map(picture).collect::<Result<_>>()?;
@@ -326,7 +326,7 @@ impl Joint {
             seed: i,
         };
         let jobs: Vec<cycle::Job> = (0..).zip(&samples).map(job).collect();
-        let painter = self.poser.painter().with_editor(Some(self.editor.clone()));
+        let painter = self.poser.painter().with_editor(Some(self.editor.still.clone()));
         let critic = self.poser.critic.clone().with_actor(Some(self.actor.clone()));
         let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
         let options = cycle::Options { rounds: joint.rounds, width: TOGETHER, ..cycle::Options::default() };
@@ -397,7 +397,7 @@ impl Objective for Joint {
             let device = self.poser.klein.device();
             (turn.advantages, turn.counts) = (Tensor::new(fused, device)?, Tensor::new(counts, device)?);
             if group.updates() > 1 {
-                let models = (&*self.poser.klein, &*self.editor);
+                let models = (&*self.poser.klein, &*self.editor.still);
                 if models.0.dtype() != DType::F32 {
                     turn.carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
                 }
@@ -425,7 +425,7 @@ impl Objective for Joint {
         let (Step { loss, metrics }, weight) = match part {
             0 => (self.actor_loss(turn)?, joint.actor),
             _ => {
-                let models = (&*self.poser.klein, &*self.editor);
+                let models = (&*self.poser.klein, &self.editor);
                 let (piece, first) = ((pieces, part - 1), batch.update == 0);
                 let step = turn.carried.loss(editor, models, piece, &turn.advantages, first)?;
                 let named = step.metrics.into_iter().map(|(name, value)| (format!("editor/{name}"), value));

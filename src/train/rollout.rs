@@ -3,6 +3,7 @@
 
 use super::{
     Batch, Metrics,
+    flow_steps::Learned,
     grpo::advantages,
     grpo_config::{Combine, GroupConfig, GrpoConfig},
 };
@@ -76,6 +77,17 @@ pub fn pipeline(
     let (klein, adapted) = Klein::open_with(folder, dtype, device, Vec::new(), others)?;
     adapters.iter().try_for_each(Adapter::check)?;
     Ok((Arc::new(klein), adapted))
+}
+
+/// The frozen pipeline, and the policy of each trained adapter.
+pub fn learners(folder: &Folder, at: (DType, &Device), adapters: &[Adapter]) -> Result<(Arc<Klein>, Vec<Learned>)> {
+    let both: Vec<Adapter> = adapters.iter().flat_map(|adapter| [adapter.clone(), adapter.still()]).collect();
+    let (klein, adapted) = pipeline(folder, at, &both)?;
+    let (mut learned, mut adapted) = (Vec::new(), adapted.into_iter());
+    while let (Some(policy), Some(still)) = (adapted.next(), adapted.next()) {
+        learned.push(Learned { policy, still: Arc::new(still) });
+    }
+    Ok((klein, learned))
 }
 
 /// What one step's micro-batches have collected, each by its rows.
