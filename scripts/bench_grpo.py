@@ -74,7 +74,8 @@ def step(pipeline, vlm, claims):
     transformer, length = pipeline.transformer, embedding["max_length"]
     width = pipeline.text_encoder.config.hidden_size * len(embedding["layers"])
     transformer.requires_grad_(False)
-    targets = r".*\.(" + "|".join(layer.replace(".", r"\.") for layer in LAYERS.split()) + ")"
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in linear if name.endswith(tuple("." + layer for layer in LAYERS.split()))]
     transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
     trained = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=1e-4)
