@@ -2,7 +2,7 @@
 //! Actor meet such pictures in use, and renders alone do not prepare them for a shape that is not quite one.
 
 use crate::{
-    eval::{dataset::TABLETOP, folder::Folder},
+    io,
     scene::{
         graph::SceneGraph,
         parse::parse,
@@ -13,7 +13,20 @@ use crate::{
 use anyhow::{Context, Result};
 use image::RgbImage;
 use rayon::prelude::*;
+use serde::Deserialize;
 use std::path::Path;
+
+/// Bytes of a `samples.jsonl` at most.
+const LONGEST: u64 = 8 << 30;
+
+/// What is read of a line of `samples.jsonl`.
+#[derive(Deserialize)]
+struct Line {
+    id: String,
+    dataset: String,
+    prompt: String,
+    file: String,
+}
 
 pub struct Drawn {
     pub picture: RgbImage,
@@ -25,15 +38,17 @@ pub struct Drawn {
 /// The pictures of a run on the tabletop world, in the order of its lines: those to learn from, and those of every tenth
 /// prompt, which are held out.
 pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
-    let (folder, _) = Folder::open(path)?;
-    if folder.lines().is_empty() || folder.lines().iter().any(|line| line.dataset != TABLETOP) {
+    let file = path.join("samples.jsonl");
+    let text = io::read_file(&file, LONGEST)?;
+    let lines = serde_json::Deserializer::from_slice(&text).into_iter::<Line>().collect::<Result<Vec<Line>, _>>();
+    let lines = lines.with_context(|| format!("{} is damaged", file.display()))?;
+    if lines.is_empty() || lines.iter().any(|line| line.dataset != "tabletop") {
         usage!("{} is no run of rlrig eval on the tabletop world with pictures in it", path.display());
     }
-    let mut ids: Vec<&str> = folder.lines().iter().map(|line| line.id.as_str()).collect();
+    let mut ids: Vec<&str> = lines.iter().map(|line| line.id.as_str()).collect();
     ids.sort_unstable();
     ids.dedup();
-    let drawn: Vec<(bool, Drawn)> = folder
-        .lines()
+    let drawn: Vec<(bool, Drawn)> = lines
         .par_iter()
         .map(|line| {
             let file = path.join(&line.file);
