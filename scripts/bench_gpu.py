@@ -11,7 +11,6 @@ names it). It needs a driver, and CUDA 13's libraries: those of PyTorch's wheels
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,12 +19,10 @@ import time
 from pathlib import Path
 
 import torch
+from torch_diffuser import ROOT, WEIGHTS, drawing, training
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS = ROOT / "weights" / "tabletop"
-PROMPT = "a small red ball to the left of a large blue cube"
 # Those of benches/gpu.rs too.
-PICTURES, TRAINED, STEPS, GUIDANCE, DENOISING, DECODED = 64, 256, 20, 3.0, 8, 64
+PICTURES, TRAINED, DENOISING, DECODED = 64, 256, 8, 64
 TEXT, SIDE, LENGTH = 48, 64, 512
 GIB = 2**30
 
@@ -95,65 +92,18 @@ def table(*rows):
     print(flush=True)
 
 
-def pictures(dtype):
+def pipeline_on_gpu(dtype):
     from diffusers import Flux2KleinPipeline
 
-    embedding = json.loads((WEIGHTS / "text_encoder" / "config.json").read_text())["prompt_embedding"]
-    pipeline = Flux2KleinPipeline.from_pretrained(WEIGHTS, torch_dtype=dtype).to("cuda")
-    pipeline.set_progress_bar_config(disable=True)
+    return Flux2KleinPipeline.from_pretrained(WEIGHTS, torch_dtype=dtype).to("cuda")
 
-    def work():
-        pipeline(
-            prompt=[PROMPT] * PICTURES,
-            height=128,
-            width=128,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            max_sequence_length=embedding["max_length"],
-            text_encoder_out_layers=tuple(embedding["layers"]),
-        )
 
-    return best(3, work) / PICTURES
+def pictures(dtype):
+    return best(3, drawing(pipeline_on_gpu(dtype), PICTURES)) / PICTURES
 
 
 def pretraining(dtype):
-    """A training step of the Diffuser as rlrig takes it: latents of pictures, text encoder, transformer, Muon and AdamW."""
-    from diffusers import Flux2KleinPipeline
-
-    pipeline = Flux2KleinPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32).to("cuda")
-    transformer, text = pipeline.transformer.train(), pipeline.text_encoder.train()
-    for module in (transformer, text):
-        module.requires_grad_(True)
-    named = [*transformer.named_parameters(), *text.named_parameters()]
-    hidden = {n for n, p in named if p.ndim == 2 and not any(o in n for o in ("embed", "lm_head", "proj_out"))}
-    optimizers = [
-        torch.optim.Muon([p for n, p in named if n in hidden], lr=1e-4),
-        torch.optim.AdamW([p for n, p in named if n not in hidden], lr=1e-4, fused=True),
-    ]
-    layers = text.config.num_hidden_layers
-    ids = torch.randint(0, text.config.vocab_size, (TRAINED, TEXT), device="cuda")
-    image = torch.rand(TRAINED, 3, 128, 128, device="cuda")
-    positions = torch.tensor([[0, y, x, 0] for y in range(8) for x in range(8)], device="cuda").expand(TRAINED, -1, -1)
-    words = torch.tensor([[0, 0, 0, i] for i in range(TEXT)], device="cuda").expand(TRAINED, -1, -1)
-
-    def work():
-        with torch.no_grad():
-            latents = pipeline.vae.encode(image).latent_dist.mode()
-            latents = torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-        noise, t = torch.randn_like(latents), torch.rand(TRAINED, device="cuda")
-        x = torch.lerp(latents, noise, t[:, None, None])
-        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-            states = text.model(ids, output_hidden_states=True).hidden_states
-            states = torch.cat([states[i] for i in range(1, layers + 1)], -1)
-            given = {"encoder_hidden_states": states, "img_ids": positions, "txt_ids": words, "guidance": None}
-            velocity = transformer(hidden_states=x, timestep=t, **given).sample
-        ((velocity.float() - (noise - latents)) ** 2).mean().backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return best(5, work)
+    return best(5, training(pipeline_on_gpu(torch.float32), dtype, TRAINED, TEXT, fused=True))
 
 
 def tabletop(arguments):

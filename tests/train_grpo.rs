@@ -283,3 +283,17 @@ fn the_configs_for_real_checkpoints_load_and_train_on_small_ones_of_their_kind()
         assert!(steps[0]["loss"].is_finite() && !adapters(&rig.path(name)).is_empty(), "{name}");
     }
 }
+
+#[test]
+fn a_judge_of_its_own_gives_rewards() {
+    let rig = small::Rig::new();
+    let config = EDITOR.replace("LOSS", "grpo").replace("probability = 1.0", "judge = 1.0");
+    let mut asked = request(rig.dir.path(), "judged", &config);
+    let error = asked.prepare::<GrpoConfig>().err().unwrap();
+    assert!(error.is::<Usage>() && error.to_string().contains("set models.judge"), "{error:#}");
+    asked.set.push(format!("models.judge={}", rig.path("vlm").display()));
+    let (end, steps) = train(&asked, None);
+    assert_eq!(end, End::Done);
+    // The untrained judge is not sure of anything, and is not the Checker, which is trained.
+    assert!(steps.iter().all(|m| (0.2..0.8).contains(&m["rewards/judge/mean"])), "{steps:?}");
+}

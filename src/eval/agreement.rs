@@ -1,6 +1,7 @@
 //! Whether two judges say the same: accuracy, Cohen's kappa, and calibration of the one's probabilities by the other.
 
-use super::stats::{Share, calibration_error};
+use super::stats::Share;
+use crate::rig::calibration::calibration_error;
 use serde::Serialize;
 
 /// How one judge's probabilities agree with another's truths.

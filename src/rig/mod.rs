@@ -2,6 +2,7 @@
 //!
 //! [`roles`] names who takes part, [`cycle`] is the loop. Both know no model; read them first.
 
+pub mod calibration;
 pub mod cycle;
 pub mod klein;
 pub mod prompts;

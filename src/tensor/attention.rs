@@ -192,18 +192,19 @@ fn softmax(row: &mut [f32]) {
 
 struct Fused(Mask);
 
+/// The sizes of queries `(B, Tq, H, D)`, and of keys and values `(B, Tk, Hkv, D)` that fit to them.
 #[derive(Clone, Copy)]
-struct Dims {
-    b: usize,
-    tq: usize,
-    tk: usize,
-    h: usize,
-    hkv: usize,
-    d: usize,
+pub(super) struct Dims {
+    pub b: usize,
+    pub tq: usize,
+    pub tk: usize,
+    pub h: usize,
+    pub hkv: usize,
+    pub d: usize,
 }
 
 impl Dims {
-    fn new(q: &[usize], k: &[usize], v: &[usize]) -> Result<Self> {
+    pub fn new(q: &[usize], k: &[usize], v: &[usize]) -> Result<Self> {
         match (q, k) {
             (&[b, tq, h, d], &[b2, tk, hkv, d2]) if k == v && b == b2 && d == d2 && hkv > 0 && h % hkv == 0 => {
                 Ok(Self { b, tq, tk, h, hkv, d })

@@ -11,7 +11,8 @@
 //! Trained is a low-rank adapter on the VLM's decoder; Checker, Editor and Diffuser stay as they are. The picture is drawn
 //! by the Diffuser, as in the loop, or rendered, which is cheaper. Where one update is made of each batch, the old policy is
 //! the present one. Where several are, the rollouts are read again before the first of them, and the ratios of the later ones
-//! are clipped. Either way the log-probabilities of the replay are held to those of the rollout at every step. Answers are decoded under a schema, but the ratio is of the model's own probabilities, as is common.
+//! are clipped. Either way the log-probabilities of the replay are held to those of the rollout at every step. Answers are
+//! decoded under a schema, but the ratio is of the model's own probabilities, as is common.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
@@ -27,7 +28,7 @@ use crate::{
     rig::roles::{Checker, Edit, Editor, Picture, Target, Verdict, score},
     scene::{
         graph::SceneGraph,
-        tabletop::{edit, oracle, split::Split},
+        tabletop::{edit, split::Split},
     },
     tensor::rng::Stream,
     vlm::{Vlm, decode::Answer},
@@ -308,24 +309,17 @@ impl Objective for Actor {
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
         let attempts = self.held_out(self.config.evaluation)?;
         let pairs: Vec<(&Problem, &Attempt)> = self.held_out.iter().zip(&attempts).collect();
-        let judged = pairs.par_iter().map(|(problem, attempt)| {
-            let of = |picture: &Picture| anyhow::Ok(oracle::judge(picture.pixels()?, &problem.graph));
-            Ok((of(&problem.picture)?, of(&attempt.picture)?))
-        });
-        let judged: Vec<_> = judged.collect::<Result<_>>()?;
+        let pictures = pairs.par_iter().map(|(p, attempt)| (&p.picture, &attempt.picture, &p.graph));
+        let mut metrics = rollout::before_and_after(pictures)?;
         let n = pairs.len().max(1) as f64;
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
-        let share = |yes: bool| f64::from(u8::from(yes));
         let named = [
-            ("eval/oracle_before", mean(&mut judged.iter().map(|(before, _)| before.score()))),
-            ("eval/oracle", mean(&mut judged.iter().map(|(_, after)| after.score()))),
-            ("eval/perfect_before", mean(&mut judged.iter().map(|(before, _)| share(before.perfect())))),
-            ("eval/perfect", mean(&mut judged.iter().map(|(_, after)| share(after.perfect())))),
             ("eval/checker_before", mean(&mut pairs.iter().filter_map(|(p, _)| score(&p.verdicts)))),
             ("eval/checker", mean(&mut attempts.iter().filter_map(|a| score(&a.verdicts)))),
             ("eval/format", mean(&mut attempts.iter().map(|a| well_formed(&a.instruction)))),
         ];
-        Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
+        metrics.extend(named.map(|(name, value)| (name.to_owned(), value)));
+        Ok(metrics)
     }
 
     /// Pictures before and after the edits, side by side, with the prompts and the edits in words.

@@ -6,11 +6,14 @@ use crate::{
     scene::{
         graph::SceneGraph,
         parse::parse,
-        tabletop::oracle::{self, Reading},
+        tabletop::{
+            oracle::{self, Reading},
+            world::SIDE,
+        },
     },
     usage,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use image::RgbImage;
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -53,6 +56,14 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
         .map(|line| {
             let file = path.join(&line.file);
             let picture = image::open(&file).with_context(|| format!("cannot read {}", file.display()))?.into_rgb8();
+            if picture.dimensions() != (SIDE, SIDE) {
+                bail!(
+                    "{} is {} x {} pixels; those of the tabletop world are {SIDE} x {SIDE}",
+                    file.display(),
+                    picture.width(),
+                    picture.height()
+                );
+            }
             let graph = parse(&line.prompt).map_err(|error| anyhow::anyhow!("{}: {error}", line.prompt))?;
             let held_out = ids.binary_search(&line.id.as_str()).is_ok_and(|place| place % 10 == 9);
             let reading = oracle::read(&picture);
@@ -62,4 +73,43 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
     let (held_out, learned): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|(held_out, _)| *held_out);
     let only = |some: Vec<(bool, Drawn)>| some.into_iter().map(|(_, drawn)| drawn).collect();
     Ok((only(learned), only(held_out)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scene::tabletop::{render::render, split::Split, tasks};
+    use std::fs;
+
+    #[test]
+    fn every_tenth_prompt_is_held_out_and_what_is_wrong_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |text: &str| {
+            fs::write(dir.path().join("samples.jsonl"), text).unwrap();
+            format!("{:#}", open(dir.path()).err().unwrap())
+        };
+        let mut text = String::new();
+        for i in 0..20 {
+            let sample = tasks::text_to_image(0, Split::Train, i, 1, 3);
+            render(&sample.scene).save(dir.path().join(format!("{i}.png"))).unwrap();
+            let line = serde_json::json!({
+                "id": format!("train-{i:02}"), "dataset": "tabletop", "prompt": sample.prompt, "file": format!("{i}.png"),
+                "seed": 0,
+            });
+            text += &format!("{line}\n");
+        }
+        fs::write(dir.path().join("samples.jsonl"), &text).unwrap();
+        let (learned, held_out) = open(dir.path()).unwrap();
+        assert_eq!((learned.len(), held_out.len()), (18, 2));
+        let sample = tasks::text_to_image(0, Split::Train, 9, 1, 3);
+        assert_eq!((&held_out[0].prompt, &held_out[0].graph), (&sample.prompt, &sample.graph.canonical()));
+        assert_eq!(held_out[0].reading.view.objects.len(), sample.scene.items.len());
+
+        assert!(error("").contains("no run of rlrig eval"));
+        assert!(error(&text.replace("tabletop", "laion-sg")).contains("no run of rlrig eval"));
+        assert!(error(&text[..text.len() - 5]).contains("samples.jsonl is damaged"));
+        assert!(error(&text.replace("\"3.png", "\"none.png")).contains("none.png"));
+        RgbImage::new(40, 30).save(dir.path().join("3.png")).unwrap();
+        assert!(error(&text).contains("40 x 30"));
+    }
 }

@@ -41,7 +41,7 @@ use crate::{
     },
     scene::{
         graph::SceneGraph,
-        tabletop::{oracle, split::Split, tasks},
+        tabletop::{split::Split, tasks},
     },
     tensor::rng::Stream,
     usage,
@@ -439,24 +439,17 @@ impl Objective for Joint {
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
         let played = self.held_out(self.config.joint.evaluation)?;
-        let judged = played.par_iter().map(|(graph, _, outcome)| {
-            let of = |turn: &cycle::Turn| anyhow::Ok(oracle::judge(turn.picture.pixels()?, graph));
-            Ok((of(&outcome.turns[0])?, of(outcome.best())?))
-        });
-        let judged: Vec<_> = judged.collect::<Result<_>>()?;
+        let pictures = played.par_iter().map(|(graph, _, o)| (&o.turns[0].picture, &o.best().picture, graph));
+        let mut metrics = rollout::before_and_after(pictures)?;
         let n = played.len().max(1) as f64;
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
-        let share = |yes: bool| f64::from(u8::from(yes));
         let named = [
-            ("eval/oracle_before", mean(&mut judged.iter().map(|(before, _)| before.score()))),
-            ("eval/oracle", mean(&mut judged.iter().map(|(_, after)| after.score()))),
-            ("eval/perfect_before", mean(&mut judged.iter().map(|(before, _)| share(before.perfect())))),
-            ("eval/perfect", mean(&mut judged.iter().map(|(_, after)| share(after.perfect())))),
             ("eval/checker_before", mean(&mut played.iter().filter_map(|(.., o)| o.turns[0].score))),
             ("eval/checker", mean(&mut played.iter().filter_map(|(.., o)| o.best().score))),
             ("eval/turns", mean(&mut played.iter().map(|(.., o)| o.turns.len() as f64))),
         ];
-        Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
+        metrics.extend(named.map(|(name, value)| (name.to_owned(), value)));
+        Ok(metrics)
     }
 
     /// The first and the best picture of each prompt, side by side, with the edits in words.

@@ -10,8 +10,8 @@ use crate::{
     scene::tabletop::world::{Colour, SIDE, Scene, Shape, Size},
     tensor::{cross_entropy, rms_norm},
 };
-use anyhow::Result;
-use candle_core::{Device, Tensor};
+use anyhow::{Result, bail};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// Width and height of a cell in pixels.
@@ -29,6 +29,9 @@ pub struct LayoutHead {
 impl LayoutHead {
     /// A head over tokens of width `dim`, each of which stands for `token x token` pixels.
     pub fn new(dim: usize, token: usize, params: &Params) -> Result<Self> {
+        if !token.is_multiple_of(CELL) {
+            bail!("a token of this autoencoder is {token} pixels wide, and the layout loss needs a multiple of {CELL}");
+        }
         let cells = token / CELL;
         let outputs = cells * cells * CLASSES.iter().sum::<usize>();
         Ok(Self {
@@ -45,18 +48,13 @@ impl LayoutHead {
         let logits = self.out.forward(&rms_norm(tokens, &self.norm, 1e-6)?)?;
         let logits = logits.reshape(((), CLASSES.iter().sum::<usize>()))?;
         let labels: Vec<[u32; 3]> = scenes.par_iter().flat_map_iter(|scene| self.labels(scene)).collect();
-        let (mut start, mut total) = (0, None);
+        let (mut start, mut total) = (0, Tensor::zeros(labels.len(), logits.dtype(), tokens.device())?);
         for (i, classes) in CLASSES.into_iter().enumerate() {
             let targets: Vec<u32> = labels.iter().map(|l| l[i]).collect();
-            let targets = Tensor::from_vec(targets, labels.len(), &Device::Cpu)?.to_device(tokens.device())?;
-            let loss = cross_entropy(&logits.narrow(1, start, classes)?, &targets)?;
+            let targets = Tensor::from_vec(targets, labels.len(), tokens.device())?;
+            total = (total + cross_entropy(&logits.narrow(1, start, classes)?, &targets)?)?;
             start += classes;
-            total = Some(match total {
-                Some(total) => (total + loss)?,
-                None => loss,
-            });
         }
-        let Some(total) = total else { unreachable!("there are three labels") };
         Ok(total.reshape((b, ()))?.mean(1)?)
     }
 
@@ -86,7 +84,7 @@ mod tests {
         scene::tabletop::{sample, split::Split},
         tensor::rng::Stream,
     };
-    use candle_core::DType;
+    use candle_core::{DType, Device};
 
     #[test]
     fn labels_are_those_of_the_pixels_below() {
@@ -114,6 +112,12 @@ mod tests {
         let (x, y) = ((3 * 4 + 2) as f32 * 4.0 + 2.0, (2 * 4 + 1) as f32 * 4.0 + 2.0);
         let covered = scene.items.iter().any(|i| i.distance(x, y) < 0.0);
         assert_eq!(labels[token * 16 + cell] != [0; 3], covered);
+    }
+
+    #[test]
+    fn tokens_that_cut_cells_are_an_error() {
+        let head = |token| LayoutHead::new(8, token, &Params::fresh(0, DType::F32, &Device::Cpu));
+        assert!(head(2).is_err() && head(6).is_err() && head(8).is_ok());
     }
 
     #[test]

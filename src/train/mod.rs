@@ -6,6 +6,7 @@
 pub mod actor;
 pub mod adamw;
 pub mod checkpoint;
+pub mod diffuser_config;
 pub mod drawn;
 pub mod editor;
 pub mod ema;
@@ -32,6 +33,7 @@ pub mod rollout;
 pub mod run;
 pub mod schedule;
 mod slices;
+mod vlm_measure;
 pub mod vlm_tasks;
 
 use anyhow::Result;

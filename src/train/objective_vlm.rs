@@ -7,7 +7,7 @@
 use super::{
     Batch, Metrics, Objective, Step, checkpoint,
     drawn::{self, Drawn},
-    vlm_tasks::{self, Lesson, Mix, Row, Task},
+    vlm_tasks::{self, Mix, Row, Task},
 };
 use crate::{
     models::{
@@ -16,17 +16,12 @@ use crate::{
         qwen3_vl::{self, Features, Qwen3VL, VisionConfig, rope_positions},
     },
     rig::prompts,
-    scene::{
-        relation::Spatial,
-        tabletop::{split::Split, world::SIDE},
-    },
+    scene::tabletop::{split::Split, world::SIDE},
     tensor::{Mask, Precision, cross_entropy, rng::Stream},
     vlm::{
         Vlm,
         chat::Chat,
-        decode::Sampling,
         image::ImageProcessor,
-        prefix::{Looked, Question},
         vocabulary::{self, Vocabulary},
     },
 };
@@ -215,13 +210,13 @@ const TEXTS: u64 = 1500;
 
 /// The objective.
 pub struct VlmObjective {
-    vlm: Vlm,
+    pub(super) vlm: Vlm,
     params: Params,
     files: Files,
     /// To learn from, and held out.
-    drawn: (Vec<Drawn>, Vec<Drawn>),
-    config: VlmConfig,
-    seed: u64,
+    pub(super) drawn: (Vec<Drawn>, Vec<Drawn>),
+    pub(super) config: VlmConfig,
+    pub(super) seed: u64,
 }
 
 /// How much more the word that decides a verdict weighs than another token.
@@ -465,119 +460,6 @@ impl Objective for VlmObjective {
     fn restore(&mut self, state: HashMap<String, Tensor>) -> Result<()> {
         vocabulary::expect_state(&state, self.tokenizer()?)
     }
-}
-
-impl VlmObjective {
-    /// Verdicts and edits on `count` clean pictures of a split, by the code that the loop runs.
-    pub fn measure(&self, split: Split, count: usize, objects: usize) -> Result<Metrics> {
-        const AT_ONCE: usize = 16;
-        let seed = self.seed ^ 0x5eed;
-        let sampling = Sampling { temperature: 0.0, max_tokens: 40 };
-        let mut tally = Verdicts::default();
-        let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
-        for start in (0..count).step_by(AT_ONCE) {
-            let indices = start as u64..(start + AT_ONCE).min(count) as u64;
-            let mix = Mix { objects, claims: 12, probes: 0, act: 0.0, parse: 0.0 };
-            let lessons: Vec<Lesson> = indices.clone().map(|i| vlm_tasks::lesson(seed, split, i, mix)).collect();
-            let pictures: Vec<RgbImage> =
-                lessons.iter().map(|l| crate::scene::tabletop::render::render(&l.scene)).collect();
-            let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
-            let rows: Vec<(usize, Row)> =
-                (0..).zip(lessons).flat_map(|(i, l)| l.rows.into_iter().map(move |row| (i, row))).collect();
-            tally.ask(&self.vlm, &looked, &rows)?;
-
-            let repairs: Vec<vlm_tasks::Repair> =
-                indices.filter_map(|i| vlm_tasks::repair(seed, split, i, objects)).collect();
-            let pictures: Vec<RgbImage> =
-                repairs.iter().map(|r| crate::scene::tabletop::render::render(&r.sample.scene)).collect();
-            let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
-            let questions: Vec<Question> =
-                repairs.iter().enumerate().map(|(i, r)| Question { picture: Some(i), text: &r.question }).collect();
-            let mut streams: Vec<Stream> = (0..repairs.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
-            let answers = self.vlm.answer(&looked, &questions, &prompts::reflect_schema(), sampling, &mut streams)?;
-            for (repair, answer) in repairs.iter().zip(answers) {
-                let answer: Value = serde_json::from_str(&self.vlm.chat.decode(&answer.ids)?)?;
-                let instruction = answer["edit"].as_str().unwrap_or_default();
-                let (ok, mends) = vlm_tasks::mends(instruction, &repair.sample.scene, &repair.sample.graph);
-                edits += 1.0;
-                formed += f64::from(u8::from(ok));
-                helped += f64::from(u8::from(mends));
-            }
-        }
-        let mut metrics = tally.metrics("");
-        metrics.push(("edits/well_formed".to_owned(), formed / f64::max(edits, 1.0)));
-        metrics.push(("edits/mend".to_owned(), helped / f64::max(edits, 1.0)));
-        Ok(metrics)
-    }
-
-    /// Verdicts on what the prompts of held-out drawn pictures claim.
-    fn measure_drawn(&self) -> Result<Metrics> {
-        const AT_ONCE: usize = 16;
-        let mut tally = Verdicts::default();
-        for drawn in self.drawn.1.chunks(AT_ONCE).take(self.config.evaluation.div_ceil(AT_ONCE)) {
-            let looked = self.vlm.look(&drawn.iter().map(|d| &d.picture).collect::<Vec<_>>())?;
-            let rows = |(i, d): (usize, &Drawn)| {
-                let rows = vlm_tasks::verdicts(&d.reading.view, &d.graph).iter().map(vlm_tasks::check_row).collect();
-                let rows: Vec<Row> = rows;
-                rows.into_iter().map(move |row| (i, row))
-            };
-            let rows: Vec<(usize, Row)> = drawn.iter().enumerate().flat_map(rows).collect();
-            tally.ask(&self.vlm, &looked, &rows)?;
-        }
-        Ok(if tally.odds.is_empty() { Vec::new() } else { tally.metrics("drawn/") })
-    }
-}
-
-/// How verdicts compare with the truth.
-#[derive(Default)]
-struct Verdicts {
-    objects: Vec<f64>,
-    relations: Vec<f64>,
-    /// P(yes), and whether it is so.
-    odds: Vec<(f64, bool)>,
-}
-
-impl Verdicts {
-    /// Asks the checks among `rows`, each of a picture by its number.
-    fn ask(&mut self, vlm: &Vlm, looked: &Looked, rows: &[(usize, Row)]) -> Result<()> {
-        let asked: Vec<&(usize, Row)> = rows.iter().filter(|(_, row)| row.task == Task::Check).collect();
-        let questions: Vec<Question> =
-            asked.iter().map(|(i, row)| Question { picture: Some(*i), text: &row.question }).collect();
-        let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, 40)?;
-        for ((_, row), decision) in asked.into_iter().zip(decisions) {
-            let p = decision.probability;
-            let truth = row.answer.ends_with("\"yes\"}");
-            let right = f64::from(u8::from((p >= 0.5) == truth));
-            let relation = Spatial::ALL.iter().any(|r| row.question.contains(&format!(" {} ", r.name())));
-            if relation { &mut self.relations } else { &mut self.objects }.push(right);
-            self.odds.push((p, truth));
-        }
-        Ok(())
-    }
-
-    fn metrics(&self, prefix: &str) -> Metrics {
-        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
-        let all: Vec<f64> = self.objects.iter().chain(&self.relations).copied().collect();
-        let named = |(name, value): (&str, f64)| (format!("{prefix}{name}"), value);
-        [
-            ("verdicts", mean(&all)),
-            ("verdicts/objects", mean(&self.objects)),
-            ("verdicts/relations", mean(&self.relations)),
-            ("calibration_error", calibration_error(&self.odds)),
-        ]
-        .map(named)
-        .to_vec()
-    }
-}
-
-/// The expected calibration error over ten bins of the predicted probability of "yes".
-fn calibration_error(odds: &[(f64, bool)]) -> f64 {
-    let mut bins = [(0.0, 0.0, 0.0); 10];
-    for (p, truth) in odds {
-        let bin = &mut bins[((p * 10.0) as usize).min(9)];
-        *bin = (bin.0 + 1.0, bin.1 + p, bin.2 + f64::from(u8::from(*truth)));
-    }
-    bins.iter().map(|(_, p, truth)| (p - truth).abs()).sum::<f64>() / odds.len().max(1) as f64
 }
 
 /// Learns the tokens from what will be asked and answered.

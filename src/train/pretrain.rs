@@ -2,7 +2,8 @@
 
 use super::{
     Objective,
-    objective_diffuser::{Diffuser, DiffuserConfig},
+    diffuser_config::DiffuserConfig,
+    objective_diffuser::Diffuser,
     objective_vae::{VaeConfig, VaeObjective},
     objective_vlm::{VlmConfig, VlmObjective},
     optim::OptimConfig,

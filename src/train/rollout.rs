@@ -51,6 +51,27 @@ pub fn flow_ratio(klein: &Klein) -> f64 {
     if klein.dtype() == DType::F32 { FLOW_RATIO } else { COARSE_RATIO }
 }
 
+/// What the oracle says of held-out pictures, as they were and as they came to be, as means to log.
+pub fn before_and_after<'a>(
+    pictures: impl IndexedParallelIterator<Item = (&'a Picture, &'a Picture, &'a SceneGraph)>,
+) -> Result<Metrics> {
+    let judged = pictures.map(|(before, after, graph)| {
+        let of = |picture: &Picture| anyhow::Ok(oracle::judge(picture.pixels()?, graph));
+        Ok((of(before)?, of(after)?))
+    });
+    let judged: Vec<_> = judged.collect::<Result<_>>()?;
+    let n = judged.len().max(1) as f64;
+    let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
+    let share = |yes: bool| f64::from(u8::from(yes));
+    let named = [
+        ("eval/oracle_before", mean(&mut judged.iter().map(|(before, _)| before.score()))),
+        ("eval/oracle", mean(&mut judged.iter().map(|(_, after)| after.score()))),
+        ("eval/perfect_before", mean(&mut judged.iter().map(|(before, _)| share(before.perfect())))),
+        ("eval/perfect", mean(&mut judged.iter().map(|(_, after)| share(after.perfect())))),
+    ];
+    Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
+}
+
 /// The frozen VLM, and a copy with an adapter on the same weights, if asked for.
 pub fn vlm(
     folder: &Folder,

@@ -2,7 +2,7 @@
 //! FlashAttention does (arXiv 2205.14135).
 
 use super::{node3, norm::widen};
-use crate::tensor::Mask;
+use crate::tensor::{Mask, attention::Dims};
 use candle_core::{D, DType, Device, Result, Tensor};
 
 /// Attention weights that exist at once, at most: a quarter of a GiB in half precision. Tests are small, and have several
@@ -17,7 +17,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tens
 
 /// The attention of tensors without a graph.
 pub(super) fn value(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
-    let shape = HeadShape::new(q, k, v)?;
+    let shape = Dims::new(q.dims(), k.dims(), v.dims())?;
     let bias = shape.bias(mask, q.device())?;
     #[cfg(feature = "flash-attn")]
     if let Some(value) = shape.flash(q, k, v, mask, bias.is_some())? {
@@ -34,7 +34,7 @@ pub(super) fn value(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<T
 
 /// With `P` the weights: `dV = P^T dO`, `dS = P (dO V^T - sum(dO O))`, `dQ = dS K` and `dK = dS^T Q`, scaled.
 pub(super) fn gradients([q, k, v]: [&Tensor; 3], value: &Tensor, grad: &Tensor, mask: &Mask) -> Result<[Tensor; 3]> {
-    let shape = HeadShape::new(q, k, v)?;
+    let shape = Dims::new(q.dims(), k.dims(), v.dims())?;
     let bias = shape.bias(mask, q.device())?;
     let level = (widen(value)? * widen(grad)?)?.sum_keepdim(D::Minus1)?.to_dtype(q.dtype())?; // (B, Tq, H, 1)
     let (q, k, v) = (shape.scaled(q)?, heads(k)?, heads(v)?);
@@ -66,27 +66,7 @@ fn heads(x: &Tensor) -> Result<Tensor> {
 /// First query and number of queries.
 type Block = (usize, usize);
 
-struct HeadShape {
-    b: usize,
-    tq: usize,
-    tk: usize,
-    h: usize,
-    hkv: usize,
-    d: usize,
-}
-
-impl HeadShape {
-    fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        match (q.dims(), k.dims()) {
-            (&[b, tq, h, d], &[b2, tk, hkv, d2])
-                if k.dims() == v.dims() && b == b2 && d == d2 && hkv > 0 && h % hkv == 0 && tq > 0 =>
-            {
-                Ok(Self { b, tq, tk, h, hkv, d })
-            }
-            (q, k) => candle_core::bail!("attention got queries {q:?}, keys {k:?} and values {:?}", v.dims()),
-        }
-    }
-
+impl Dims {
     fn scale(&self) -> f64 {
         (self.d as f64).powf(-0.5)
     }
@@ -150,7 +130,7 @@ impl HeadShape {
 }
 
 #[cfg(feature = "flash-attn")]
-impl HeadShape {
+impl Dims {
     /// FlashAttention's own kernel, where it knows the device, the format and the mask.
     fn flash(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask, masked: bool) -> Result<Option<Tensor>> {
         let padded = mask.keys.as_ref().is_some_and(|keys| keys.iter().any(|keys| *keys != (0..self.tk)));

@@ -1,0 +1,133 @@
+//! The section `[diffuser]` of a pretraining config: the model's sizes, the curriculum, and how it is evaluated.
+
+use crate::tensor::Precision;
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The section `[diffuser]` of a pretraining config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiffuserConfig {
+    /// Folder of the trained autoencoder.
+    pub autoencoder: PathBuf,
+    /// A pipeline's folder to go on from; its sizes and tokenizer replace those below.
+    pub init: Option<PathBuf>,
+    pub heads: usize,
+    pub head_dim: usize,
+    pub double_blocks: usize,
+    pub single_blocks: usize,
+    pub text: TextConfig,
+    /// Tokens that a prompt is padded to in use.
+    pub max_length: usize,
+    /// Share of samples whose prompt is emptied, for guidance.
+    pub dropout: f64,
+    /// Noise levels are `s u / (1 + (s - 1) u)` for uniform `u`: 1 is uniform, more means more noise.
+    pub shift: f64,
+    /// Noise added to the reference's latents, as generated pictures are not perfect.
+    pub reference_noise: f64,
+    /// Weight of the loss that tells the transformer's middle what lies where ([`super::layout`]).
+    pub layout: f64,
+    pub precision: Precision,
+    pub stages: Vec<Stage>,
+    pub evaluation: Evaluation,
+}
+
+/// The text encoder's sizes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TextConfig {
+    pub vocabulary: usize,
+    pub hidden: usize,
+    pub layers: usize,
+    pub heads: usize,
+}
+
+/// A part of the curriculum.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// How many steps it lasts; the last stage lasts to the end.
+    pub steps: u64,
+    pub min_objects: usize,
+    pub max_objects: usize,
+    /// Share of edits among the samples.
+    pub edits: f64,
+}
+
+/// How held-out prompts are drawn and judged by the pixel oracle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Evaluation {
+    pub prompts: usize,
+    pub steps: usize,
+    pub guidance: f64,
+}
+
+impl Default for DiffuserConfig {
+    fn default() -> Self {
+        Self {
+            autoencoder: "weights/tabletop/vae".into(),
+            init: None,
+            heads: 8,
+            head_dim: 32,
+            double_blocks: 2,
+            single_blocks: 4,
+            text: TextConfig::default(),
+            max_length: 64,
+            dropout: 0.1,
+            shift: 2.5,
+            reference_noise: 0.1,
+            layout: 0.2,
+            precision: Precision::Bf16,
+            stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4 }],
+            evaluation: Evaluation::default(),
+        }
+    }
+}
+
+impl Default for TextConfig {
+    fn default() -> Self {
+        Self { vocabulary: 512, hidden: 128, layers: 3, heads: 4 }
+    }
+}
+
+impl Default for Evaluation {
+    fn default() -> Self {
+        Self { prompts: 64, steps: 16, guidance: 3.0 }
+    }
+}
+
+impl DiffuserConfig {
+    /// The stage that a step belongs to.
+    pub fn stage(&self, step: u64) -> &Stage {
+        let mut end = 0;
+        let (last, others) = match self.stages.split_last() {
+            Some(split) => split,
+            None => unreachable!("the config was checked to have a stage"),
+        };
+        others
+            .iter()
+            .find(|stage| {
+                end += stage.steps;
+                step < end
+            })
+            .unwrap_or(last)
+    }
+
+    /// Whether all of it makes sense.
+    pub fn check(&self) -> Result<()> {
+        if self.stages.is_empty() {
+            crate::usage!("[diffuser] has no stages");
+        }
+        for s in &self.stages {
+            if s.min_objects == 0 || s.min_objects > s.max_objects || !(0.0..=1.0).contains(&s.edits) {
+                crate::usage!("[diffuser] stage {s:?}: objects are from 1 on and in order, edits is a share");
+            }
+        }
+        if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {
+            crate::usage!("[diffuser] dropout is a share, shift is positive and layout is not negative");
+        }
+        Ok(())
+    }
+}
