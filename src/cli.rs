@@ -61,6 +61,16 @@ Examples:
 pub struct Generate {
     #[command(flatten)]
     pub asked: Asked,
+    /// Whether the picture may show nothing else than what the prompt names [default: with the built-in models]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "What to draw"
+    )]
+    pub only: Option<bool>,
     /// Replay the recipe of a PNG made by rlrig; flags given beside it win
     #[arg(long, value_name = "FILE.png", help_heading = "What to draw")]
     pub from: Option<PathBuf>,
@@ -74,6 +84,9 @@ pub struct Generate {
     /// Rounds at most: round 1 draws, every later round edits [default: 4]
     #[arg(long, value_name = "R", help_heading = "The loop")]
     pub rounds: Option<usize>,
+    /// How many of the rounds draw before one edits the best picture so far [default: 1]
+    #[arg(long, value_name = "D", help_heading = "The loop")]
+    pub draws: Option<usize>,
     /// Accept a picture when the Checker gives every claim at least this probability [default: 0.5]
     #[arg(long, value_name = "P", help_heading = "The loop")]
     pub accept: Option<f64>,
@@ -270,6 +283,9 @@ pub struct Check {
     /// A claim holds from this probability on
     #[arg(long, value_name = "P", default_value_t = 0.5)]
     pub accept: f64,
+    /// Whether to ask for nothing else than what the prompt names [default: with the built-in models]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub only: Option<bool>,
     #[command(flatten)]
     pub models: ModelArgs,
     #[command(flatten)]
@@ -411,6 +427,9 @@ pub struct EvalRun {
     /// Rounds at most
     #[arg(long, value_name = "R", default_value_t = 4, help_heading = "Modes")]
     pub rounds: usize,
+    /// How many of the rounds draw before one edits the best picture so far
+    #[arg(long, value_name = "D", default_value_t = 1, help_heading = "Modes")]
+    pub draws: usize,
     /// Accept a picture when the Checker gives every claim at least this probability
     #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
     pub accept: f64,

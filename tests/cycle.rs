@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;
 use rlrig::{
@@ -73,6 +73,10 @@ impl Checker for Row {
                 Claim::Relation { subject, object, .. } => place(pixels, subject)?
                     .zip(place(pixels, object)?)
                     .is_some_and(|(subject, object)| subject < object),
+                Claim::Only(objects) => {
+                    let named: Vec<Rgb<u8>> = objects.iter().map(|o| colour(o)).collect::<Result<_>>()?;
+                    pixels.pixels().all(|p| p.0 == [0; 3] || named.contains(p))
+                }
             };
             let reflection = if yes { String::new() } else { format!("not so: {claim}") };
             Ok(Verdict { claim: claim.clone(), yes, p_yes: if yes { 0.95 } else { 0.05 }, reflection })
@@ -88,6 +92,7 @@ impl Actor for Row {
             Ok(match &wrong.claim {
                 Claim::Object(object) => format!("add {object}"),
                 Claim::Relation { subject, object, .. } => format!("move {subject} left of {object}"),
+                Claim::Only(_) => bail!("the Diffuser draws nothing else"),
             })
         };
         jobs.iter().map(write).collect()
@@ -188,8 +193,40 @@ fn the_best_picture_wins_when_edits_spoil_it() {
 
 #[test]
 fn a_strict_threshold_is_never_met() {
-    let outcomes = play(&Row::default(), &jobs(4), &Options { accept: 0.99, rounds: 2, width: 2 });
+    let outcomes = play(&Row::default(), &jobs(4), &Options { accept: 0.99, rounds: 2, draws: 1, width: 2 });
     assert!(outcomes.iter().all(|o| o.ending == Ending::Spent && o.turns.len() == 2));
+}
+
+#[test]
+fn the_first_rounds_draw_anew_and_the_best_drawing_is_edited() {
+    let options = Options { draws: 3, rounds: 6, ..Options::default() };
+    let (row, jobs) = (Row::default(), jobs(40));
+    let (outcomes, once) = (play(&row, &jobs, &options), play(&Row::default(), &jobs, &Options::default()));
+    let drawings = |o: &Outcome| o.turns.iter().filter(|t| t.action == Action::Draw).count();
+    assert_eq!(
+        row.drawn.get(),
+        outcomes.iter().map(drawings).sum::<usize>() + once.iter().map(drawings).sum::<usize>()
+    );
+    for (outcome, once) in outcomes.iter().zip(&once) {
+        assert_eq!(outcome.turns[0].picture.pixels().unwrap(), once.turns[0].picture.pixels().unwrap());
+        assert_eq!(
+            drawings(outcome),
+            outcome.turns.len().min(3),
+            "it draws until one is accepted, three times at most"
+        );
+        let after = outcome.turns.iter().skip(3).map(|turn| &turn.action);
+        assert!(after.clone().all(|action| matches!(action, Action::Edit { .. })));
+    }
+    let long = outcomes.iter().filter(|o| o.turns.len() > 3);
+    for outcome in long {
+        let score = |i: usize| outcome.turns[i].score;
+        let best = (1..3).fold(0, |best, i| if score(i) > score(best) { i } else { best });
+        assert!(matches!(outcome.turns[3].action, Action::Edit { source, .. } if source == best));
+    }
+    let pictures =
+        |o: &Outcome| o.turns.iter().take(2).map(|t| t.picture.pixels().unwrap().clone()).collect::<Vec<_>>();
+    assert!(outcomes.iter().map(pictures).filter(|p| p.len() > 1).all(|p| p[0] != p[1]));
+    assert!(outcomes.iter().any(|o| o.turns.len() > 3) && outcomes.iter().any(|o| o.ending == Ending::Accepted));
 }
 
 #[test]

@@ -73,12 +73,17 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
     }
 }
 
-/// The claims of what the grammar could not read; `say` hears what was found.
-pub fn resolve(ask: Ask, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> {
-    let prompt = match ask {
-        Ask::Target(target) => return Ok(target),
-        Ask::Words(prompt) => prompt,
+/// The target, after the VLM has found the claims of what the grammar could not read; `say` hears which. With `only` nothing
+/// else may be in the picture.
+pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Result<Target> {
+    let target = match ask {
+        Ask::Target(target) => target,
+        Ask::Words(prompt) => found(prompt, critic, say)?,
     };
+    Ok(if only { target.and_nothing_else() } else { target })
+}
+
+fn found(prompt: String, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> {
     let graph = critic.parse(&prompt)?;
     if let Some(why) = contradictions(&graph).into_iter().next() {
         say(&format!("as the VLM reads \"{prompt}\", no picture can show it: {why}"));

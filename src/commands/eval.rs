@@ -44,6 +44,7 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     if args.limit == Some(0) || !(1..=100).contains(&args.rounds) || !(1..=4096).contains(&args.batch) {
         usage!("--limit is 1 or more, --rounds 1 to 100, --batch 1 to 4096");
     }
+    open::check_draws(args.draws, args.rounds)?;
     if args.edits {
         return eval_edits::run(args);
     }
@@ -231,7 +232,7 @@ impl Models {
             "data": args.data, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
-            "mode": modes, "seed": args.seed, "rounds": args.rounds, "accept": args.accept,
+            "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "accept": args.accept,
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
             config.extend(told.clone());
@@ -265,7 +266,7 @@ impl Models {
             judge: self.judge.as_ref().map(|judge| judge as _),
             evaluations: &|| self.klein.evaluations(),
             cancelled: &|| stop.load(Ordering::Relaxed),
-            options: Options { rounds: args.rounds, accept: args.accept, width: args.batch },
+            options: Options { rounds: args.rounds, draws: args.draws, accept: args.accept, width: args.batch },
             seed,
         };
         let (mut made, all) = (samples.len() - left.len(), samples.len());

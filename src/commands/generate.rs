@@ -34,9 +34,14 @@ pub fn run(args: Generate) -> Result<()> {
     let args = with_recipe(args, from.as_ref())?;
     // All that can be wrong with the call is found before a model is opened.
     open::check_sampling(&args.sampling)?;
-    let options =
-        cycle::Options { rounds: args.rounds.unwrap_or(4), accept: args.accept.unwrap_or(0.5), width: args.batch };
+    let options = cycle::Options {
+        rounds: args.rounds.unwrap_or(4),
+        draws: args.draws.unwrap_or(1),
+        accept: args.accept.unwrap_or(0.5),
+        width: args.batch,
+    };
     open::check_accept(options.accept)?;
+    open::check_draws(options.draws, options.rounds)?;
     if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&options.width) {
         usage!("--rounds is 1 to 100, and --batch 1 to 4096");
     }
@@ -46,6 +51,7 @@ pub fn run(args: Generate) -> Result<()> {
         Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
         _ => ask::read(&args.asked, strict)?,
     };
+    let only = args.only.unwrap_or(strict && args.asked.any());
     let seeds = seeds(&args)?;
     let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
     let noise = args.init_noise.as_deref().map(read_noise).transpose()?;
@@ -74,6 +80,7 @@ pub fn run(args: Generate) -> Result<()> {
     let recipe = Recipe {
         seed: 0,
         rounds: options.rounds,
+        draws: options.draws,
         accept: options.accept,
         steps: painting.steps,
         guidance: painting.guidance,
@@ -94,7 +101,7 @@ pub fn run(args: Generate) -> Result<()> {
     }
     let jobs: Vec<Job> = asks
         .into_iter()
-        .map(|ask| ask::resolve(ask, &critic, &|text| console.say(text)))
+        .map(|ask| ask::resolve(ask, &critic, only, &|text| console.say(text)))
         .collect::<Result<Vec<_>>>()?
         .into_iter()
         .flat_map(|target| seeds.iter().map(move |seed| Job { target: target.clone(), seed: *seed }))
@@ -184,6 +191,7 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
         args.seed = vec![recipe.seed];
     }
     args.rounds = args.rounds.or(Some(recipe.rounds));
+    args.draws = args.draws.or(Some(recipe.draws));
     args.accept = args.accept.or(Some(recipe.accept));
     args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));

@@ -218,6 +218,14 @@ pub fn check_accept(accept: f64) -> Result<()> {
     Ok(())
 }
 
+/// Checks how many rounds of all draw.
+pub fn check_draws(draws: usize, rounds: usize) -> Result<()> {
+    if !(1..=rounds).contains(&draws) {
+        usage!("--draws is 1 to the number of --rounds, which is {rounds}, not {draws}");
+    }
+    Ok(())
+}
+
 /// A bar on stderr for each file that is fetched.
 #[derive(Default)]
 pub struct Download(std::cell::RefCell<Option<(String, ProgressBar)>>);

@@ -144,7 +144,8 @@ fn print_plan(plan: &Plan) {
         millions(plan.muon),
         millions(plan.memory),
     );
-    eprintln!("steps {} to {} of {} samples, {} at once", plan.done, plan.steps, plan.batch, plan.micro_batch);
+    let twice = if plan.recompute { ", blocks computed twice to keep less" } else { "" };
+    eprintln!("steps {} to {} of {} samples, {} at once{twice}", plan.done, plan.steps, plan.batch, plan.micro_batch);
 }
 
 fn print_cost(seconds: f64, steps: u64) {

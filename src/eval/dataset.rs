@@ -2,6 +2,7 @@
 
 use super::records::{Entry, Flaws, Records};
 use crate::{
+    rig::roles::Target,
     scene::{
         graph::SceneGraph,
         relation::Spatial,
@@ -31,6 +32,14 @@ pub struct Sample {
     pub split: String,
     pub prompt: String,
     pub graph: SceneGraph,
+}
+
+impl Sample {
+    /// What a picture of it is held to. A prompt of the tabletop world tells all of its scene.
+    pub fn target(&self) -> Target {
+        let target = Target::new(self.prompt.clone(), &self.graph);
+        if self.dataset == TABLETOP { target.and_nothing_else() } else { target }
+    }
 }
 
 /// How a prompt is worded.

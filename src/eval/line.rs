@@ -11,9 +11,12 @@ use super::{
 use crate::{
     rig::{
         cycle::{Action, Outcome, best},
-        roles::Verdict,
+        roles::{Claim, Verdict},
     },
-    scene::iou::{self, Lists},
+    scene::{
+        iou::{self, Lists},
+        tabletop::view::Judgement,
+    },
 };
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -114,8 +117,12 @@ impl Made<'_> {
         };
         let judge = self.judged.map_or(&turn.verdicts, |judged| &judged[i]);
         let p: Vec<f64> = judge.iter().map(|v| v.p_yes).collect();
-        let truths = oracle.as_ref().map(|o| o.judgement.objects.iter().chain(&o.judgement.relations));
-        let mut truths = truths.into_iter().flatten().copied();
+        // In the order of a target's claims.
+        let truths = oracle.as_ref().map(|o| {
+            let Judgement { objects, relations, extra } = &o.judgement;
+            objects.iter().chain(relations).copied().chain([*extra == 0])
+        });
+        let mut truths = truths.into_iter().flatten();
         let answer = |(verdict, judge): (&Verdict, &f64)| Answer {
             claim: verdict.claim.clone(),
             checker: verdict.p_yes,
@@ -124,7 +131,7 @@ impl Made<'_> {
         };
         let claims: Vec<Answer> = turn.verdicts.iter().zip(&p).map(answer).collect();
         let confirmed: Vec<bool> = p.iter().map(|p| *p >= 0.5).collect();
-        let wrong = |a: &&Answer| !a.oracle.unwrap_or(a.judge >= 0.5);
+        let wrong = |a: &&Answer| !a.oracle.unwrap_or(a.judge >= 0.5) && !matches!(a.claim, Claim::Only(_));
         let mut missed: Vec<String> = claims.iter().filter(wrong).map(|a| a.claim.to_string()).collect();
         if let Some(extra) = oracle.as_ref().map(|o| o.judgement.extra).filter(|extra| *extra > 0) {
             missed.push(format!("{extra} more than asked for"));
@@ -184,13 +191,12 @@ pub mod tests {
     /// A loop that draws nothing, is told so, and then paints the scene itself.
     pub fn mended(index: u64, mode: Mode) -> Vec<Line> {
         let drawn = tasks::text_to_image(1, Split::Test, index, 2, 3);
-        let target = Target::new(drawn.prompt.clone(), &drawn.graph);
+        let target = Target::new(drawn.prompt.clone(), &drawn.graph).and_nothing_else();
         let turn = |action, picture: RgbImage, p_yes: f64| {
-            let verdict = |claim: &crate::rig::roles::Claim| Verdict {
-                claim: claim.clone(),
-                yes: p_yes >= 0.5,
-                p_yes,
-                reflection: String::new(),
+            let verdict = |claim: &Claim| {
+                // Nothing too much is in either picture.
+                let p_yes = if matches!(claim, Claim::Only(_)) { 1.0 } else { p_yes };
+                Verdict { claim: claim.clone(), yes: p_yes >= 0.5, p_yes, reflection: String::new() }
             };
             let verdicts: Vec<Verdict> = target.claims.iter().map(verdict).collect();
             let seconds = Seconds { reflect: 0.25, paint: 0.5, check: 0.25 };
@@ -219,7 +225,7 @@ pub mod tests {
             seed: 0,
             noise: index,
             outcome: &outcome,
-            rounds: mode.rounds(3),
+            rounds: if mode == Mode::Diffuser { 1 } else { 3 },
             evaluations: &evaluations,
             judged: None,
         };

@@ -5,6 +5,7 @@
 //! | `sg_iou`, `ent_iou`, `rel_iou` | LAION-SG's IoU of triples, objects and predicates between the graph and what the judge confirms of it, `strict` as the authors' code has it |
 //! | `.._derived`, `.._multiset`, `.._attributes` | the same as the paper's text has it; counting what occurs twice; naming objects with their attributes |
 //! | `judge_mean`, `judge_all` | VLM as a judge: the mean P(yes) of the triples; whether each has at least one half |
+//! | `judge_no_others` | its P(yes) of nothing else being in the picture, where that is asked for |
 //! | `oracle_sg_iou`, .. | the strict IoU by the pixel oracle |
 //! | `oracle_mean`, `oracle_all` | the share of triples that hold by the oracle; whether all do |
 //! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture; whether all of it is right |
@@ -65,7 +66,9 @@ pub fn extracted(graph: &SceneGraph, name: impl Fn(&Object) -> String, confirmed
     Lists::held(graph, name, |i| at(objects, i), |i| at(relations, i))
 }
 
-/// The metrics of a picture of `graph` by the judge's P(yes) of each claim, objects first, and by the oracle.
+/// The metrics of a picture of `graph` by the judge's P(yes) of each claim, in the order of [`Target`]'s, and by the oracle.
+///
+/// [`Target`]: crate::rig::roles::Target
 pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Metrics {
     let mut metrics = Metrics::new();
     let yes: Vec<bool> = judge.iter().map(|p| *p >= 0.5).collect();
@@ -76,8 +79,10 @@ pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Me
     let phrases = (extracted(graph, Object::phrase, &yes), Lists::of(graph, Object::phrase));
     add(&mut metrics, "", "_attributes", iou::strict(&phrases.0, &phrases.1));
     let triples = judge.get(graph.objects.len()..).unwrap_or_default();
+    let (triples, others) = triples.split_at(triples.len().min(graph.relations.len()));
     put(&mut metrics, "judge_mean", mean(triples.iter().copied()));
     put(&mut metrics, "judge_all", all(triples.iter().map(|p| *p >= 0.5)));
+    put(&mut metrics, "judge_no_others", others.first().copied());
 
     let Some(Oracle { judgement, present, distance }) = oracle else { return metrics };
     let truths: Vec<bool> = judgement.objects.iter().chain(&judgement.relations).copied().collect();
@@ -172,6 +177,8 @@ mod tests {
         let m = metrics(&graph(), &[1.0; 6], Some(&Oracle { judgement, present: vec![false; 4], distance: 0.0 }));
         assert!(!m.contains_key("visor_conditional"));
         assert_eq!((m["sg_iou"], m["judge_all"], m["no_others"]), (1.0, 1.0, 1.0));
+        let closed = metrics(&graph(), &[1.0, 1.0, 1.0, 1.0, 0.25, 0.75, 0.125], None);
+        assert_eq!((closed["judge_mean"], closed["judge_no_others"]), (0.5, 0.125));
         let alone = metrics(&parse("red ball").unwrap(), &[1.0], None);
         assert!(!alone.contains_key("judge_mean") && alone["sg_iou"] == 0.0 && alone["ent_iou"] == 1.0);
         assert!(m.values().all(|v| (0.0..=1.0).contains(v)));

@@ -5,8 +5,8 @@
 
 use crate::{
     rig::{
-        cycle::Cast,
-        roles::{Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Situation, Target},
+        cycle::{Cast, Options},
+        roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Situation, Target, Verdict},
     },
     tensor::rng::Stream,
 };
@@ -60,9 +60,14 @@ impl Mode {
         (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
     }
 
-    /// The rounds at most where the loop has `rounds`.
-    pub fn rounds(self, rounds: usize) -> usize {
-        if self == Self::Diffuser { 1 } else { rounds }
+    /// How the mode runs where the loop has these options.
+    pub fn options(self, of_loop: Options) -> Options {
+        match self {
+            Self::Diffuser => Options { rounds: 1, ..of_loop },
+            Self::BestOfN => Options { draws: of_loop.rounds, ..of_loop },
+            Self::Rewrite => Options { draws: 1, ..of_loop },
+            Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop => of_loop,
+        }
     }
 }
 
@@ -76,7 +81,6 @@ impl<T: Checker + Actor> Critic for T {}
 pub fn cast<T>(mode: Mode, painter: &dyn Painter, critic: &dyn Critic, play: impl FnOnce(Cast) -> T) -> T {
     let anew = Anew(painter);
     let (actor, editor): (&dyn Actor, &dyn Editor) = match mode {
-        Mode::BestOfN => (&Same, &anew),
         Mode::Rewrite => (&Rewriter, &anew),
         _ => (critic, painter),
     };
@@ -97,22 +101,15 @@ impl Editor for Anew<'_> {
     }
 }
 
-/// Asks for the prompt again.
-struct Same;
-
-impl Actor for Same {
-    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>> {
-        Ok(jobs.iter().map(|job| job.target.prompt.clone()).collect())
-    }
-}
-
-/// Says the claims that do not hold, the least probable first, and then the prompt.
+/// Says the claims that do not hold, the least probable first, and then the prompt. That nothing else is asked for cannot be
+/// drawn by saying so.
 struct Rewriter;
 
 impl Actor for Rewriter {
     fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>> {
         let rewrite = |job: &Situation| {
-            let mut missed: Vec<_> = job.verdicts.iter().filter(|v| !v.yes).collect();
+            let said = |v: &&Verdict| !v.yes && !matches!(v.claim, Claim::Only(_));
+            let mut missed: Vec<_> = job.verdicts.iter().filter(said).collect();
             missed.sort_by(|a, b| a.p_yes.total_cmp(&b.p_yes));
             let parts = missed.iter().map(|v| v.claim.to_string()).chain([job.target.prompt.clone()]);
             parts.collect::<Vec<_>>().join("; ")
@@ -124,7 +121,6 @@ impl Actor for Rewriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rig::roles::{Claim, Verdict};
     use image::RgbImage;
     use std::cell::RefCell;
 
@@ -150,23 +146,28 @@ mod tests {
         for mode in Mode::ALL {
             assert_eq!(serde_json::to_value(mode).unwrap(), mode.name());
         }
-        assert_eq!((Mode::Diffuser.rounds(4), Mode::BestOfN.rounds(4)), (1, 4));
+        let shape = |mode: Mode| {
+            let options = mode.options(Options { rounds: 4, draws: 2, ..Options::default() });
+            (options.rounds, options.draws)
+        };
+        let shapes = [Mode::Diffuser, Mode::BestOfN, Mode::Rewrite, Mode::Loop].map(shape);
+        assert_eq!(shapes, [(1, 2), (4, 4), (4, 1), (4, 2)]);
     }
 
     #[test]
     fn the_rivals_draw_anew_from_other_noise() {
         let picture = Picture::from_pixels(RgbImage::new(1, 1));
-        let verdict = |claim: &str, p_yes: f64| Verdict {
-            claim: Claim::Object(claim.into()),
-            yes: p_yes >= 0.5,
-            p_yes,
-            reflection: String::new(),
-        };
-        let verdicts = [verdict("red ball", 0.4), verdict("star", 0.9), verdict("blue cube", 0.1)];
+        let verdict = |claim: Claim, p_yes: f64| Verdict { claim, yes: p_yes >= 0.5, p_yes, reflection: String::new() };
+        let object = |name: &str| Claim::Object(name.into());
+        let verdicts = [
+            verdict(object("red ball"), 0.4),
+            verdict(object("star"), 0.9),
+            verdict(object("blue cube"), 0.1),
+            verdict(Claim::Only(vec!["red ball".into()]), 0.0),
+        ];
         let target = Target { prompt: "a scene".into(), claims: Vec::new() };
         let situation =
             Situation { target: &target, picture: &picture, verdicts: &verdicts, earlier: &[], seed: 5, round: 1 };
-        assert_eq!(Same.reflect(&[situation]).unwrap(), ["a scene"]);
         let written = Rewriter.reflect(&[situation]).unwrap();
         assert_eq!(written, ["blue cube; red ball; a scene"]);
 

@@ -41,12 +41,9 @@ pub fn noise(seed: u64, index: u64) -> u64 {
 impl Play<'_> {
     /// Plays over `samples`; `keep` gets each prompt's lines and pictures as it ends. What is cancelled is not kept.
     pub fn run(&self, samples: &[Sample], keep: &mut Keep) -> Result<()> {
-        let job = |sample: &Sample| Job {
-            target: Target::new(sample.prompt.clone(), &sample.graph),
-            seed: noise(self.seed, sample.index),
-        };
+        let job = |sample: &Sample| Job { target: sample.target(), seed: noise(self.seed, sample.index) };
         let jobs: Vec<Job> = samples.iter().map(job).collect();
-        let options = Options { rounds: self.mode.rounds(self.options.rounds), ..self.options };
+        let options = self.mode.options(self.options);
         let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
         cast(self.mode, self.painter, self.critic, |cast| {
             cycle::run(cast, &jobs, &options, self.cancelled, &mut |event| {

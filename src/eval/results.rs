@@ -138,9 +138,13 @@ fn agreements(lines: &[&Line]) -> BTreeMap<String, Agreement> {
     let answers = || pictures.iter().flat_map(|line| &line.claims);
     let independent = answers().any(|answer| answer.checker != answer.judge);
     let mut found = BTreeMap::new();
-    let relation = |claim: &Claim| matches!(claim, Claim::Relation { .. });
-    for (kind, wanted) in [("", None), ("_objects", Some(false)), ("_relations", Some(true))] {
-        let of_kind = || answers().filter(|answer| wanted.is_none_or(|wanted| relation(&answer.claim) == wanted));
+    let kind_of = |claim: &Claim| match claim {
+        Claim::Object(_) => "_objects",
+        Claim::Relation { .. } => "_relations",
+        Claim::Only(_) => "_others",
+    };
+    for kind in ["", "_objects", "_relations", "_others"] {
+        let of_kind = || answers().filter(|answer| kind.is_empty() || kind_of(&answer.claim) == kind);
         let checker: Vec<(f64, bool)> = of_kind().filter_map(|a| Some((a.checker, a.oracle?))).collect();
         let judge: Vec<(f64, bool)> = of_kind().filter_map(|a| Some((a.judge, a.oracle?))).collect();
         let both: Vec<(f64, bool)> = of_kind().map(|a| (a.checker, a.judge >= 0.5)).collect();

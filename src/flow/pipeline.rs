@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     models::{Adapter, Folder, Params, autoencoder, flux2},
-    tensor::rng::Stream,
+    tensor::{device::side_by_side, rng::Stream},
     usage,
     vlm::text_encoder::TextEncoder,
 };
@@ -320,25 +320,33 @@ impl Klein {
 
     /// The pixels of latents `(C, h, w)`, decoded together where their sizes agree.
     pub fn decode(&self, latents: &[Tensor]) -> Result<Vec<RgbImage>> {
-        let mut pictures = Vec::with_capacity(latents.len());
         let side = self.autoencoder.config.pixels_per_token();
+        let mut pictures = Vec::with_capacity(latents.len());
         for same in latents.chunk_by(|a, b| a.dims() == b.dims()) {
             let (_, h, w) = same[0].dims3()?;
             let together = (DECODED_PIXELS / (h * w * side * side)).max(1);
             for batch in same.chunks(together) {
-                let pixels = self.autoencoder.pixels(&Tensor::stack(batch, 0)?)?; // (B, 3, H, W)
-                let finite = pixels.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite();
-                ensure!(finite, "the autoencoder gave numbers that are not finite: its weights are broken");
-                let pixels = pixels.clamp(-1f32, 1f32)?.affine(127.5, 127.5)?.round()?.to_dtype(DType::U8)?;
-                let pixels = pixels.permute((0, 2, 3, 1))?.contiguous()?; // (B, H, W, 3)
-                for i in 0..batch.len() {
-                    let bytes = pixels.get(i)?.flatten_all()?.to_vec1()?;
-                    let picture = RgbImage::from_raw((w * side) as u32, (h * side) as u32, bytes);
-                    pictures.push(picture.context("the autoencoder made pictures of another size")?);
-                }
+                let parts = side_by_side(&self.device, batch.len(), |part| self.decode_together(&batch[part]));
+                parts.into_iter().try_for_each(|part| anyhow::Ok(pictures.extend(part?)))?;
             }
         }
         Ok(pictures)
+    }
+
+    /// The pixels of latents of one size.
+    fn decode_together(&self, latents: &[Tensor]) -> Result<Vec<RgbImage>> {
+        let pixels = self.autoencoder.pixels(&Tensor::stack(latents, 0)?)?; // (B, 3, H, W)
+        let finite = pixels.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite();
+        ensure!(finite, "the autoencoder gave numbers that are not finite: its weights are broken");
+        let pixels = pixels.clamp(-1f32, 1f32)?.affine(127.5, 127.5)?.round()?.to_dtype(DType::U8)?;
+        let pixels = pixels.permute((0, 2, 3, 1))?.contiguous()?; // (B, H, W, 3)
+        let (_, height, width, _) = pixels.dims4()?;
+        let picture = |i: usize| {
+            let bytes = pixels.get(i)?.flatten_all()?.to_vec1()?;
+            let picture = RgbImage::from_raw(width as u32, height as u32, bytes);
+            picture.context("the autoencoder made pictures of another size")
+        };
+        (0..latents.len()).map(picture).collect()
     }
 }
 

@@ -6,11 +6,14 @@
 
 use super::{Init, Linear, Params};
 use crate::tensor::{
-    Mask, Rotation, attention, attention_swiglu, gate_residual, layer_norm_modulate, norm_rope, silu, swiglu,
+    Mask, Rotation, attention, attention_swiglu, gate_residual, layer_norm_modulate, norm_rope,
+    recompute::{self, cut},
+    silu, swiglu,
 };
 use anyhow::{Result, bail};
 use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// `transformer/config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -130,8 +133,8 @@ pub struct Flux2 {
     modulation_single: Linear,
     embed_image: Linear,
     embed_text: Linear,
-    double: Vec<DoubleBlock>,
-    single: Vec<SingleBlock>,
+    double: Vec<Arc<DoubleBlock>>,
+    single: Vec<Arc<SingleBlock>>,
     norm_out: Linear,
     out: Linear,
 }
@@ -160,10 +163,10 @@ impl Flux2 {
             embed_image: Linear::new(config.in_channels, dim, &params.at("x_embedder"))?,
             embed_text: Linear::new(config.joint_attention_dim, dim, &params.at("context_embedder"))?,
             double: (0..config.num_layers)
-                .map(|i| DoubleBlock::new(config, &params.at("transformer_blocks").at(i)))
+                .map(|i| Ok(Arc::new(DoubleBlock::new(config, &params.at("transformer_blocks").at(i))?)))
                 .collect::<Result<_>>()?,
             single: (0..config.num_single_layers)
-                .map(|i| SingleBlock::new(config, &params.at("single_transformer_blocks").at(i)))
+                .map(|i| Ok(Arc::new(SingleBlock::new(config, &params.at("single_transformer_blocks").at(i))?)))
                 .collect::<Result<_>>()?,
             norm_out: zero(2 * dim, params.at("norm_out").at("linear"))?,
             out: zero(out, params.at("proj_out"))?,
@@ -210,24 +213,32 @@ impl Flux2 {
             let x = layer.forward(&temb)?;
             if x.dim(0)? == rows { Ok(x) } else { x.broadcast_as((rows, x.dim(1)?))?.contiguous() }
         };
-        let mod_image = Modulation::all(&modulation(&self.modulation_image)?, 2)?;
-        let mod_text = Modulation::all(&modulation(&self.modulation_text)?, 2)?;
-        let mod_single = Modulation::all(&modulation(&self.modulation_single)?, 1)?;
+        let mod_image = cut(&modulation(&self.modulation_image)?)?;
+        let mod_text = cut(&modulation(&self.modulation_text)?)?;
+        let mod_single = cut(&modulation(&self.modulation_single)?)?;
 
         let mut image = self.embed_image.forward(image)?;
         let mut text = self.embed_text.forward(given.text)?;
         for block in &self.double {
-            (text, image) = block.forward(&text, &image, &mod_text, &mod_image, given.angles)?;
+            let (own, angles) = (block.clone(), given.angles.clone());
+            let run = move |x: &[Tensor]| own.forward(&x[0], &x[1], &x[2], &x[3], &angles).map(Vec::from);
+            let mut new = recompute::block(&[&text, &image, &mod_text, &mod_image], run)?;
+            (image, text) = (new.remove(1), new.remove(0));
         }
         let (length, n) = (text.dim(1)?, image.dim(1)?);
         let mut x = Tensor::cat(&[text, image], 1)?; // (B, L + N, D)
+        let single = |x: &Tensor, block: &Arc<SingleBlock>| -> Result<Tensor> {
+            let (own, angles) = (block.clone(), given.angles.clone());
+            let run = move |x: &[Tensor]| Ok(vec![own.forward(&x[0], &x[1], &angles)?]);
+            Ok(recompute::block(&[x, &mod_single], run)?.remove(0))
+        };
         let (first, rest) = self.single.split_at(self.single.len() / 2);
         for block in first {
-            x = block.forward(&x, &mod_single[0], given.angles)?;
+            x = single(&x, block)?;
         }
         let hidden = x.narrow(1, length, n)?;
         for block in rest {
-            x = block.forward(&x, &mod_single[0], given.angles)?;
+            x = single(&x, block)?;
         }
         let x = x.narrow(1, length, n)?;
         let last = modulation(&self.norm_out)?.chunk(2, D::Minus1)?;
@@ -367,10 +378,11 @@ impl DoubleBlock {
         &self,
         text: &Tensor,
         image: &Tensor,
-        mod_text: &[Modulation],
-        mod_image: &[Modulation],
+        mod_text: &Tensor,
+        mod_image: &Tensor,
         angles: &Angles,
-    ) -> candle_core::Result<(Tensor, Tensor)> {
+    ) -> candle_core::Result<[Tensor; 2]> {
+        let (mod_text, mod_image) = (&Modulation::all(mod_text, 2)?, &Modulation::all(mod_image, 2)?);
         let (length, n) = (text.dim(1)?, image.dim(1)?);
         let bend = |x: &Tensor, m: &Modulation| layer_norm_modulate(x, &m.shift, &m.scale, self.eps);
         let of_text = self.text.forward(&bend(text, &mod_text[0])?, angles, 0)?;
@@ -384,7 +396,7 @@ impl DoubleBlock {
         };
         let new_text = finish(text, y.narrow(1, 0, length)?, &self.text_out, &self.text_mlp, mod_text)?;
         let new_image = finish(image, y.narrow(1, length, n)?, &self.image_out, &self.image_mlp, mod_image)?;
-        Ok((new_text, new_image))
+        Ok([new_text, new_image])
     }
 }
 
@@ -412,7 +424,8 @@ impl SingleBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor, m: &Modulation, angles: &Angles) -> candle_core::Result<Tensor> {
+    fn forward(&self, x: &Tensor, modulation: &Tensor, angles: &Angles) -> candle_core::Result<Tensor> {
+        let m = &Modulation::all(modulation, 1)?[0];
         let y = self.project.forward(&layer_norm_modulate(x, &m.shift, &m.scale, self.eps)?)?;
         let (q_norm, k_norm, Angles { cos, sin }) = (&self.q_norm, &self.k_norm, angles);
         let y = attention_swiglu(&y, q_norm, k_norm, self.eps, self.heads, cos, sin, Rotation::Interleaved)?;

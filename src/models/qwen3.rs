@@ -5,10 +5,11 @@
 //! uses the same [`Decoder`] with three-axis positions and features added after its first layers.
 
 use super::{Folder, Init, Linear, Params};
-use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, rms_norm, silu};
+use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, recompute, rms_norm, silu};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// `config.json`, and the `text_config` of Qwen3-VL.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -146,22 +147,20 @@ impl Attention {
         x: &Tensor,
         angles: &Angles,
         mask: &Mask,
-        cache: Option<&mut Option<(Tensor, Tensor)>>,
-    ) -> candle_core::Result<Tensor> {
+        past: Option<(&Tensor, &Tensor)>,
+    ) -> candle_core::Result<[Tensor; 3]> {
         let (b, t, _) = x.dims3()?;
         let heads = |y: Tensor| y.reshape((b, t, (), self.head_dim)); // (B, T, H, D)
         let rotate = |y: &Tensor, norm: &Tensor| norm_rope(y, norm, self.eps, &angles.cos, &angles.sin, Rotation::Half);
         let q = rotate(&heads(self.q.forward(x)?)?, &self.q_norm)?;
         let mut k = rotate(&heads(self.k.forward(x)?)?, &self.k_norm)?;
         let mut v = heads(self.v.forward(x)?)?;
-        if let Some(slot) = cache {
-            if let Some((past_k, past_v)) = slot {
-                k = Tensor::cat(&[&*past_k, &k], 1)?;
-                v = Tensor::cat(&[&*past_v, &v], 1)?;
-            }
-            *slot = Some((k.clone(), v.clone()));
+        if let Some((past_k, past_v)) = past {
+            k = Tensor::cat(&[past_k, &k], 1)?;
+            v = Tensor::cat(&[past_v, &v], 1)?;
         }
-        self.o.forward(&attention(&q, &k, &v, mask)?.reshape((b, t, ()))?)
+        let y = self.o.forward(&attention(&q, &k, &v, mask)?.reshape((b, t, ()))?)?;
+        Ok([y, k, v])
     }
 }
 
@@ -196,21 +195,49 @@ impl Layer {
         })
     }
 
+    /// The new states, and the keys and values of all positions, those of `past` first.
     fn forward(
         &self,
         x: &Tensor,
         angles: &Angles,
         mask: &Mask,
-        cache: Option<&mut Option<(Tensor, Tensor)>>,
-    ) -> candle_core::Result<Tensor> {
-        let x = (x + self.attention.forward(&rms_norm(x, &self.input_norm, self.eps)?, angles, mask, cache)?)?;
+        past: Option<(&Tensor, &Tensor)>,
+    ) -> candle_core::Result<[Tensor; 3]> {
+        let [y, k, v] = self.attention.forward(&rms_norm(x, &self.input_norm, self.eps)?, angles, mask, past)?;
+        let x = (x + y)?;
         let y = rms_norm(&x, &self.post_norm, self.eps)?;
         let y = (silu(&self.gate.forward(&y)?)? * self.up.forward(&y)?)?;
-        x + self.down.forward(&y)?
+        Ok([(x + self.down.forward(&y)?)?, k, v])
+    }
+
+    /// [`Layer::forward`] as a block that may be run again; keys and values go into `cache`.
+    fn step(
+        self: &Arc<Self>,
+        x: &Tensor,
+        angles: &Angles,
+        mask: &Mask,
+        cache: Option<&mut Option<(Tensor, Tensor)>>,
+    ) -> candle_core::Result<Tensor> {
+        let mut inputs = vec![x];
+        if let Some(Some((k, v))) = cache.as_deref() {
+            inputs.extend([k, v]);
+        }
+        let (own, angles, mask, keep) = (self.clone(), angles.clone(), mask.clone(), cache.is_some());
+        let mut results = recompute::block(&inputs, move |inputs| {
+            let past = inputs.get(1).zip(inputs.get(2));
+            let [x, k, v] = own.forward(&inputs[0], &angles, &mask, past)?;
+            Ok(if keep { vec![x, k, v] } else { vec![x] })
+        })?;
+        if let Some(slot) = cache {
+            let v = results.pop();
+            *slot = results.pop().zip(v);
+        }
+        Ok(results.remove(0))
     }
 }
 
 /// The cosines and sines of rotary positions, `(T, D/2)` or `(B, T, D/2)` each.
+#[derive(Clone)]
 pub struct Angles {
     pub cos: Tensor,
     pub sin: Tensor,
@@ -269,7 +296,7 @@ impl Cache {
 pub struct Decoder {
     config: Config,
     embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: Tensor,
     frequencies: Vec<f32>,
 }
@@ -285,7 +312,7 @@ impl Decoder {
         Ok(Self {
             embedding: params.at("embed_tokens").get("weight", &[vocab_size, hidden_size], embedding)?,
             layers: (0..config.num_hidden_layers)
-                .map(|i| Layer::new(config, &params.at("layers").at(i)))
+                .map(|i| Ok(Arc::new(Layer::new(config, &params.at("layers").at(i))?)))
                 .collect::<Result<_>>()?,
             norm: params.at("norm").get("weight", &[hidden_size], Init::Ones)?,
             frequencies: (0..head_dim / 2).map(frequency).collect(),
@@ -357,7 +384,7 @@ impl Decoder {
         let mut x = embeds.clone();
         for (i, layer) in self.layers.iter().enumerate() {
             let slot = cache.as_mut().and_then(|c| c.0.get_mut(i));
-            x = layer.forward(&x, angles, mask, slot)?;
+            x = layer.step(&x, angles, mask, slot)?;
             if let Some(more) = injected.get(i) {
                 x = (x + more)?;
             }
@@ -376,7 +403,7 @@ impl Decoder {
         let angles = self.text_angles(0, ids.dim(1)?)?;
         let mut states = vec![self.embed(ids)?];
         for layer in &self.layers[..last] {
-            states.push(layer.forward(&states[states.len() - 1], &angles, mask, None)?);
+            states.push(layer.step(&states[states.len() - 1], &angles, mask, None)?);
         }
         if last == depth {
             states[last] = rms_norm(&states[last], &self.norm, self.config.rms_norm_eps)?;

@@ -10,10 +10,11 @@ use super::{
     Folder, Init, Linear, Params,
     qwen3::{self, Angles, Cache, Decoder, Head},
 };
-use crate::tensor::{Mask, Rotation, attention, gelu, gelu_tanh, layer_norm, rope};
+use crate::tensor::{Mask, Rotation, attention, gelu, gelu_tanh, layer_norm, recompute, rope};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -198,7 +199,7 @@ pub struct Vision {
     patch: Tensor,
     patch_bias: Tensor,
     positions: Tensor,
-    blocks: Vec<Block>,
+    blocks: Vec<Arc<Block>>,
     merger: Merger,
     deep: Vec<Merger>,
     frequencies: Vec<f32>,
@@ -221,7 +222,9 @@ impl Vision {
                 &[config.num_position_embeddings, hidden],
                 Init::Normal(0.02),
             )?,
-            blocks: (0..config.depth).map(|i| Block::new(config, &params.at("blocks").at(i))).collect::<Result<_>>()?,
+            blocks: (0..config.depth)
+                .map(|i| Ok(Arc::new(Block::new(config, &params.at("blocks").at(i))?)))
+                .collect::<Result<_>>()?,
             merger: merger("merger", false)?,
             deep: (0..config.deepstack_visual_indexes.len())
                 .map(|i| merger(&format!("deepstack_merger_list.{i}"), true))
@@ -327,7 +330,9 @@ impl Vision {
         };
         let mut deep = vec![None; self.deep.len()];
         for (i, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, &angles, &mask)?; // (B, N, hidden)
+            let (own, angles, mask) = (block.clone(), angles.clone(), mask.clone());
+            let run = move |x: &[Tensor]| Ok(vec![own.forward(&x[0], &angles, &mask)?]);
+            x = recompute::block(&[&x], run)?.remove(0); // (B, N, hidden)
             if let Some(k) = self.config.deepstack_visual_indexes.iter().position(|index| *index == i) {
                 deep[k] = Some(self.deep[k].forward(&pack(&x)?)?);
             }

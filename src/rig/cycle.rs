@@ -1,6 +1,6 @@
 //! Generate, Reflect, Edit: the loop of the paper over many prompts at once.
 //!
-//! Round 1 draws. After every round the Checker answers each claim; a picture is accepted when every claim has at least
+//! Round 1 draws; so do the next ones, from other noise, where [`Options::draws`] is more than the paper's one. After every round the Checker answers each claim; a picture is accepted when every claim has at least
 //! the probability [`Options::accept`]. Otherwise the Actor reads what is wrong and writes an edit, the Editor carries it
 //! out, and the round ends with the next check. Those that are accepted leave the batch, and waiting prompts take their
 //! places.
@@ -11,6 +11,7 @@
 use super::roles::{
     Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Situation, Target, Verdict, expect_each, score,
 };
+use crate::tensor::rng::Stream;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -28,6 +29,8 @@ pub struct Cast<'a> {
 pub struct Options {
     /// Rounds at most, the drawing included.
     pub rounds: usize,
+    /// The rounds of these that draw before one edits. As many as there are rounds make it best-of-n.
+    pub draws: usize,
     /// The probability from which on a claim counts as held.
     pub accept: f64,
     /// Jobs worked on at once.
@@ -36,7 +39,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rounds: 4, accept: 0.5, width: 8 }
+        Self { rounds: 4, draws: 1, accept: 0.5, width: 8 }
     }
 }
 
@@ -152,7 +155,8 @@ pub fn run(
     cancelled: &dyn Fn() -> bool,
     observe: &mut dyn FnMut(Event) -> Result<()>,
 ) -> Result<Vec<Option<Outcome>>> {
-    ensure!(options.rounds > 0 && options.width > 0, "the loop needs at least one round and one place");
+    let some = options.rounds > 0 && options.draws > 0 && options.width > 0;
+    ensure!(some, "the loop needs at least one round, one drawing and one place");
     let mut cycle = Cycle { cast, jobs, options, cancelled, observe };
     let mut results: Vec<Option<Outcome>> = jobs.iter().map(|_| None).collect();
     let mut waiting = 0..jobs.len();
@@ -196,6 +200,11 @@ impl State {
         Self { job, turns: Vec::new(), edits: Vec::new() }
     }
 
+    /// Whether the next round draws.
+    fn draws(&self, options: &Options) -> bool {
+        self.turns.len() < options.draws
+    }
+
     /// The turn to build on.
     fn source(&self) -> Option<(usize, &Turn)> {
         best(&self.turns).map(|best| (best, &self.turns[best]))
@@ -229,12 +238,12 @@ struct Cycle<'a> {
 impl Cycle<'_> {
     /// One round of every active job. `false` if it was cancelled on the way, which leaves the jobs as they were.
     fn round(&mut self, active: &mut [State]) -> Result<bool> {
-        let (old, new): (Vec<&State>, Vec<&State>) = active.iter().partition(|s| !s.turns.is_empty());
+        let (new, old): (Vec<&State>, Vec<&State>) = active.iter().partition(|s| s.draws(self.options));
         let Some(drawn) = self.draw(&new)? else { return Ok(false) };
         let Some(edited) = self.edit(&old)? else { return Ok(false) };
         // Back into the order of `active`.
         let (mut drawn, mut edited) = (drawn.into_iter(), edited.into_iter());
-        let next = |s: &State| if s.turns.is_empty() { drawn.next() } else { edited.next() };
+        let next = |s: &State| if s.draws(self.options) { drawn.next() } else { edited.next() };
         let made: Vec<Made> = active.iter().filter_map(next).collect();
         let Some(turns) = self.check(active, made)? else { return Ok(false) };
         for (state, turn) in active.iter_mut().zip(turns) {
@@ -266,8 +275,12 @@ impl Cycle<'_> {
             return Ok(None);
         }
         let start = Instant::now();
-        let jobs: Vec<Draw> =
-            states.iter().map(|s| &self.jobs[s.job]).map(|j| Draw { target: &j.target, seed: j.seed }).collect();
+        let seed = |s: &State, job: &Job| match s.turns.len() as u64 {
+            0 => job.seed,
+            round => Stream::new(job.seed, "draw anew", round).next_u64(),
+        };
+        let draw = |s: &&State| Draw { target: &self.jobs[s.job].target, seed: seed(s, &self.jobs[s.job]) };
+        let jobs: Vec<Draw> = states.iter().map(draw).collect();
         let pictures = expect_each("the Diffuser", jobs.len(), self.cast.diffuser.draw(&jobs)?)?;
         let seconds = Seconds { paint: share(start, jobs.len()), ..Seconds::default() };
         Ok(Some(pictures.into_iter().map(|picture| Made { action: Action::Draw, picture, seconds }).collect()))

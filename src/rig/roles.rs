@@ -21,6 +21,8 @@ pub enum Claim {
     Object(String),
     /// A relation between two of them, as the paper's triples have it: "large red ball" "left of" "small blue cube".
     Relation { subject: String, relation: String, object: String },
+    /// Nothing else than these objects: what a prompt that tells all of a picture claims without saying it.
+    Only(Vec<String>),
 }
 
 impl fmt::Display for Claim {
@@ -28,6 +30,7 @@ impl fmt::Display for Claim {
         match self {
             Self::Object(object) => f.write_str(object),
             Self::Relation { subject, relation, object } => write!(f, "{subject} {relation} {object}"),
+            Self::Only(objects) => write!(f, "nothing but {}", objects.join(", ")),
         }
     }
 }
@@ -49,6 +52,20 @@ impl Target {
             Some(Claim::Relation { subject, relation: r.predicate.clone(), object })
         }));
         Self { prompt: prompt.into(), claims }
+    }
+
+    /// Claims besides that nothing else is in the picture, where there is any object at all. Says so once.
+    pub fn and_nothing_else(mut self) -> Self {
+        self.claims.retain(|claim| !matches!(claim, Claim::Only(_)));
+        let object = |claim: &Claim| match claim {
+            Claim::Object(object) => Some(object.clone()),
+            Claim::Relation { .. } | Claim::Only(_) => None,
+        };
+        let objects: Vec<String> = self.claims.iter().filter_map(object).collect();
+        if !objects.is_empty() {
+            self.claims.push(Claim::Only(objects));
+        }
+        self
     }
 }
 
@@ -203,6 +220,10 @@ mod tests {
         let graph = crate::scene::parse::parse("a large red ball is left of a blue cube").unwrap();
         let claims: Vec<String> = Target::new("p", &graph).claims.iter().map(Claim::to_string).collect();
         assert_eq!(claims, ["large red ball", "blue cube", "large red ball left of blue cube"]);
+        let closed = Target::new("p", &graph).and_nothing_else();
+        assert_eq!(closed.claims[..3].iter().map(Claim::to_string).collect::<Vec<_>>(), claims);
+        assert_eq!(closed.claims[3].to_string(), "nothing but large red ball, blue cube");
+        assert!(Target::new("p", &SceneGraph::default()).and_nothing_else().claims.is_empty());
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub struct Trajectory {
 pub struct Recipe {
     pub seed: u64,
     pub rounds: usize,
+    #[serde(default = "one")]
+    pub draws: usize,
     pub accept: f64,
     pub steps: usize,
     pub guidance: f64,
@@ -47,6 +49,11 @@ pub struct Recipe {
     /// SHA-256 of the noise given by `--init-noise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_noise: Option<String>,
+}
+
+/// The drawings of recipes that do not say how many.
+fn one() -> usize {
+    1
 }
 
 /// Where a model came from.
@@ -240,6 +247,7 @@ mod tests {
             recipe: Recipe {
                 seed: u64::MAX,
                 rounds: 4,
+                draws: 1,
                 accept: 0.5,
                 steps: 20,
                 guidance: 3.0,

@@ -51,9 +51,9 @@ impl Critic {
         let question = prompts::parse(text);
         let asked = [Question { picture: None, text: &question }];
         let sampling = Sampling { temperature: 0.0, max_tokens: GRAPH };
-        let mut unused = [Stream::new(0, "parse", 0)];
+        let unused = [Stream::new(0, "parse", 0)];
         let answers =
-            self.checker.answer(&self.checker.look(&[])?, &asked, &prompts::parse_schema(), sampling, &mut unused)?;
+            self.checker.answer(&self.checker.look(&[])?, &asked, &prompts::parse_schema(), sampling, &unused)?;
         let answer = answers.first().context("the VLM gave no answer")?;
         Ok(read::<Read>(&self.checker.chat.decode(&answer.ids)?)?.graph())
     }
@@ -92,7 +92,7 @@ fn agree(verdicts: &mut [Verdict]) {
         .iter()
         .filter_map(|v| match &v.claim {
             Claim::Object(object) => Some((object.clone(), v.p_yes)),
-            Claim::Relation { .. } => None,
+            Claim::Relation { .. } | Claim::Only(_) => None,
         })
         .collect();
     for verdict in verdicts {
@@ -155,11 +155,11 @@ impl Actor for Critic {
             let questions: Vec<Question> =
                 texts.iter().enumerate().map(|(i, text)| Question { picture: Some(i), text }).collect();
             let stream = |job: &Situation| Stream::new(job.seed, "reflect", job.round as u64);
-            let mut streams: Vec<Stream> = batch.iter().map(stream).collect();
+            let streams: Vec<Stream> = batch.iter().map(stream).collect();
             let temperature = if warm(&batch[0]) { TEMPERATURE } else { 0.0 };
             let sampling = Sampling { temperature, max_tokens: EDIT };
             let looked = self.actor.look(&pictures)?;
-            for written in self.actor.answer(&looked, &questions, &schema, sampling, &mut streams)? {
+            for written in self.actor.answer(&looked, &questions, &schema, sampling, &streams)? {
                 edits.push(read::<Answer>(&self.actor.chat.decode(&written.ids)?)?.edit);
             }
         }

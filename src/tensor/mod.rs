@@ -5,6 +5,7 @@
 //! device and number format.
 
 pub mod device;
+pub mod recompute;
 pub mod rng;
 
 mod attention;

@@ -11,6 +11,7 @@ use rand_chacha::{
 use sha2::{Digest, Sha256};
 
 /// One stream of random numbers, keyed by `(seed, purpose, index)`.
+#[derive(Clone)]
 pub struct Stream(ChaCha20Rng);
 
 impl Stream {

@@ -170,8 +170,8 @@ impl Actor {
         let rows = 0..problems.len() * size;
         let asked: Vec<(usize, &str)> = rows.clone().map(|r| (r / size, texts[r / size].as_str())).collect();
         let stream = |r: usize| Stream::new(self.seed, "actor edits", first * size as u64 + r as u64);
-        let mut streams: Vec<Stream> = rows.map(stream).collect();
-        let written = write(&self.policy, &pictures, &asked, temperature, &mut streams)?;
+        let streams: Vec<Stream> = rows.map(stream).collect();
+        let written = write(&self.policy, &pictures, &asked, temperature, &streams)?;
         let (answers, instructions): (Vec<Answer>, Vec<String>) = written.into_iter().unzip();
 
         // The same words in one group make the same picture: they are carried out once.

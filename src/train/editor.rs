@@ -37,7 +37,6 @@ use crate::{
     scene::{
         graph::SceneGraph,
         tabletop::{
-            edit::Kind,
             oracle,
             render::render,
             split::Split,
@@ -238,10 +237,10 @@ impl Editor {
         let EditorConfig { min_objects, max_objects, .. } = self.config;
         indices
             .map(|index| {
-                let mut samples = (0..).map(|k| tasks::edit(seed, split, index << 8 | k, min_objects, max_objects));
-                let sample = samples.find(|s| s.kind != Kind::Remove).context("there are edits of all kinds")?;
+                let sample = tasks::edit(seed, split, index, min_objects, max_objects);
                 let source = through_latents(&self.klein, &self.decode, &render(&sample.source), self.size)?;
-                Ok(Problem { target: Target::new(sample.after.triple_text(), &sample.after), source, sample })
+                let target = Target::new(sample.after.triple_text(), &sample.after).and_nothing_else();
+                Ok(Problem { target, source, sample })
             })
             .collect()
     }

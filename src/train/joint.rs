@@ -198,9 +198,9 @@ impl Joint {
         let questions: Vec<String> = rows.iter().map(ask).collect();
         let asked: Vec<(usize, &str)> = source_of.iter().copied().zip(questions.iter().map(String::as_str)).collect();
         let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
-        let mut streams: Vec<Stream> = rows.iter().map(stream).collect();
+        let streams: Vec<Stream> = rows.iter().map(stream).collect();
         let pixels: Vec<&RgbImage> = sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
-        let written = write(&self.actor, &pixels, &asked, 1.0, &mut streams)?;
+        let written = write(&self.actor, &pixels, &asked, 1.0, &streams)?;
         let (answers, instructions): (Vec<Answer>, Vec<String>) = written.into_iter().unzip();
 
         let latents = |r: &usize| states[*r].best.latents().cloned().context("a picture without latents");
@@ -322,7 +322,7 @@ impl Joint {
             .map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, actor.min_objects, actor.max_objects))
             .collect();
         let job = |(i, sample): (u64, &tasks::TextToImage)| cycle::Job {
-            target: Target::new(sample.prompt.clone(), &sample.graph),
+            target: Target::new(sample.prompt.clone(), &sample.graph).and_nothing_else(),
             seed: i,
         };
         let jobs: Vec<cycle::Job> = (0..).zip(&samples).map(job).collect();

@@ -246,9 +246,9 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
     Ok(total.sqrt())
 }
 
-/// The gradients of `vars` by their names.
+/// The gradients of `vars` by their names, without the graph that candle leaves on some, which would keep activations.
 pub fn named(vars: &BTreeMap<String, Var>, mut store: GradStore) -> Gradients {
-    vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect()
+    vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?.detach()))).collect()
 }
 
 /// Adds the gradients of one micro-batch to those of the batch.

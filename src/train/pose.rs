@@ -124,7 +124,7 @@ impl Poser {
                 pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
                 (sample.prompt, sample.graph)
             };
-            problems.push((Target::new(prompt, &graph), graph, noise(*index)));
+            problems.push((Target::new(prompt, &graph).and_nothing_else(), graph, noise(*index)));
         }
         if drawn {
             let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();

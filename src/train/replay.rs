@@ -28,7 +28,7 @@ pub fn write(
     pictures: &[&RgbImage],
     asked: &[(usize, &str)],
     temperature: f64,
-    streams: &mut [Stream],
+    streams: &[Stream],
 ) -> Result<Vec<(Answer, String)>> {
     #[derive(Deserialize)]
     struct Written {

@@ -20,7 +20,7 @@ use super::{
     means::Means,
     optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
 };
-use crate::usage;
+use crate::{tensor::recompute::Tape, usage};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
@@ -60,6 +60,8 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Samples worked on at once; 0 is the whole batch. Gradients are summed over the micro-batches.
     pub micro_batch: usize,
+    /// Whether blocks are computed again for their gradients instead of kept: less memory for more time.
+    pub recompute: bool,
     /// Decay of the moving average.
     pub ema: f64,
     /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end.
@@ -83,6 +85,7 @@ impl Default for TrainConfig {
             steps: 10_000,
             batch: 32,
             micro_batch: 0,
+            recompute: false,
             ema: 0.999,
             log_every: 1,
             evaluate_every: 500,
@@ -110,6 +113,8 @@ pub struct Plan {
     pub steps: u64,
     pub batch: usize,
     pub micro_batch: usize,
+    /// Whether blocks are computed again for their gradients.
+    pub recompute: bool,
 }
 
 /// What a run tells while it goes on.
@@ -293,6 +298,7 @@ impl<'a> Run<'a> {
             steps: self.config.steps,
             batch: self.config.batch,
             micro_batch: self.micro_batch(),
+            recompute: self.config.recompute,
         }
     }
 
@@ -351,10 +357,13 @@ impl<'a> Run<'a> {
             let weight = rows.len() as f64 / size;
             let (mut loss, mut more, mut total) = (0.0, Means::default(), Gradients::new());
             for piece in 0..pieces {
-                let step = objective.loss(&Batch { update, piece, ..self.batch(rows) })?;
+                let compute = || objective.loss(&Batch { update, piece, ..self.batch(rows) });
+                let (step, tape) =
+                    if self.config.recompute { Tape::record(compute) } else { (compute(), Tape::default()) };
+                let step = step?;
                 loss += f64::from(step.loss.to_scalar::<f32>()?);
                 step.metrics.into_iter().for_each(|metric| more.add(metric, 1.0));
-                optim::add(&mut total, optim::named(vars, (step.loss * weight)?.backward()?))?;
+                optim::add(&mut total, optim::named(vars, tape.backward(&(step.loss * weight)?)?))?;
             }
             let mut metrics = more.metrics();
             metrics.insert(0, ("loss".into(), loss));

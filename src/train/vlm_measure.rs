@@ -1,17 +1,17 @@
 //! How good the VLM under training is, by the code that the loop runs: verdicts and edits on renders, verdicts on drawn
 //! pictures.
 
-use super::{
-    Metrics,
-    drawn::Drawn,
-    objective_vlm::VlmObjective,
-    vlm_tasks::{self, Lesson, Mix, Row, Task},
-};
+use super::{Metrics, objective_vlm::VlmObjective, vlm_tasks};
 use crate::{
-    rig::{calibration::calibration_error, prompts},
-    scene::{
-        relation::Spatial,
-        tabletop::{render::render, split::Split},
+    rig::{
+        calibration::calibration_error,
+        prompts,
+        roles::{Claim, Verdict},
+    },
+    scene::tabletop::{
+        render::render,
+        split::Split,
+        tasks::{self, CheckSample},
     },
     tensor::rng::Stream,
     vlm::{
@@ -34,22 +34,18 @@ impl VlmObjective {
         let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
         for start in (0..count).step_by(AT_ONCE) {
             let indices = start as u64..(start + AT_ONCE).min(count) as u64;
-            let mix = Mix { objects, claims: 12, probes: 0, act: 0.0, parse: 0.0 };
-            let lessons: Vec<Lesson> = indices.clone().map(|i| vlm_tasks::lesson(seed, split, i, mix)).collect();
-            let pictures: Vec<RgbImage> = lessons.iter().map(|l| render(&l.scene)).collect();
+            let samples: Vec<CheckSample> = indices.clone().map(|i| tasks::check(seed, split, i, objects)).collect();
+            let pictures: Vec<RgbImage> = samples.iter().map(|s| render(&s.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
-            let rows: Vec<(usize, Row)> =
-                (0..).zip(lessons).flat_map(|(i, l)| l.rows.into_iter().map(move |row| (i, row))).collect();
-            tally.ask(&self.vlm, &looked, &rows)?;
+            tally.ask(&self.vlm, &looked, samples.iter().map(|s| vlm_tasks::verdicts(&s.scene.view(), &s.graph)))?;
 
-            let repairs: Vec<vlm_tasks::Repair> =
-                indices.filter_map(|i| vlm_tasks::repair(seed, split, i, objects)).collect();
+            let repairs: Vec<vlm_tasks::Repair> = indices.map(|i| vlm_tasks::repair(seed, split, i, objects)).collect();
             let pictures: Vec<RgbImage> = repairs.iter().map(|r| render(&r.sample.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
             let questions: Vec<Question> =
                 repairs.iter().enumerate().map(|(i, r)| Question { picture: Some(i), text: &r.question }).collect();
-            let mut streams: Vec<Stream> = (0..repairs.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
-            let answers = self.vlm.answer(&looked, &questions, &prompts::reflect_schema(), sampling, &mut streams)?;
+            let streams: Vec<Stream> = (0..repairs.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
+            let answers = self.vlm.answer(&looked, &questions, &prompts::reflect_schema(), sampling, &streams)?;
             for (repair, answer) in repairs.iter().zip(answers) {
                 let answer: Value = serde_json::from_str(&self.vlm.chat.decode(&answer.ids)?)?;
                 let instruction = answer["edit"].as_str().unwrap_or_default();
@@ -71,13 +67,7 @@ impl VlmObjective {
         let mut tally = Verdicts::default();
         for drawn in self.drawn.1.chunks(AT_ONCE).take(self.config.evaluation.div_ceil(AT_ONCE)) {
             let looked = self.vlm.look(&drawn.iter().map(|d| &d.picture).collect::<Vec<_>>())?;
-            let rows = |(i, d): (usize, &Drawn)| {
-                let rows = vlm_tasks::verdicts(&d.reading.view, &d.graph).iter().map(vlm_tasks::check_row).collect();
-                let rows: Vec<Row> = rows;
-                rows.into_iter().map(move |row| (i, row))
-            };
-            let rows: Vec<(usize, Row)> = drawn.iter().enumerate().flat_map(rows).collect();
-            tally.ask(&self.vlm, &looked, &rows)?;
+            tally.ask(&self.vlm, &looked, drawn.iter().map(|d| vlm_tasks::verdicts(&d.reading.view, &d.graph)))?;
         }
         Ok(if tally.odds.is_empty() { Vec::new() } else { tally.metrics("drawn/") })
     }
@@ -88,36 +78,43 @@ impl VlmObjective {
 struct Verdicts {
     objects: Vec<f64>,
     relations: Vec<f64>,
+    /// Of nothing else being there.
+    others: Vec<f64>,
     /// P(yes), and whether it is so.
     odds: Vec<(f64, bool)>,
 }
 
 impl Verdicts {
-    /// Asks the checks among `rows`, each of a picture by its number.
-    fn ask(&mut self, vlm: &Vlm, looked: &Looked, rows: &[(usize, Row)]) -> Result<()> {
-        let asked: Vec<&(usize, Row)> = rows.iter().filter(|(_, row)| row.task == Task::Check).collect();
-        let questions: Vec<Question> =
-            asked.iter().map(|(i, row)| Question { picture: Some(*i), text: &row.question }).collect();
-        let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, 40)?;
-        for ((_, row), decision) in asked.into_iter().zip(decisions) {
+    /// Asks for the true verdicts on each picture.
+    fn ask(&mut self, vlm: &Vlm, looked: &Looked, truths: impl Iterator<Item = Vec<Verdict>>) -> Result<()> {
+        let of = |(i, verdicts): (usize, Vec<Verdict>)| {
+            verdicts.into_iter().map(move |truth| (i, prompts::check(&truth.claim), truth))
+        };
+        let asked: Vec<(usize, String, Verdict)> = truths.enumerate().flat_map(of).collect();
+        let questions: Vec<Question> = asked.iter().map(|(i, text, _)| Question { picture: Some(*i), text }).collect();
+        let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, 56)?;
+        for ((.., truth), decision) in asked.iter().zip(decisions) {
             let p = decision.probability;
-            let truth = row.answer.ends_with("\"yes\"}");
-            let right = f64::from(u8::from((p >= 0.5) == truth));
-            let relation = Spatial::ALL.iter().any(|r| row.question.contains(&format!(" {} ", r.name())));
-            if relation { &mut self.relations } else { &mut self.objects }.push(right);
-            self.odds.push((p, truth));
+            let kind = match truth.claim {
+                Claim::Object(_) => &mut self.objects,
+                Claim::Relation { .. } => &mut self.relations,
+                Claim::Only(_) => &mut self.others,
+            };
+            kind.push(f64::from(u8::from((p >= 0.5) == truth.yes)));
+            self.odds.push((p, truth.yes));
         }
         Ok(())
     }
 
     fn metrics(&self, prefix: &str) -> Metrics {
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
-        let all: Vec<f64> = self.objects.iter().chain(&self.relations).copied().collect();
+        let all: Vec<f64> = [&self.objects, &self.relations, &self.others].into_iter().flatten().copied().collect();
         let named = |(name, value): (&str, f64)| (format!("{prefix}{name}"), value);
         [
             ("verdicts", mean(&all)),
             ("verdicts/objects", mean(&self.objects)),
             ("verdicts/relations", mean(&self.relations)),
+            ("verdicts/others", mean(&self.others)),
             ("calibration_error", calibration_error(&self.odds)),
         ]
         .map(named)

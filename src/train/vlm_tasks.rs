@@ -22,7 +22,7 @@ use crate::{
         relation::Spatial,
         tabletop::{
             caption::{Style, caption},
-            edit::{Edit, Kind},
+            edit::Edit,
             oracle::Reading,
             plan,
             render::render,
@@ -140,7 +140,17 @@ fn evidence(view: &View, object: &Object, meant: Option<usize>) -> String {
 
 const NOTHING: &str = "nothing";
 
-/// The verdicts on all claims of a graph about what is seen, each with what is seen of it.
+/// Objects that are told of a picture at most.
+const TOLD: usize = 6;
+
+/// What is in a picture and where, from left to right.
+fn inventory(view: &View) -> Vec<String> {
+    let mut seen: Vec<&Seen> = view.objects.iter().collect();
+    seen.sort_by(|a, b| a.bounds.centre().0.total_cmp(&b.bounds.centre().0));
+    seen.into_iter().take(TOLD).map(place).collect()
+}
+
+/// The verdicts on all claims of a graph about what is seen, and on there being nothing else, each with what is seen of it.
 pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
     let matching = view.matching(graph);
     let truth = view.judge(graph);
@@ -164,7 +174,13 @@ pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
         };
         verdict(claim(&claimed), *holds, format!("{}, {}", seen(relation.subject), seen(relation.object)))
     });
-    objects.chain(relations).collect()
+    let mut verdicts: Vec<Verdict> = objects.chain(relations).collect();
+    if !graph.objects.is_empty() {
+        let only = Claim::Only(graph.objects.iter().map(Object::phrase).collect());
+        let seen = if view.objects.is_empty() { NOTHING.to_owned() } else { inventory(view).join(", ") };
+        verdicts.push(verdict(only, truth.extra == 0, seen));
+    }
+    verdicts
 }
 
 /// The question of a claim, and its verdict as the answer.
@@ -178,10 +194,8 @@ pub fn check_row(verdict: &Verdict) -> Row {
 
 /// All objects of a picture with their places, from left to right.
 fn describe_row(view: &View) -> Row {
-    let mut seen: Vec<&Seen> = view.objects.iter().collect();
-    seen.sort_by(|a, b| a.bounds.centre().0.total_cmp(&b.bounds.centre().0));
-    let objects: Vec<String> = seen.into_iter().map(place).collect();
-    Row { task: Task::Describe, question: DESCRIBE.to_owned(), answer: spaced(&json!({ "objects": objects })) }
+    let answer = spaced(&json!({ "objects": inventory(view) }));
+    Row { task: Task::Describe, question: DESCRIBE.to_owned(), answer }
 }
 
 /// An object of the picture, its size said or not.
@@ -248,7 +262,8 @@ fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
             let object = if wanted { seen(rng, view) } else { unlike(rng, view) };
             SceneGraph { objects: vec![object], relations: Vec::new() }
         };
-        let verdict = verdicts(view, &graph).pop()?;
+        // The claim itself, and not that nothing else is there.
+        let verdict = verdicts(view, &graph).into_iter().rev().nth(1)?;
         if verdict.yes == wanted {
             return Some(verdict);
         }
@@ -279,17 +294,11 @@ pub struct Repair {
     pub question: String,
 }
 
-/// The repair number `index`; `None` where only something too many is wrong, which no claim says.
-pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Option<Repair> {
+/// The repair number `index`.
+pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Repair {
     let sample = tasks::act(seed, split, index, objects);
-    if sample.edit.kind() == Kind::Remove {
-        return None;
-    }
     let mut rng = Stream::new(seed, "vlm repair", index);
     let mut verdicts = verdicts(&sample.scene.view(), &sample.graph);
-    if verdicts.iter().all(|v| v.yes) {
-        return None;
-    }
     if rng.chance(0.2) {
         verdicts.iter_mut().for_each(|v| v.reflection.clear());
     }
@@ -298,21 +307,21 @@ pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Option<Rep
         .map(|i| tasks::edit(seed ^ 0xed17, Split::Train, index * 2 + i as u64, 2, 3).instruction)
         .collect();
     let question = prompts::reflect(&sample.prompt, &verdicts, &earlier);
-    Some(Repair { sample, verdicts, question })
+    Repair { sample, verdicts, question }
 }
 
 /// Whether an instruction is one that can be read and carried out, and whether it then mends more than it breaks.
 pub fn mends(instruction: &str, scene: &Scene, graph: &SceneGraph) -> (bool, bool) {
     let Ok(edit) = Edit::parse(instruction) else { return (false, false) };
-    let before = scene.view().judge(graph).satisfied();
+    let before = scene.view().judge(graph);
     let target = edit.apply(&mut Stream::new(0, "mends", 0), scene);
-    (true, target.is_some_and(|t| t.view().judge(graph).satisfied() > before))
+    (true, target.is_some_and(|t| t.view().judge(graph).better_than(&before)))
 }
 
 /// The lesson number `index` of a split.
 pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
-    let repair = if rng.chance(mix.act) { repair(seed, split, index, mix.objects) } else { None };
+    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
             let row = Row { task: Task::Act, question, answer: prompts::edit(&sample.instruction) };
@@ -345,7 +354,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let mut rows = vec![match edit {
         Some(edit) => {
             let question = prompts::reflect(prompt, &checks, &[]);
-            Row { task: Task::Act, question, answer: prompts::edit(&edit.instruction(&mut rng)) }
+            Row { task: Task::Act, question, answer: prompts::edit(&edit.plain()) }
         }
         None => describe_row(&reading.view),
     }];
@@ -358,12 +367,10 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
 
 /// An edit that would mend a claim of the graph, as far as the picture can be read.
 fn mending(rng: &mut Stream, reading: &Reading, graph: &SceneGraph) -> Option<Edit> {
-    let before = reading.view.judge(graph).satisfied();
-    let mut edits = plan::edits(rng, &reading.view, graph);
-    rng.shuffle(&mut edits);
-    edits.into_iter().filter(|edit| edit.kind() != Kind::Remove && !tasks::novel(edit)).find(|edit| {
+    let before = reading.view.judge(graph);
+    plan::edits(&reading.view, graph).into_iter().filter(|edit| !tasks::novel(edit)).find(|edit| {
         let target = edit.apply(rng, &reading.scene);
-        target.is_some_and(|target| target.view().judge(graph).satisfied() > before)
+        target.is_some_and(|target| target.view().judge(graph).better_than(&before))
     })
 }
 
@@ -411,7 +418,9 @@ mod tests {
         for index in 0..200 {
             let sample = tasks::check(5, Split::Train, index, 3);
             let verdicts = verdicts(&sample.scene.view(), &sample.graph);
-            let truth: Vec<(Claim, bool)> = sample.claims().iter().map(|(c, yes)| (claim(c), *yes)).collect();
+            let mut truth: Vec<(Claim, bool)> = sample.claims().iter().map(|(c, yes)| (claim(c), *yes)).collect();
+            let phrases = sample.graph.objects.iter().map(Object::phrase).collect();
+            truth.push((Claim::Only(phrases), sample.truth.extra == 0));
             assert_eq!(verdicts.iter().map(|v| (v.claim.clone(), v.yes)).collect::<Vec<_>>(), truth);
             for v in verdicts.iter().filter(|v| v.yes) {
                 // What holds is seen: every word of it is in the reflection.
@@ -420,6 +429,7 @@ mod tests {
                     Claim::Object(object) => named(object),
                     Claim::Relation { subject, object, .. } =>
                         [subject, object].iter().all(|o| o.split(' ').skip(1).all(|word| v.reflection.contains(word))),
+                    Claim::Only(_) => v.reflection.split(", ").count() == sample.scene.items.len(),
                 });
             }
         }
@@ -427,8 +437,8 @@ mod tests {
 
     #[test]
     fn what_is_taught_mends_the_picture() {
-        let repairs: Vec<Repair> = (0..100).filter_map(|i| repair(5, Split::Train, i, 3)).collect();
-        assert!(repairs.len() > 50);
+        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3)).collect();
+        assert!(repairs.iter().all(|r| r.verdicts.iter().any(|v| !v.yes)));
         for Repair { sample, .. } in &repairs {
             assert!(mends(&sample.instruction, &sample.scene, &sample.graph).0, "{}", sample.instruction);
         }
@@ -477,7 +487,9 @@ mod tests {
             (oracle::read(&blank), crate::scene::parse::parse("red ball left of blue cube").unwrap());
         let drawn = Drawn { picture: blank, prompt: "red ball left of blue cube".to_owned(), graph, reading };
         let rows = drawn_rows(5, 0, &drawn, Mix { act: 0.0, ..MIX });
-        assert!(rows.iter().filter(|r| r.task == Task::Check).all(|r| r.answer.ends_with("\"no\"}")));
+        // All is missing, and nothing too much.
+        let mut checks = rows.iter().filter(|r| r.task == Task::Check);
+        assert!(checks.all(|r| r.answer.ends_with("\"yes\"}") == r.question.contains("nothing but")));
     }
 
     #[test]

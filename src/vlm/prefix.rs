@@ -5,7 +5,10 @@ use super::{
     Vlm,
     decode::{Answer, Constrained, Pictures, Sampling, Session, answer},
 };
-use crate::{models::qwen3_vl::Patches, tensor::rng::Stream};
+use crate::{
+    models::qwen3_vl::Patches,
+    tensor::{device::side_by_side, rng::Stream},
+};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use serde_json::Value;
@@ -92,7 +95,7 @@ impl Vlm {
         questions: &[Question],
         schema: &Value,
         sampling: Sampling,
-        streams: &mut [Stream],
+        streams: &[Stream],
     ) -> Result<Vec<Answer>> {
         self.fill(looked, questions, (schema, None), sampling, streams)
     }
@@ -107,8 +110,8 @@ impl Vlm {
         max_tokens: usize,
     ) -> Result<Vec<Decision>> {
         let sampling = Sampling { temperature: 0.0, max_tokens };
-        let mut unused: Vec<Stream> = (0..questions.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
-        let answers = self.fill(looked, questions, (schema, Some(words)), sampling, &mut unused)?;
+        let unused: Vec<Stream> = (0..questions.len()).map(|i| Stream::new(0, "greedy", i as u64)).collect();
+        let answers = self.fill(looked, questions, (schema, Some(words)), sampling, &unused)?;
         let decision = |answer: Answer| {
             let probability = answer.odds.context("the schema does not offer the words to choose from")?;
             Ok(Decision { probability, text: self.chat.decode(&answer.ids)? })
@@ -122,19 +125,20 @@ impl Vlm {
         questions: &[Question],
         (schema, words): (&Value, Option<[&str; 2]>),
         sampling: Sampling,
-        streams: &mut [Stream],
+        streams: &[Stream],
     ) -> Result<Vec<Answer>> {
         if questions.is_empty() {
             return Ok(Vec::new());
         }
         let grammar = self.grammar(schema)?;
         let (head, progress) = grammar.forced(grammar.begin())?;
-        let (session, logits) = looked.ask(questions, &head)?;
         let constrained = Some(Constrained { grammar: &grammar, progress, words });
-        let mut answers = answer(session, logits, sampling, &self.ends, constrained, streams)?;
-        for answer in &mut answers {
-            answer.precede(&head);
-        }
+        let parts = side_by_side(self.model.decoder.device(), questions.len(), |part| {
+            let (session, logits) = looked.ask(&questions[part.clone()], &head)?;
+            answer(session, logits, sampling, &self.ends, constrained, &mut streams[part].to_vec())
+        });
+        let mut answers: Vec<Answer> = parts.into_iter().collect::<Result<Vec<_>>>()?.concat();
+        answers.iter_mut().for_each(|answer| answer.precede(&head));
         Ok(answers)
     }
 }

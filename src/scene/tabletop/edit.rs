@@ -72,32 +72,39 @@ impl Edit {
         }
     }
 
-    /// The edit in words.
+    /// The edit in words, of which there are some to choose from.
     pub fn instruction(&self, rng: &mut Stream) -> String {
+        self.words(&mut |choices| *rng.choose(choices))
+    }
+
+    /// The edit in the plainest words: the first of every choice.
+    pub fn plain(&self) -> String {
+        self.words(&mut |choices| choices[0])
+    }
+
+    fn words(&self, choose: &mut dyn FnMut(&[&'static str]) -> &'static str) -> String {
         let the = |o: &Object| format!("the {}", o.phrase());
         match self {
             Self::Move { what, relation, anchor } => {
-                let verb = rng.choose(&["move", "move", "put"]);
+                let verb = choose(&["move", "move", "put"]);
                 format!("{verb} {} {} {}", the(what), where_to(*relation), the(anchor))
             }
             Self::Swap { first, second } => {
-                let verb = rng.choose(&["swap", "exchange"]);
+                let verb = choose(&["swap", "exchange"]);
                 format!("{verb} {} and {}", the(first), the(second))
             }
             Self::Add { what, place: Some((relation, anchor)) } => {
                 format!("add {} {} {}", indefinite(what), where_to(*relation), the(anchor))
             }
             Self::Add { what, place: None } => format!("add {}", indefinite(what)),
-            Self::Remove { what } => format!("{} {}", rng.choose(&["remove", "remove", "delete"]), the(what)),
-            Self::Recolour { what, colour } => match rng.below(3) {
-                0 => format!("change the colour of {} to {}", the(what), colour.name()),
-                _ => format!("make {} {}", the(what), colour.name()),
+            Self::Remove { what } => format!("{} {}", choose(&["remove", "remove", "delete"]), the(what)),
+            Self::Recolour { what, colour } => match choose(&["make", "make", "change"]) {
+                "make" => format!("make {} {}", the(what), colour.name()),
+                _ => format!("change the colour of {} to {}", the(what), colour.name()),
             },
-            Self::Resize { what, size: Size::Large } => {
-                format!("make {} {}", the(what), rng.choose(&["larger", "large"]))
-            }
+            Self::Resize { what, size: Size::Large } => format!("make {} {}", the(what), choose(&["larger", "large"])),
             Self::Resize { what, size: Size::Small } => {
-                format!("make {} {}", the(what), rng.choose(&["smaller", "small"]))
+                format!("make {} {}", the(what), choose(&["smaller", "small"]))
             }
             Self::Replace { what, by } => format!("replace {} with {}", the(what), indefinite(by)),
         }

@@ -361,19 +361,13 @@ pub fn act(seed: u64, split: Split, index: u64, max: usize) -> ActSample {
         if truth.perfect() {
             continue;
         }
-        let mut edits = plan::edits(rng, &view, &graph);
-        rng.shuffle(&mut edits);
-        // Adding something just anywhere is for when there is no room at the right place.
-        edits.sort_by_key(|e| matches!(e, Edit::Add { place: None, .. }) && !graph.relations.is_empty());
-        for edit in edits {
+        for edit in plan::edits(&view, &graph) {
             let Some(target) = edit.apply(rng, &scene) else { continue };
-            let after = target.view().judge(&graph);
-            let better = after.satisfied() > truth.satisfied()
-                || (after.satisfied() == truth.satisfied() && after.extra < truth.extra);
+            let better = target.view().judge(&graph).better_than(&truth);
             if better && !(split == Split::Train && novel(&edit)) {
                 let style = style(rng, split);
                 let prompt = caption::caption(rng, &graph, style);
-                let instruction = edit.instruction(rng);
+                let instruction = edit.plain();
                 return ActSample { scene, prompt, graph, truth, edit, instruction, target };
             }
         }

@@ -65,6 +65,11 @@ impl Judgement {
         self.objects.iter().chain(&self.relations).filter(|&&ok| ok).count()
     }
 
+    /// Whether more requirements are met than in `other`, or as many and fewer objects are too many.
+    pub fn better_than(&self, other: &Self) -> bool {
+        (self.satisfied(), other.extra) > (other.satisfied(), self.extra)
+    }
+
     /// The fraction of the requirements that are met.
     pub fn score(&self) -> f64 {
         self.satisfied() as f64 / (self.objects.len() + self.relations.len()).max(1) as f64

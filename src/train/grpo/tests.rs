@@ -1,0 +1,307 @@
+use super::*;
+use crate::{
+    flow::policy::{Kind, Policy},
+    models::{Adapter, Linear, Params},
+    train::optim::{self, OptimConfig, Optimizer, Outcome},
+};
+use candle_core::{Device, Var};
+use serde_json::Value;
+use std::collections::HashMap;
+
+/// Numbers that PyTorch computed: scripts/make_grpo_fixtures.py.
+fn golden() -> Value {
+    serde_json::from_str(include_str!("../../../tests/fixtures/grpo.json")).expect("the fixture")
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().expect("a list").iter().map(|v| v.as_f64().expect("a number")).collect()
+}
+
+fn tensor(value: &Value, shape: &[usize]) -> Tensor {
+    let numbers: Vec<f32> = numbers(value).into_iter().map(|v| v as f32).collect();
+    Tensor::from_vec(numbers, shape, &Device::Cpu).expect("a tensor")
+}
+
+fn close(got: f64, want: f64, what: &str) {
+    assert!((got - want).abs() < 2e-5 * (1.0 + want.abs()), "{what}: {got} where {want} is due");
+}
+
+/// Compares a loss and its gradient with `case`.
+fn check(name: &str, loss: &Tensor, leaf: &Tensor, case: &Value) {
+    close(scalar(loss).expect("a scalar"), case["loss"].as_f64().expect("a number"), name);
+    let grads = loss.backward().expect("gradients");
+    let grad: Vec<f32> = grads.get(leaf).expect("a gradient").flatten_all().and_then(|g| g.to_vec1()).expect("it");
+    for (got, want) in grad.iter().zip(numbers(&case["grad"])) {
+        close(f64::from(*got), want, name);
+    }
+}
+
+#[test]
+fn advantages_are_those_of_pytorch() -> Result<()> {
+    let golden = &golden()["advantages"];
+    let rewards = numbers(&golden["rewards"]);
+    let groups = [7, 7, 7, 7, 3, 3, 3, 3, 5, 5, 5, 5];
+    for (name, scale) in [("group", Scale::Group), ("batch", Scale::Batch), ("none", Scale::None)] {
+        let got = advantages(&rewards, &groups, scale)?;
+        for (got, want) in got.values.iter().zip(numbers(&golden[name])) {
+            close(f64::from(*got), want, name);
+        }
+        assert_eq!((got.groups, got.zero_std), (3, 1));
+        close(got.frac_reward_zero_std(), 1.0 / 3.0, "share of groups without spread");
+        close(got.reward_std, golden["reward_std"].as_f64().expect("a number"), "reward_std");
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_are_told_apart_by_their_id_alone() -> Result<()> {
+    let sorted = advantages(&[0.0, 1.0, 5.0, 9.0], &[1, 1, 2, 2], Scale::Group)?;
+    let mixed = advantages(&[5.0, 0.0, 9.0, 1.0], &[2, 1, 2, 1], Scale::Group)?;
+    assert_eq!([2, 0, 3, 1].map(|i| sorted.values[i]), mixed.values[..]);
+    Ok(())
+}
+
+#[test]
+fn missing_rewards_are_counted_and_change_nothing_else() -> Result<()> {
+    let with = advantages(&[0.0, f64::NAN, 1.0, f64::INFINITY], &[1; 4], Scale::Group)?;
+    let without = advantages(&[0.0, 1.0], &[1; 2], Scale::Group)?;
+    assert_eq!(with.values, [without.values[0], 0.0, without.values[1], 0.0]);
+    assert_eq!((with.missing_count(), &with.missing), (2, &vec![false, true, false, true]));
+    close(with.reward, 0.5, "reward");
+    assert!(advantages(&[0.0], &[1, 2], Scale::Group).is_err());
+    assert_eq!(advantages(&[], &[], Scale::Batch)?.reward, 0.0);
+    Ok(())
+}
+
+#[test]
+fn advantages_are_bounded() -> Result<()> {
+    let mut rewards = vec![0.0; 100];
+    rewards[0] = 1.0;
+    assert_eq!(advantages(&rewards, &[0; 100], Scale::Group)?.values[0], 5.0);
+    Ok(())
+}
+
+#[test]
+fn token_losses_are_those_of_pytorch() -> Result<()> {
+    use TokenLossKind::*;
+    let golden = golden();
+    let tokens = &golden["tokens"];
+    let get = |name: &str| tensor(&tokens[name], &[4, 6]);
+    let advantages = tensor(&golden["sample_advantages"], &[4]);
+    for (name, kind) in
+        [("grpo", Grpo), ("bnpo", Bnpo), ("dr_grpo", DrGrpo), ("dapo", Dapo), ("cispo", Cispo), ("gspo", Gspo)]
+    {
+        let case = &tokens["cases"][name];
+        let eps = numbers(&case["eps"]);
+        let beta = case["beta"].as_f64().expect("a number");
+        let config = TokenLoss { kind, eps_low: eps[0], eps_high: eps[1], beta, max_length: 9 };
+        let log_probs = Var::from_tensor(&get("log_probs"))?;
+        let (old, reference, mask) = (get("old"), get("reference"), get("mask"));
+        let batch = TokenBatch {
+            log_probs: &log_probs,
+            old: &old,
+            reference: Some(&reference),
+            mask: &mask,
+            advantages: &advantages,
+            active: Some(30.0),
+        };
+        let loss = token_loss(&config, &batch)?;
+        check(name, &loss.loss, &log_probs, case);
+        if beta != 0.0 {
+            close(loss.kl, case["kl"].as_f64().expect("a number"), "kl");
+        }
+        assert_eq!(serde_json::to_value(kind)?, name);
+        if kind == Grpo {
+            let count = |side: &dyn Fn(f64, f64) -> bool| -> f64 {
+                let (new, old, mask) =
+                    (numbers(&tokens["log_probs"]), numbers(&tokens["old"]), numbers(&tokens["mask"]));
+                let a = numbers(&golden["sample_advantages"]);
+                let hits = (0..24).filter(|i| mask[*i] > 0.0 && side((new[*i] - old[*i]).exp(), a[i / 6]));
+                hits.count() as f64 / mask.iter().sum::<f64>()
+            };
+            close(loss.clip_low, count(&|ratio, a| ratio < 0.8 && a < 0.0), "clip_low");
+            close(loss.clip_high, count(&|ratio, a| ratio > 1.2 && a > 0.0), "clip_high");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn masked_tokens_may_hold_anything() -> Result<()> {
+    let row = |x: [f32; 3]| Tensor::new(&[x], &Device::Cpu);
+    let (old, mask, advantages) = (row([-1.0; 3])?, row([1.0, 1.0, 0.0])?, Tensor::new(&[1f32], &Device::Cpu)?);
+    let loss = |last: f32| -> Result<f64> {
+        let log_probs = row([-0.9, -1.1, last])?;
+        let reference = None;
+        let batch = TokenBatch {
+            log_probs: &log_probs,
+            old: &old,
+            reference,
+            mask: &mask,
+            advantages: &advantages,
+            active: None,
+        };
+        Ok(scalar(&token_loss(&TokenLoss::default(), &batch)?.loss)?)
+    };
+    assert_eq!(loss(-1.0)?, loss(-60.0)?);
+    let config = TokenLoss { beta: 0.1, ..TokenLoss::default() };
+    let batch =
+        TokenBatch { log_probs: &old, old: &old, reference: None, mask: &mask, advantages: &advantages, active: None };
+    assert!(token_loss(&config, &batch).is_err());
+    Ok(())
+}
+
+#[test]
+fn flow_losses_are_those_of_pytorch() -> Result<()> {
+    let golden = golden();
+    let flow = &golden["flow"];
+    let shape = [4, 3, 2];
+    let get = |name: &str| tensor(&flow[name], &shape);
+    let number = |name: &str| flow[name].as_f64().expect("a number");
+    let advantages = tensor(&golden["sample_advantages"], &[4]);
+    let (std, length, eps) = (number("std"), number("length"), number("eps"));
+    let step = crate::flow::policy::Step { sigma: 0.5, d: -length, pull: 0.0, std };
+    let (next, old_means) = (get("next"), get("old_means"));
+    let means = Var::from_tensor(&get("means"))?;
+    let (log_probs, old) = (step.log_prob(&means, &next)?, step.log_prob(&old_means, &next)?);
+    let grpo = flow_loss(&log_probs, &old, &advantages, eps)?;
+    check("grpo", &grpo.loss, &means, &flow["cases"]["grpo"]);
+    assert!(grpo.clip_low + grpo.clip_high > 0.0);
+    let guard = guard_loss((&log_probs, &old), (&means, &old_means), (std, length), &advantages, eps)?;
+    check("guard", &guard.loss, &means, &flow["cases"]["guard"]);
+    check("kl", &velocity_kl(&means, &old_means, 0.7)?, &means, &flow["cases"]["kl"]);
+    let v = Var::from_tensor(&get("v"))?;
+    let (old, x_t, x0, t) = (get("old"), get("x_t"), get("x0"), tensor(&flow["t"], &[4]));
+    let batch = NftBatch { v: &v, old: &old, x_t: &x_t, x0: &x0, t: &t, advantages: &advantages };
+    check("nft", &nft_loss(&batch, number("nft_beta"))?, &v, &flow["cases"]["nft"]);
+    Ok(())
+}
+
+#[test]
+fn before_the_first_update_every_ratio_is_one() -> Result<()> {
+    let log_probs = Tensor::new(&[-1.3f32, 0.4], &Device::Cpu)?;
+    let advantages = Tensor::new(&[0.5f32, -2.0], &Device::Cpu)?;
+    let loss = flow_loss(&log_probs, &log_probs, &advantages, 1e-5)?;
+    assert_eq!((scalar(&loss.loss)?, loss.clip_low, loss.clip_high), (0.75, 0.0, 0.0));
+    let means = Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?;
+    let guard = guard_loss((&log_probs, &log_probs), (&means, &means), (0.3, 0.25), &advantages, 2e-6)?;
+    assert_eq!(scalar(&guard.loss)?, 3.0);
+    Ok(())
+}
+
+#[test]
+fn the_old_policy_follows_slower_and_slower() {
+    assert_eq!([0, 100, 500, 900].map(nft_decay), [0.0, 0.1, 0.5, 0.5]);
+}
+
+/// A linear layer with an adapter, and an optimiser for the adapter, as the fixture has them.
+fn policy(case: &Value) -> Result<(Linear, Adapter, Optimizer)> {
+    let matrix = |name: &str| {
+        let rows = case[name].as_array().expect("a matrix");
+        let flat: Vec<f32> = rows.iter().flat_map(numbers).map(|v| v as f32).collect();
+        Tensor::from_vec(flat, (rows.len(), numbers(&rows[0]).len()), &Device::Cpu)
+    };
+    let weight = matrix("weight")?;
+    let (out, inner) = weight.dims2()?;
+    let weight = HashMap::from([("lin.weight".into(), weight)]);
+    let factors = ["lora_A", "lora_B"].map(|name| Ok((format!("lin.{name}.weight"), matrix(name)?)));
+    let factors = factors.into_iter().collect::<Result<HashMap<_, _>>>()?;
+    let adapter = Adapter::loaded(2, 4.0, vec!["lin".into()], factors, 1.0, true);
+    let params = Params::loaded(weight, "a layer", DType::F32, &Device::Cpu).adapted(vec![adapter.clone()]);
+    let layer = Linear::new(inner, out, &params.at("lin"))?;
+    let config = OptimConfig {
+        muon: false,
+        lr: 1e-2,
+        betas: (0.9, 0.999),
+        weight_decay: 0.1,
+        clip: 0.05,
+        spike: 0.0,
+        ..OptimConfig::default()
+    };
+    let optimizer = Optimizer::new(&config, &adapter.vars(), optim::default_group)?;
+    Ok((layer, adapter, optimizer))
+}
+
+/// Whole training steps: each of the case's updates has its loss, the gradients of the adapter, and its new weights.
+fn updates(name: &str, case: &Value, loss: impl Fn(&Linear) -> Result<Tensor>) -> Result<()> {
+    let (layer, adapter, mut optimizer) = policy(case)?;
+    for (number, want) in case["updates"].as_array().expect("updates").iter().enumerate() {
+        let loss = loss(&layer)?;
+        close(scalar(&loss)?, want["loss"].as_f64().expect("a number"), &format!("{name}, loss {number}"));
+        let gradients = optim::named(&adapter.vars(), loss.backward()?);
+        let same = |what: &str, got: &Tensor, want: &Value| -> Result<()> {
+            let (got, want) = (got.flatten_all()?.to_vec1::<f32>()?, numbers(want));
+            assert_eq!(got.len(), want.len());
+            let got = got.into_iter().zip(want);
+            got.for_each(|(got, want)| close(f64::from(got), want, &format!("{name}, {what} {number}")));
+            Ok(())
+        };
+        for factor in ["lora_A", "lora_B"] {
+            same("gradient", &gradients[&format!("lin.{factor}.weight")], &want["gradients"][factor])?;
+        }
+        assert_eq!(optimizer.step(&gradients, 1.0)?.1, Outcome::Updated);
+        for factor in ["lora_A", "lora_B"] {
+            same("weight", adapter.vars()[&format!("lin.{factor}.weight")].as_tensor(), &want["weights"][factor])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn whole_updates_of_an_actor_are_those_of_pytorch_and_peft() -> Result<()> {
+    use TokenLossKind::*;
+    let golden = golden();
+    let steps = &golden["token_steps"];
+    let get = |name: &str| tensor(&steps[name], &[4, 6]);
+    let (x, ids) = (tensor(&steps["x"], &[4, 6, 5]), get("ids").to_dtype(DType::U32)?.unsqueeze(2)?);
+    let (old, reference, mask, advantages) =
+        (get("old"), get("reference"), get("mask"), tensor(&golden["sample_advantages"], &[4]));
+    for (name, kind) in
+        [("grpo", Grpo), ("bnpo", Bnpo), ("dr_grpo", DrGrpo), ("dapo", Dapo), ("cispo", Cispo), ("gspo", Gspo)]
+    {
+        let case = &steps["cases"][name];
+        let (eps, beta) = (numbers(&case["eps"]), case["beta"].as_f64().expect("a number"));
+        let config = TokenLoss { kind, eps_low: eps[0], eps_high: eps[1], beta, max_length: 9 };
+        updates(name, case, |layer| {
+            let logits = layer.forward(&x)?;
+            let log_probs = candle_nn::ops::log_softmax(&logits, 2)?.gather(&ids, 2)?.squeeze(2)?;
+            let (reference, active) = (Some(&reference), Some(30.0));
+            let batch = TokenBatch {
+                log_probs: &log_probs,
+                old: &old,
+                reference,
+                mask: &mask,
+                advantages: &advantages,
+                active,
+            };
+            Ok(token_loss(&config, &batch)?.loss)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn whole_updates_of_an_editor_are_those_of_pytorch_and_peft() -> Result<()> {
+    let golden = golden();
+    let steps = &golden["flow_steps"];
+    let get = |name: &str| tensor(&steps[name], &[4, 3, 5]);
+    let (x, next, old_means, x0, old_v) = (get("x"), get("next"), get("old_means"), get("x0"), get("old_v"));
+    let (t, advantages) = (tensor(&steps["t"], &[4]), tensor(&golden["sample_advantages"], &[4]));
+    let (eps, beta) = (steps["eps"].as_f64().expect("a number"), steps["nft_beta"].as_f64().expect("a number"));
+    let step = Policy { kind: Kind::FlowSde, noise: 0.9 }.step(0.7, 0.6);
+    let old = step.log_prob(&old_means, &next)?;
+    updates("grpo", &steps["cases"]["grpo"], |layer| {
+        let log_probs = step.log_prob(&step.mean(&x, &layer.forward(&x)?)?, &next)?;
+        Ok(flow_loss(&log_probs, &old, &advantages, eps)?.loss)
+    })?;
+    updates("grpo-guard", &steps["cases"]["guard"], |layer| {
+        let means = step.mean(&x, &layer.forward(&x)?)?;
+        let log_probs = step.log_prob(&means, &next)?;
+        Ok(guard_loss((&log_probs, &old), (&means, &old_means), (step.std, -step.d), &advantages, eps)?.loss)
+    })?;
+    updates("diffusion-nft", &steps["cases"]["nft"], |layer| {
+        let v = layer.forward(&x)?;
+        let batch = NftBatch { v: &v, old: &old_v, x_t: &x, x0: &x0, t: &t, advantages: &advantages };
+        Ok(nft_loss(&batch, beta)?)
+    })
+}
