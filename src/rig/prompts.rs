@@ -7,11 +7,12 @@
 //! | asked | answer |
 //! |---|---|
 //! | a claim ([`check`]) | `{"reflection": "large red ball 70 45, small blue cube 25 40", "verdict": "no"}` |
-//! | an edit ([`reflect`]) | `{"edit": "move the large red ball to the left of the small blue cube"}` |
+//! | an edit ([`reflect`]) | `{"reflection": "misplaced red ball left of blue cube", "edit": "move the red ball to the left of ..."}` |
 //! | the graph of a prompt ([`parse`]) | `{"objects": ["large red ball", ..], "relations": [[0, "left of", 1], ..]}` |
 //!
 //! The Checker looks before it decides: it first writes what the picture has of the claim and where, then the verdict. A
 //! verdict in one word from nothing is learned late and is a guess more often; what was seen is also what the Actor needs.
+//! The Actor, in turn, first sums up all that is wrong, and then mends one thing.
 
 use super::roles::{Claim, Verdict};
 use serde_json::{Value, json};
@@ -64,20 +65,23 @@ pub fn reflect(prompt: &str, verdicts: &[Verdict], earlier: &[String]) -> String
             text += &format!("\n- {edit}");
         }
     }
-    text + "\nWhat one edit makes it right? Answer in JSON with \"edit\"."
+    text + "\nWhat one edit makes it right? Answer in JSON with \"reflection\" (what is missing, too much or misplaced) and \"edit\"."
 }
 
 /// The answer to [`reflect`].
-pub fn edit(instruction: &str) -> String {
-    format!("{{\"edit\": {}}}", Value::from(instruction))
+pub fn edit(reflection: &str, instruction: &str) -> String {
+    format!("{{\"reflection\": {}, \"edit\": {}}}", Value::from(reflection), Value::from(instruction))
 }
 
 /// The JSON schema of an answer to [`reflect`].
 pub fn reflect_schema() -> Value {
     json!({
         "type": "object",
-        "properties": { "edit": { "type": "string", "minLength": 1, "maxLength": 200 } },
-        "required": ["edit"],
+        "properties": {
+            "reflection": { "type": "string", "maxLength": 240 },
+            "edit": { "type": "string", "minLength": 1, "maxLength": 200 }
+        },
+        "required": ["reflection", "edit"],
         "additionalProperties": false
     })
 }
@@ -126,7 +130,7 @@ mod tests {
         for (text, schema) in [
             (verdict("", true), check_schema()),
             (verdict("a \"quoted\" reason", false), check_schema()),
-            (edit("move the red ball"), reflect_schema()),
+            (edit("misplaced red ball", "move the red ball"), reflect_schema()),
         ] {
             let answer: Value = serde_json::from_str(&text).unwrap();
             let required = schema["required"].as_array().unwrap();
@@ -146,7 +150,7 @@ mod tests {
         assert_eq!(
             text,
             "The picture should show: a prompt\nWrong:\n- large red ball left of small blue cube (it is right of it)\n\
-             Edits so far:\n- move it\nWhat one edit makes it right? Answer in JSON with \"edit\"."
+             Edits so far:\n- move it\nWhat one edit makes it right? Answer in JSON with \"reflection\" (what is missing, too much or misplaced) and \"edit\"."
         );
     }
 

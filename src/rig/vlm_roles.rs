@@ -24,7 +24,7 @@ const ROWS: usize = 64;
 const TEMPERATURE: f64 = 0.7;
 /// Tokens of a reflection, of an edit and of a scene graph at most.
 const REFLECTION: usize = 56;
-const EDIT: usize = 64;
+const EDIT: usize = 96;
 const GRAPH: usize = 512;
 
 /// A vision-language model in the roles of Checker and Actor.

@@ -19,8 +19,8 @@ use candle_core::{D, DType, Device, Tensor};
 use image::RgbImage;
 use serde::Deserialize;
 
-/// Tokens of an edit at most.
-pub const EDIT: usize = 64;
+/// Tokens of an edit at most, with the reflection before it.
+pub const EDIT: usize = 96;
 
 /// Draws an edit for each `(picture, question)`, question `i` from `streams[i]`: as answered, and in words.
 pub fn write(

@@ -29,7 +29,7 @@ impl VlmObjective {
     pub fn measure(&self, split: Split, count: usize, objects: usize) -> Result<Metrics> {
         const AT_ONCE: usize = 16;
         let seed = self.seed ^ 0x5eed;
-        let sampling = Sampling { temperature: 0.0, max_tokens: 40 };
+        let sampling = Sampling { temperature: 0.0, max_tokens: 96 };
         let mut tally = Verdicts::default();
         let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
         for start in (0..count).step_by(AT_ONCE) {

@@ -89,7 +89,7 @@ pub fn phrases() -> Vec<String> {
         prompts::verdict(MARK, true).replace("yes", MARK),
         reflect(&[]),
         reflect(&[MARK.into(), MARK.into()]),
-        prompts::edit(MARK),
+        prompts::edit(MARK, MARK),
         prompts::parse(MARK),
         spaced(&json!({ "objects": [MARK, MARK] })),
         DESCRIBE.to_owned(),
@@ -324,7 +324,8 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
-            let row = Row { task: Task::Act, question, answer: prompts::edit(&sample.instruction) };
+            let reflection = plan::faults(&sample.scene.view(), &sample.graph);
+            let row = Row { task: Task::Act, question, answer: prompts::edit(&reflection, &sample.instruction) };
             (sample.scene, verdicts, vec![row])
         }
         None => {
@@ -354,7 +355,8 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let mut rows = vec![match edit {
         Some(edit) => {
             let question = prompts::reflect(prompt, &checks, &[]);
-            Row { task: Task::Act, question, answer: prompts::edit(&edit.plain()) }
+            let reflection = plan::faults(&reading.view, graph);
+            Row { task: Task::Act, question, answer: prompts::edit(&reflection, &edit.plain()) }
         }
         None => describe_row(&reading.view),
     }];

@@ -465,7 +465,10 @@ mod tests {
     use serde_json::json;
 
     fn vocabulary(phrases: &[&str]) -> (Arc<Vocabulary>, Chat) {
-        let texts = [prompts::verdict("the red ball is left of the cube", false), prompts::edit("move the \"ball\"")];
+        let texts = [
+            prompts::verdict("the red ball is left of the cube", false),
+            prompts::edit("too much", "move the \"ball\""),
+        ];
         let dir = tempfile::tempdir().unwrap();
         let vocabulary =
             vocabulary::train_with_phrases(texts.iter().cycle().take(40), 330 + SPECIALS.len(), phrases).unwrap();

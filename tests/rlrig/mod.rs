@@ -122,7 +122,7 @@ pub fn copy(from: &Path, to: &Path) {
 /// An untrained Qwen3-VL with a tokenizer of its own, as `save_pretrained` lays it out.
 fn write_vlm(folder: &Path) {
     fs::create_dir_all(folder).unwrap();
-    let texts = vec![prompts::verdict("red ball, blue cube", false), prompts::edit("move the ball")];
+    let texts = vec![prompts::verdict("red ball, blue cube", false), prompts::edit("misplaced ball", "move the ball")];
     vocabulary::train(texts, 400).unwrap().write(folder).unwrap();
     let chat = Chat::open(&Folder::from(folder)).unwrap();
     let token = |text: &str| chat.token(text).unwrap();

@@ -82,6 +82,34 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
     edits
 }
 
+/// All that `view` gets wrong of `graph`, in words: what is missing, what is too much, what has a wrong size, and which
+/// relations fail between objects that are there. Of each kind the first few, in the order that [`edits`] takes.
+pub fn faults(view: &View, graph: &SceneGraph) -> String {
+    const TOLD: usize = 3;
+    let (matching, truth) = (view.matching(graph), view.judge(graph));
+    let seen: Vec<Object> = view.objects.iter().map(super::view::Seen::object).collect();
+    let mut spare: Vec<usize> = (0..seen.len()).filter(|i| !matching.contains(&Some(*i))).collect();
+    let x = |i: &usize| view.objects[*i].bounds.centre().0;
+    spare.sort_by(|a, b| x(a).total_cmp(&x(b)));
+    let wanted = || graph.objects.iter().zip(&matching).zip(&truth.objects);
+    let placed = graph.relations.iter().zip(&truth.relations).filter_map(|(r, ok)| {
+        let (a, b) = (matching[r.subject]?, matching[r.object]?);
+        (!ok).then(|| format!("{} {} {}", name(&seen, a).phrase(), r.predicate, name(&seen, b).phrase()))
+    });
+    let kinds: [(&str, Vec<String>); 4] = [
+        ("missing", wanted().filter(|((_, at), _)| at.is_none()).map(|((o, _), _)| o.phrase()).collect()),
+        ("too much", spare.into_iter().map(|i| name(&seen, i).phrase()).collect()),
+        (
+            "wrong size",
+            wanted().filter(|(_, ok)| !**ok).filter_map(|((_, at), _)| Some(name(&seen, (*at)?).phrase())).collect(),
+        ),
+        ("misplaced", placed.collect()),
+    ];
+    let told = kinds.iter().filter(|(_, all)| !all.is_empty());
+    let told = told.map(|(kind, all)| format!("{kind} {}", all[..all.len().min(TOLD)].join(", ")));
+    told.collect::<Vec<_>>().join("; ")
+}
+
 /// A name for this one of `objects`: colour and shape, and the size where another one has both.
 fn name(objects: &[Object], index: usize) -> Object {
     let short = |o: &Object| (o.label.clone(), o.attributes[o.attributes.len().min(1)..].to_vec());
@@ -143,6 +171,43 @@ mod tests {
             let rng = &mut Stream::new(22, "plan right", index);
             let (scene, graph) = sample::draw(rng, Split::Train, 1, 3);
             assert!(edits(&scene.view(), &graph).is_empty());
+            assert_eq!(faults(&scene.view(), &graph), "");
+        }
+    }
+
+    #[test]
+    fn faults_are_told_by_kind() {
+        use crate::scene::{
+            parse::parse,
+            relation::BoundingBox,
+            tabletop::{view::Seen, world::Shape},
+        };
+        let seen = |shape, colour, size, x: f32| {
+            let bounds = BoundingBox { x0: x, y0: 50.0, x1: x + 20.0, y1: 70.0 };
+            Seen { shape, colour, size, bounds }
+        };
+        let objects = vec![
+            seen(Shape::Cube, Colour::Green, Size::Small, 90.0),
+            seen(Shape::Ball, Colour::Red, Size::Small, 60.0),
+            seen(Shape::Cone, Colour::Blue, Size::Large, 10.0),
+        ];
+        let view = View { objects, in_front: Vec::new() };
+        let graph = parse("large red ball left of blue cone; red ball left of yellow star").unwrap();
+        assert_eq!(
+            faults(&view, &graph),
+            "missing yellow star; too much green cube; wrong size red ball; misplaced red ball left of blue cone"
+        );
+    }
+
+    #[test]
+    fn what_is_missing_and_too_much_is_told_of_every_picture_that_misses_its_prompt() {
+        for index in 0..100 {
+            let rng = &mut Stream::new(24, "plan faults", index);
+            let (scene, _) = sample::draw(rng, Split::Train, 1, 3);
+            let (_, graph) = sample::draw(rng, Split::Train, 1, 3);
+            let (view, told) = (scene.view(), faults(&scene.view(), &graph));
+            assert_eq!(told.is_empty(), view.judge(&graph).perfect(), "{told}");
+            assert!(told.len() <= 240, "{told}");
         }
     }
 }
