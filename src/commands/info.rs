@@ -56,7 +56,10 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
         let score = turn.score.map_or(String::new(), |score| format!(", score {score:.3}"));
         let best = if i == t.best { ", the result" } else { "" };
         writeln!(out, "\nround {}{score}{best}", i + 1)?;
-        if let crate::rig::cycle::Action::Edit { source, instruction } = &turn.action {
+        if let crate::rig::cycle::Action::Edit { source, instruction, thought } = &turn.action {
+            if !thought.is_empty() {
+                writeln!(out, "  reflection: {}", printable(thought))?;
+            }
             writeln!(out, "  edit of round {}: {}", source + 1, printable(instruction))?;
         }
         for v in &turn.verdicts {

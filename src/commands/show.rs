@@ -54,8 +54,12 @@ impl Console {
                 self.bar.set_length(0);
                 self.bar.set_message(if jobs.len() > 1 { format!("{what} {}", jobs.len()) } else { what.to_owned() });
             }
-            Event::Reflected { job, instruction, .. } => {
-                self.say(&format!("{}  edit: {}", self.head(*job), printable(instruction)));
+            Event::Reflected { job, reflection, .. } => {
+                let head = self.head(*job);
+                if !reflection.thought.is_empty() {
+                    self.say(&format!("{head}  reflection: {}", printable(&reflection.thought)));
+                }
+                self.say(&format!("{head}  edit: {}", printable(&reflection.edit)));
             }
             Event::Turn { job, round, turn } => self.turn(*job, *round, turn),
             Event::Finished { .. } => {}

@@ -150,7 +150,7 @@ impl Made<'_> {
             prompt: sample.prompt.clone(),
             edit: match &turn.action {
                 Action::Draw => None,
-                Action::Edit { source, instruction } => {
+                Action::Edit { source, instruction, .. } => {
                     Some(Edited { from: source + 1, instruction: instruction.clone() })
                 }
             },
@@ -205,7 +205,7 @@ pub mod tests {
         let blank = RgbImage::from_pixel(128, 128, image::Rgb([225, 220, 210]));
         let mut turns = vec![turn(Action::Draw, blank, 0.0)];
         if mode != Mode::Diffuser {
-            let edit = Action::Edit { source: 0, instruction: "add all".into() };
+            let edit = Action::Edit { source: 0, instruction: "add all".into(), thought: String::new() };
             turns.push(turn(edit, render(&drawn.scene), 1.0));
         }
         let (best, ending) = (turns.len() - 1, Ending::Spent);

@@ -6,7 +6,7 @@
 use crate::{
     rig::{
         cycle::{Cast, Options},
-        roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Situation, Target, Verdict},
+        roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
     },
     tensor::rng::Stream,
 };
@@ -106,13 +106,13 @@ impl Editor for Anew<'_> {
 struct Rewriter;
 
 impl Actor for Rewriter {
-    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>> {
+    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<Reflection>> {
         let rewrite = |job: &Situation| {
             let said = |v: &&Verdict| !v.yes && !matches!(v.claim, Claim::Only(_));
             let mut missed: Vec<_> = job.verdicts.iter().filter(said).collect();
             missed.sort_by(|a, b| a.p_yes.total_cmp(&b.p_yes));
             let parts = missed.iter().map(|v| v.claim.to_string()).chain([job.target.prompt.clone()]);
-            parts.collect::<Vec<_>>().join("; ")
+            Reflection { thought: String::new(), edit: parts.collect::<Vec<_>>().join("; ") }
         };
         Ok(jobs.iter().map(rewrite).collect())
     }
@@ -169,20 +169,20 @@ mod tests {
         let situation =
             Situation { target: &target, picture: &picture, verdicts: &verdicts, earlier: &[], seed: 5, round: 1 };
         let written = Rewriter.reflect(&[situation]).unwrap();
-        assert_eq!(written, ["blue cube; red ball; a scene"]);
+        assert_eq!(written[0].edit, "blue cube; red ball; a scene");
 
         let memory = Memory::default();
         let edit = |round| Edit {
             target: &target,
             picture: &picture,
             verdicts: &verdicts,
-            instruction: &written[0],
+            instruction: &written[0].edit,
             seed: 5,
             round,
         };
         Anew(&memory).edit(&[edit(1), edit(2), edit(1)]).unwrap();
         let asked = memory.0.borrow();
-        assert!(asked.iter().all(|(prompt, seed)| prompt == &written[0] && *seed != 5));
+        assert!(asked.iter().all(|(prompt, seed)| prompt == &written[0].edit && *seed != 5));
         assert!(asked[0].1 != asked[1].1 && asked[0].1 == asked[2].1);
     }
 }

@@ -9,7 +9,7 @@
 //! built upon, and the result is the best picture by the Checker's score, not the last.
 
 use super::roles::{
-    Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Situation, Target, Verdict, expect_each, score,
+    Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict, expect_each, score,
 };
 use crate::tensor::rng::Stream;
 use anyhow::{Result, ensure};
@@ -59,6 +59,9 @@ pub enum Action {
     Edit {
         source: usize,
         instruction: String,
+        /// What the Actor found wrong.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        thought: String,
     },
 }
 
@@ -138,7 +141,7 @@ pub enum Event<'a> {
     /// A stage begins for these jobs.
     Stage { stage: Stage, jobs: &'a [usize] },
     /// The Actor has written an edit for round `round`.
-    Reflected { job: usize, round: usize, instruction: &'a str },
+    Reflected { job: usize, round: usize, reflection: &'a Reflection },
     /// A round is complete.
     Turn { job: usize, round: usize, turn: &'a Turn },
     /// A job is done. One that is cancelled before its first picture gets no such event.
@@ -308,10 +311,10 @@ impl Cycle<'_> {
                 round: s.turns.len(),
             })
             .collect();
-        let instructions = expect_each("the Actor", situations.len(), self.cast.actor.reflect(&situations)?)?;
+        let reflections = expect_each("the Actor", situations.len(), self.cast.actor.reflect(&situations)?)?;
         let reflect = share(start, states.len());
-        for (state, instruction) in states.iter().zip(&instructions) {
-            (self.observe)(Event::Reflected { job: state.job, round: state.turns.len() + 1, instruction })?;
+        for (state, reflection) in states.iter().zip(&reflections) {
+            (self.observe)(Event::Reflected { job: state.job, round: state.turns.len() + 1, reflection })?;
         }
 
         if !self.begin(Stage::Edit, states)? {
@@ -320,20 +323,20 @@ impl Cycle<'_> {
         let start = Instant::now();
         let edits: Vec<Edit> = situations
             .iter()
-            .zip(&instructions)
-            .map(|(s, instruction)| Edit {
+            .zip(&reflections)
+            .map(|(s, reflection)| Edit {
                 target: s.target,
                 picture: s.picture,
                 verdicts: s.verdicts,
-                instruction,
+                instruction: &reflection.edit,
                 seed: s.seed,
                 round: s.round,
             })
             .collect();
         let pictures = expect_each("the Editor", edits.len(), self.cast.editor.edit(&edits)?)?;
         let seconds = Seconds { reflect, paint: share(start, states.len()), ..Seconds::default() };
-        let made = sources.iter().zip(instructions).zip(pictures).map(|(((source, _), instruction), picture)| Made {
-            action: Action::Edit { source: *source, instruction },
+        let made = sources.iter().zip(reflections).zip(pictures).map(|(((source, _), reflection), picture)| Made {
+            action: Action::Edit { source: *source, instruction: reflection.edit, thought: reflection.thought },
             picture,
             seconds,
         });

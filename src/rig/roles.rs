@@ -166,6 +166,15 @@ pub struct Situation<'a> {
     pub round: usize,
 }
 
+/// What the Actor writes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reflection {
+    /// All that is wrong, in its words; it may be silent about it.
+    pub thought: String,
+    /// The edit that mends some of it.
+    pub edit: String,
+}
+
 /// A picture to edit.
 #[derive(Clone, Copy, Debug)]
 pub struct Edit<'a> {
@@ -191,7 +200,7 @@ pub trait Checker {
 
 /// Reflects on what is wrong and writes the next edit.
 pub trait Actor {
-    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>>;
+    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<Reflection>>;
 }
 
 /// Carries an edit out.

@@ -182,7 +182,10 @@ impl Turn {
     fn card(&self, index: usize, best: bool, image: &RgbImage) -> Card {
         let action = match &self.action {
             Action::Draw => "Drawn from the prompt".to_owned(),
-            Action::Edit { source, instruction } => format!("Edit of round {}: {instruction}", source + 1),
+            Action::Edit { source, instruction, thought } => {
+                let thought = if thought.is_empty() { String::new() } else { format!(" ({thought})") };
+                format!("Edit of round {}: {instruction}{thought}", source + 1)
+            }
         };
         let findings = self.verdicts.iter().map(|v| Finding {
             text: v.claim.to_string(),
@@ -261,7 +264,14 @@ mod tests {
             },
             turns: vec![
                 turn(Action::Draw, false),
-                turn(Action::Edit { source: 0, instruction: "add a red ball".into() }, true),
+                turn(
+                    Action::Edit {
+                        source: 0,
+                        instruction: "add a red ball".into(),
+                        thought: "missing red ball".into(),
+                    },
+                    true,
+                ),
             ],
             best: 1,
             ending: Ending::Accepted,

@@ -6,7 +6,7 @@
 
 use super::{
     prompts,
-    roles::{Actor, Checker, Claim, Picture, Situation, Target, Verdict},
+    roles::{Actor, Checker, Claim, Picture, Reflection, Situation, Target, Verdict},
 };
 use crate::{
     scene::graph::{Object, Relation, SceneGraph},
@@ -140,9 +140,10 @@ impl Checker for Critic {
 }
 
 impl Actor for Critic {
-    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<String>> {
+    fn reflect(&self, jobs: &[Situation]) -> Result<Vec<Reflection>> {
         #[derive(Deserialize)]
         struct Answer {
+            reflection: String,
             edit: String,
         }
         let schema = prompts::reflect_schema();
@@ -160,7 +161,8 @@ impl Actor for Critic {
             let sampling = Sampling { temperature, max_tokens: EDIT };
             let looked = self.actor.look(&pictures)?;
             for written in self.actor.answer(&looked, &questions, &schema, sampling, &streams)? {
-                edits.push(read::<Answer>(&self.actor.chat.decode(&written.ids)?)?.edit);
+                let Answer { reflection: thought, edit } = read(&self.actor.chat.decode(&written.ids)?)?;
+                edits.push(Reflection { thought, edit });
             }
         }
         Ok(edits)
