@@ -41,10 +41,10 @@ pub fn run(args: Generate) -> Result<()> {
         width: args.batch,
     };
     open::check_accept(options.accept)?;
-    open::check_draws(options.draws, options.rounds)?;
     if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&options.width) {
         usage!("--rounds is 1 to 100, and --batch 1 to 4096");
     }
+    open::check_draws(options.draws, options.rounds)?;
     let strict =
         [&args.models.model, &args.models.vlm].iter().all(|m| m.as_deref().is_none_or(|m| m == built_in::NAME));
     let asks = match &from {

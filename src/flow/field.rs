@@ -1,10 +1,7 @@
 //! The transformer's velocity as a field that the samplers can follow: text, reference pictures and guidance bound to it.
 
 use super::{sampler::Velocity, watch::Progress};
-use crate::{
-    models::flux2::{Angles, Conditioning, Flux2, image_positions, text_positions},
-    tensor::device::side_by_side,
-};
+use crate::models::flux2::{Angles, Conditioning, Flux2, image_positions, text_positions};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use std::{
@@ -124,21 +121,16 @@ impl<'a> Field<'a> {
         sigma: &Tensor,
         rows: Range<usize>,
     ) -> candle_core::Result<Tensor> {
-        let (n, count) = (image.dim(1)?, rows.len());
-        let (text, references, angles) = (&self.text, &self.references, &self.angles);
-        let parts = side_by_side(image.device(), count, |part| {
-            let of_batch = |all: &Tensor| all.narrow(0, rows.start + part.start, part.len());
-            let mut image = image.narrow(0, part.start, part.len())?;
-            if let Some(references) = references {
-                image = Tensor::cat(&[image, of_batch(references)?], 1)?; // (part, N + M, C)
-            }
-            let given = Conditioning { text: &of_batch(text)?, sigma, guidance: None, angles };
-            let v = transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
-            v.narrow(1, 0, n)?.to_dtype(DType::F32)
-        });
-        self.evaluations.fetch_add(count as u64, Ordering::Relaxed);
-        let mut parts = parts.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
-        if parts.len() == 1 { Ok(parts.remove(0)) } else { Tensor::cat(&parts, 0) }
+        let n = image.dim(1)?;
+        let some = |all: &Tensor| all.narrow(0, rows.start, rows.len());
+        let image = match &self.references {
+            Some(references) => Tensor::cat(&[image, &some(references)?], 1)?, // (rows, N + M, C)
+            None => image.clone(),
+        };
+        let given = Conditioning { text: &some(&self.text)?, sigma, guidance: None, angles: &self.angles };
+        let v = transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
+        self.evaluations.fetch_add(rows.len() as u64, Ordering::Relaxed);
+        v.narrow(1, 0, n)?.to_dtype(DType::F32)
     }
 }
 

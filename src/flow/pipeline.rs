@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     models::{Adapter, Folder, Params, autoencoder, flux2},
-    tensor::{device::side_by_side, rng::Stream},
+    tensor::rng::Stream,
     usage,
     vlm::text_encoder::TextEncoder,
 };
@@ -326,8 +326,7 @@ impl Klein {
             let (_, h, w) = same[0].dims3()?;
             let together = (DECODED_PIXELS / (h * w * side * side)).max(1);
             for batch in same.chunks(together) {
-                let parts = side_by_side(&self.device, batch.len(), |part| self.decode_together(&batch[part]));
-                parts.into_iter().try_for_each(|part| anyhow::Ok(pictures.extend(part?)))?;
+                pictures.extend(self.decode_together(batch)?);
             }
         }
         Ok(pictures)

@@ -1,8 +1,7 @@
 //! The devices that tensors may live on: which there are, which is preferred, and why one cannot be used.
 
 use candle_core::{Device, utils};
-use rayon::prelude::*;
-use std::{ops::Range, sync::OnceLock};
+use std::sync::OnceLock;
 
 /// A kind of device beside the CPU. Each is opened once: tensors of two openings could not meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,20 +63,6 @@ pub fn best() -> Device {
     Accelerator::PREFERRED.iter().find_map(|kind| kind.open().ok()).unwrap_or(Device::Cpu)
 }
 
-/// The results of `work` on the parts of a batch of `rows`, in order. On the CPU there is a part for each thread: one row
-/// after the other on one thread is faster than each operation on all of them. Elsewhere, and on a thread that has such a
-/// part already, there is one.
-pub fn side_by_side<T: Send>(device: &Device, rows: usize, work: impl Fn(Range<usize>) -> T + Sync) -> Vec<T> {
-    let idle = device.is_cpu() && rayon::current_thread_index().is_none();
-    let threads = if idle { rayon::current_num_threads() } else { 1 };
-    let size = rows.div_ceil(threads.max(1)).max(1);
-    let parts: Vec<Range<usize>> = (0..rows).step_by(size).map(|start| start..(start + size).min(rows)).collect();
-    match parts.as_slice() {
-        [one] => vec![work(one.clone())],
-        parts => parts.par_iter().map(|part| work(part.clone())).collect(),
-    }
-}
-
 /// What is known of a device: its model, what its kernels may use, and its memory.
 pub fn describe(device: &Device) -> Option<String> {
     match device {
@@ -113,17 +98,6 @@ mod tests {
         }
         let usable = Accelerator::PREFERRED.iter().filter_map(|kind| kind.open().ok()).next();
         assert_eq!(best().is_cpu(), usable.is_none());
-    }
-
-    #[test]
-    fn parts_are_whole_and_in_order() {
-        for rows in [0, 1, 2, 7, 64] {
-            let parts = side_by_side(&Device::Cpu, rows, |part| part);
-            assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
-            assert!(parts.len() <= rayon::current_num_threads() && parts.iter().all(|part| !part.is_empty()));
-            let within = rayon::join(|| side_by_side(&Device::Cpu, rows, |part| part), || ()).0;
-            assert!(within.len() <= 1);
-        }
     }
 
     #[test]

@@ -326,7 +326,8 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
         Some(Repair { sample, verdicts, question }) => {
             let reflection = plan::faults(&sample.scene.view(), &sample.graph);
             let row = Row { task: Task::Act, question, answer: prompts::edit(&reflection, &sample.instruction) };
-            (sample.scene, verdicts, vec![row])
+            let describe = describe_row(&sample.scene.view());
+            (sample.scene, verdicts, vec![row, describe])
         }
         None => {
             let sample = tasks::check(seed, split, index, mix.objects);
@@ -352,14 +353,12 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let Drawn { prompt, graph, reading, .. } = drawn;
     let mut checks = verdicts(&reading.view, graph);
     let edit = if rng.chance(mix.act) { mending(&mut rng, reading, graph) } else { None };
-    let mut rows = vec![match edit {
-        Some(edit) => {
-            let question = prompts::reflect(prompt, &checks, &[]);
-            let reflection = plan::faults(&reading.view, graph);
-            Row { task: Task::Act, question, answer: prompts::edit(&reflection, &edit.plain()) }
-        }
-        None => describe_row(&reading.view),
-    }];
+    let mut rows = vec![describe_row(&reading.view)];
+    rows.extend(edit.map(|edit| {
+        let question = prompts::reflect(prompt, &checks, &[]);
+        let reflection = plan::faults(&reading.view, graph);
+        Row { task: Task::Act, question, answer: prompts::edit(&reflection, &edit.plain()) }
+    }));
     rng.shuffle(&mut checks);
     checks.truncate(mix.claims);
     checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, Split::Train, &reading.view)));

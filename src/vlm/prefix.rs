@@ -5,10 +5,7 @@ use super::{
     Vlm,
     decode::{Answer, Constrained, Pictures, Sampling, Session, answer},
 };
-use crate::{
-    models::qwen3_vl::Patches,
-    tensor::{device::side_by_side, rng::Stream},
-};
+use crate::{models::qwen3_vl::Patches, tensor::rng::Stream};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use serde_json::Value;
@@ -133,11 +130,8 @@ impl Vlm {
         let grammar = self.grammar(schema)?;
         let (head, progress) = grammar.forced(grammar.begin())?;
         let constrained = Some(Constrained { grammar: &grammar, progress, words });
-        let parts = side_by_side(self.model.decoder.device(), questions.len(), |part| {
-            let (session, logits) = looked.ask(&questions[part.clone()], &head)?;
-            answer(session, logits, sampling, &self.ends, constrained, &mut streams[part].to_vec())
-        });
-        let mut answers: Vec<Answer> = parts.into_iter().collect::<Result<Vec<_>>>()?.concat();
+        let (session, logits) = looked.ask(questions, &head)?;
+        let mut answers = answer(session, logits, sampling, &self.ends, constrained, &mut streams.to_vec())?;
         answers.iter_mut().for_each(|answer| answer.precede(&head));
         Ok(answers)
     }

@@ -192,7 +192,7 @@ mod tests {
             seen(Shape::Cone, Colour::Blue, Size::Large, 10.0),
         ];
         let view = View { objects, in_front: Vec::new() };
-        let graph = parse("large red ball left of blue cone; red ball left of yellow star").unwrap();
+        let graph = parse("large red ball left of blue cone; large red ball left of yellow star").unwrap();
         assert_eq!(
             faults(&view, &graph),
             "missing yellow star; too much green cube; wrong size red ball; misplaced red ball left of blue cone"
