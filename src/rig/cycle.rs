@@ -11,10 +11,12 @@
 use super::roles::{
     Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict, expect_each, score,
 };
-use crate::tensor::rng::Stream;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
+
+/// Between the seeds of a job's drawings: 2^64 over the golden ratio.
+const ANEW: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The roles, by whoever plays them.
 #[derive(Clone, Copy)]
@@ -278,10 +280,8 @@ impl Cycle<'_> {
             return Ok(None);
         }
         let start = Instant::now();
-        let seed = |s: &State, job: &Job| match s.turns.len() as u64 {
-            0 => job.seed,
-            round => Stream::new(job.seed, "draw anew", round).next_u64(),
-        };
+        // Seeds far from each other and from those that count up.
+        let seed = |s: &State, job: &Job| job.seed.wrapping_add(ANEW.wrapping_mul(s.turns.len() as u64));
         let draw = |s: &&State| Draw { target: &self.jobs[s.job].target, seed: seed(s, &self.jobs[s.job]) };
         let jobs: Vec<Draw> = states.iter().map(draw).collect();
         let pictures = expect_each("the Diffuser", jobs.len(), self.cast.diffuser.draw(&jobs)?)?;
