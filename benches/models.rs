@@ -50,7 +50,7 @@ fn main() -> Result<()> {
     let folder = Folder::from(Path::new(WEIGHTS)).require("vlm")?;
     let vlm = Vlm::of(Qwen3VL::open(&folder, DType::F32, &device)?, &folder)?;
     let picture = RgbImage::from_fn(w, h, |x, y| image::Rgb([x as u8, y as u8, 128]));
-    let text = prompts::edit(PROMPT);
+    let text = prompts::edit("misplaced red ball", PROMPT);
     best("answer 24", 5, || {
         let looked = vlm.look(&[&picture])?;
         let (session, logits) = looked.ask(&[Question { picture: Some(0), text: &text }], &[])?;
