@@ -65,7 +65,8 @@ pub fn reflect(prompt: &str, verdicts: &[Verdict], earlier: &[String]) -> String
             text += &format!("\n- {edit}");
         }
     }
-    text + "\nWhat one edit makes it right? Answer in JSON with \"reflection\" (what is missing, too much or misplaced) and \"edit\"."
+    text + "\nWhat one edit makes it right? Answer in JSON with \"reflection\" (what is missing, too much or misplaced) and \
+            \"edit\"."
 }
 
 /// The answer to [`reflect`].
@@ -150,7 +151,8 @@ mod tests {
         assert_eq!(
             text,
             "The picture should show: a prompt\nWrong:\n- large red ball left of small blue cube (it is right of it)\n\
-             Edits so far:\n- move it\nWhat one edit makes it right? Answer in JSON with \"reflection\" (what is missing, too much or misplaced) and \"edit\"."
+             Edits so far:\n- move it\nWhat one edit makes it right? Answer in JSON with \"reflection\" (what is \
+             missing, too much or misplaced) and \"edit\"."
         );
     }
 

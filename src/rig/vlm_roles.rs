@@ -22,9 +22,9 @@ use std::{ops::Range, sync::Arc};
 const ROWS: usize = 64;
 /// The temperature of an Actor whose first edit did not help: the same words again would not help either.
 const TEMPERATURE: f64 = 0.7;
-/// Tokens of a reflection, of an edit and of a scene graph at most.
-const REFLECTION: usize = 56;
-const EDIT: usize = 96;
+/// Tokens at most of a verdict with its reflection, of an edit with its own, and of a scene graph.
+pub const VERDICT: usize = 56;
+pub const EDIT: usize = 96;
 const GRAPH: usize = 512;
 
 /// A vision-language model in the roles of Checker and Actor.
@@ -72,7 +72,7 @@ impl Critic {
             asked.iter().zip(&texts).map(|((i, _), text)| Question { picture: Some(*i), text }).collect();
         let looked = self.checker.look(&pictures)?;
         let schema = prompts::check_schema();
-        let decisions = self.checker.decide(&looked, &questions, &schema, prompts::VERDICTS, REFLECTION)?;
+        let decisions = self.checker.decide(&looked, &questions, &schema, prompts::VERDICTS, VERDICT)?;
         let mut verdicts: Vec<Vec<Verdict>> = jobs.iter().map(|_| Vec::new()).collect();
         for ((i, claim), decision) in asked.iter().zip(decisions) {
             // To four digits: what is behind them differs between machines.

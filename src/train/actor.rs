@@ -20,12 +20,15 @@ use super::{
     grpo_config::{GroupConfig, GrpoConfig},
     objective_diffuser::tiled,
     pose::{Poser, Problem, Source, TOGETHER},
-    replay::{Asked, EDIT, drawn, replay, write},
+    replay::{Asked, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
 };
 use crate::{
     models::{Adapter, built_in, peft},
-    rig::roles::{Checker, Edit, Editor, Picture, Target, Verdict, score},
+    rig::{
+        roles::{Checker, Edit, Editor, Picture, Target, Verdict, score},
+        vlm_roles::EDIT,
+    },
     scene::{
         graph::SceneGraph,
         tabletop::{edit, split::Split},

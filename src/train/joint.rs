@@ -28,7 +28,7 @@ use super::{
     optim,
     pixels::{preserved, still},
     pose::{Poser, Problem, TOGETHER},
-    replay::{Asked, EDIT, Replay, drawn, replay, write},
+    replay::{Asked, Replay, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
 };
 use crate::{
@@ -38,6 +38,7 @@ use crate::{
         cycle::{self, Cast},
         prompts,
         roles::{Checker, Picture, Target, Verdict, score},
+        vlm_roles::EDIT,
     },
     scene::{
         graph::SceneGraph,

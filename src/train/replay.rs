@@ -6,7 +6,7 @@
 
 use crate::{
     models::qwen3_vl::rope_positions,
-    rig::prompts,
+    rig::{prompts, vlm_roles::EDIT},
     tensor::{Mask, cross_entropy, rng::Stream},
     vlm::{
         Vlm,
@@ -18,9 +18,6 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use image::RgbImage;
 use serde::Deserialize;
-
-/// Tokens of an edit at most, with the reflection before it.
-pub const EDIT: usize = 96;
 
 /// Draws an edit for each `(picture, question)`, question `i` from `streams[i]`: as answered, and in words.
 pub fn write(

@@ -7,6 +7,7 @@ use crate::{
         calibration::calibration_error,
         prompts,
         roles::{Claim, Verdict},
+        vlm_roles::{EDIT, VERDICT},
     },
     scene::tabletop::{
         render::render,
@@ -29,7 +30,7 @@ impl VlmObjective {
     pub fn measure(&self, split: Split, count: usize, objects: usize) -> Result<Metrics> {
         const AT_ONCE: usize = 16;
         let seed = self.seed ^ 0x5eed;
-        let sampling = Sampling { temperature: 0.0, max_tokens: 96 };
+        let sampling = Sampling { temperature: 0.0, max_tokens: EDIT };
         let mut tally = Verdicts::default();
         let (mut edits, mut formed, mut helped) = (0.0, 0.0, 0.0);
         for start in (0..count).step_by(AT_ONCE) {
@@ -92,7 +93,7 @@ impl Verdicts {
         };
         let asked: Vec<(usize, String, Verdict)> = truths.enumerate().flat_map(of).collect();
         let questions: Vec<Question> = asked.iter().map(|(i, text, _)| Question { picture: Some(*i), text }).collect();
-        let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, 56)?;
+        let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, VERDICT)?;
         for ((.., truth), decision) in asked.iter().zip(decisions) {
             let p = decision.probability;
             let kind = match truth.claim {

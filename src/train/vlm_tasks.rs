@@ -145,22 +145,29 @@ const TOLD: usize = 6;
 
 /// What is in a picture and where, from left to right.
 fn inventory(view: &View) -> Vec<String> {
-    let mut seen: Vec<&Seen> = view.objects.iter().collect();
-    seen.sort_by(|a, b| a.bounds.centre().0.total_cmp(&b.bounds.centre().0));
-    seen.into_iter().take(TOLD).map(place).collect()
+    view.left_to_right().into_iter().take(TOLD).map(|i| place(&view.objects[i])).collect()
+}
+
+fn verdict(claim: Claim, yes: bool, reflection: String) -> Verdict {
+    Verdict { claim, yes, p_yes: f64::from(u8::from(yes)), reflection }
 }
 
 /// The verdicts on all claims of a graph about what is seen, and on there being nothing else, each with what is seen of it.
 pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
+    let mut verdicts = stated(view, graph);
+    if !graph.objects.is_empty() {
+        let only = Claim::Only(graph.objects.iter().map(Object::phrase).collect());
+        let seen = if view.objects.is_empty() { NOTHING.to_owned() } else { inventory(view).join(", ") };
+        verdicts.push(verdict(only, view.judge(graph).extra == 0, seen));
+    }
+    verdicts
+}
+
+/// Those on what the graph states.
+fn stated(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
     let matching = view.matching(graph);
     let truth = view.judge(graph);
     let seen = |i: usize| evidence(view, &graph.objects[i], matching[i]);
-    let verdict = |claim: Claim, yes: bool, reflection: String| Verdict {
-        claim,
-        yes,
-        p_yes: f64::from(u8::from(yes)),
-        reflection,
-    };
     let objects = graph
         .objects
         .iter()
@@ -174,13 +181,7 @@ pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
         };
         verdict(claim(&claimed), *holds, format!("{}, {}", seen(relation.subject), seen(relation.object)))
     });
-    let mut verdicts: Vec<Verdict> = objects.chain(relations).collect();
-    if !graph.objects.is_empty() {
-        let only = Claim::Only(graph.objects.iter().map(Object::phrase).collect());
-        let seen = if view.objects.is_empty() { NOTHING.to_owned() } else { inventory(view).join(", ") };
-        verdicts.push(verdict(only, truth.extra == 0, seen));
-    }
-    verdicts
+    objects.chain(relations).collect()
 }
 
 /// The question of a claim, and its verdict as the answer.
@@ -262,8 +263,7 @@ fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
             let object = if wanted { seen(rng, view) } else { unlike(rng, view) };
             SceneGraph { objects: vec![object], relations: Vec::new() }
         };
-        // The claim itself, and not that nothing else is there.
-        let verdict = verdicts(view, &graph).into_iter().rev().nth(1)?;
+        let verdict = stated(view, &graph).pop()?;
         if verdict.yes == wanted {
             return Some(verdict);
         }

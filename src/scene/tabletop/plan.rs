@@ -4,7 +4,7 @@
 
 use super::{
     edit::Edit,
-    view::View,
+    view::{Judgement, Seen, View},
     world::{Colour, Size},
 };
 use crate::scene::{
@@ -12,18 +12,33 @@ use crate::scene::{
     relation::Spatial,
 };
 
+/// A picture held against a graph.
+struct Comparison {
+    /// The seen object of each of the graph's.
+    matching: Vec<Option<usize>>,
+    truth: Judgement,
+    /// All that is seen, in full.
+    seen: Vec<Object>,
+    /// What the graph does not ask for, from left to right.
+    spare: Vec<usize>,
+}
+
+impl Comparison {
+    fn of(view: &View, graph: &SceneGraph) -> Self {
+        let matching = view.matching(graph);
+        let spare = view.left_to_right().into_iter().filter(|i| !matching.contains(&Some(*i))).collect();
+        let seen = view.objects.iter().map(Seen::object).collect();
+        Self { truth: view.judge(graph), matching, seen, spare }
+    }
+}
+
 /// Edits each of which would mend something that `view` gets wrong of `graph`: objects that are wrong or missing,
 /// relations that fail between objects that are there, and objects too many. Empty if nothing is wrong.
 ///
 /// They come in the order of the graph, the plainest for each fault first, and name objects by colour and shape: the first
 /// that helps is the same for the same picture, which makes it a rule to learn.
 pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
-    let matching = view.matching(graph);
-    let truth = view.judge(graph);
-    let seen: Vec<Object> = view.objects.iter().map(super::view::Seen::object).collect();
-    let mut spare: Vec<usize> = (0..seen.len()).filter(|i| !matching.contains(&Some(*i))).collect();
-    let x = |i: &usize| view.objects[*i].bounds.centre().0;
-    spare.sort_by(|a, b| x(a).total_cmp(&x(b)));
+    let Comparison { matching, truth, seen, mut spare } = Comparison::of(view, graph);
     let mut edits = Vec::new();
     for (i, wanted) in graph.objects.iter().enumerate() {
         let colour = wanted.attributes.iter().find_map(|a| Colour::from_name(a));
@@ -86,11 +101,7 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
 /// relations fail between objects that are there. Of each kind the first few, in the order that [`edits`] takes.
 pub fn faults(view: &View, graph: &SceneGraph) -> String {
     const TOLD: usize = 3;
-    let (matching, truth) = (view.matching(graph), view.judge(graph));
-    let seen: Vec<Object> = view.objects.iter().map(super::view::Seen::object).collect();
-    let mut spare: Vec<usize> = (0..seen.len()).filter(|i| !matching.contains(&Some(*i))).collect();
-    let x = |i: &usize| view.objects[*i].bounds.centre().0;
-    spare.sort_by(|a, b| x(a).total_cmp(&x(b)));
+    let Comparison { matching, truth, seen, spare } = Comparison::of(view, graph);
     let wanted = || graph.objects.iter().zip(&matching).zip(&truth.objects);
     let placed = graph.relations.iter().zip(&truth.relations).filter_map(|(r, ok)| {
         let (a, b) = (matching[r.subject]?, matching[r.object]?);
@@ -177,11 +188,7 @@ mod tests {
 
     #[test]
     fn faults_are_told_by_kind() {
-        use crate::scene::{
-            parse::parse,
-            relation::BoundingBox,
-            tabletop::{view::Seen, world::Shape},
-        };
+        use crate::scene::{parse::parse, relation::BoundingBox, tabletop::world::Shape};
         let seen = |shape, colour, size, x: f32| {
             let bounds = BoundingBox { x0: x, y0: 50.0, x1: x + 20.0, y1: 70.0 };
             Seen { shape, colour, size, bounds }

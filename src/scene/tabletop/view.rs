@@ -95,6 +95,14 @@ impl View {
         }
     }
 
+    /// The numbers of the objects from left to right.
+    pub fn left_to_right(&self) -> Vec<usize> {
+        let x = |i: &usize| self.objects[*i].bounds.centre().0;
+        let mut numbers: Vec<usize> = (0..self.objects.len()).collect();
+        numbers.sort_by(|a, b| x(a).total_cmp(&x(b)));
+        numbers
+    }
+
     /// Whether every direction between any two objects clearly holds or clearly does not.
     pub fn unambiguous(&self, margin: f32) -> bool {
         let n = self.objects.len();

@@ -36,6 +36,31 @@ fn check(name: &str, loss: &Tensor, leaf: &Tensor, case: &Value) {
     }
 }
 
+/// The losses over tokens by their names in the fixture.
+const TOKEN_LOSSES: [(&str, TokenLossKind); 6] = [
+    ("grpo", TokenLossKind::Grpo),
+    ("bnpo", TokenLossKind::Bnpo),
+    ("dr_grpo", TokenLossKind::DrGrpo),
+    ("dapo", TokenLossKind::Dapo),
+    ("cispo", TokenLossKind::Cispo),
+    ("gspo", TokenLossKind::Gspo),
+];
+
+/// The loss of a case, of log-probabilities against the old policy and the reference of `tokens`.
+fn token_case(
+    (kind, case): (TokenLossKind, &Value),
+    tokens: &Value,
+    log_probs: &Tensor,
+    advantages: &Tensor,
+) -> Result<Loss> {
+    let get = |name: &str| tensor(&tokens[name], &[4, 6]);
+    let (old, reference, mask, eps) = (get("old"), get("reference"), get("mask"), numbers(&case["eps"]));
+    let beta = case["beta"].as_f64().expect("a number");
+    let config = TokenLoss { kind, eps_low: eps[0], eps_high: eps[1], beta, max_length: 9 };
+    let (reference, active) = (Some(&reference), Some(30.0));
+    token_loss(&config, &TokenBatch { log_probs, old: &old, reference, mask: &mask, advantages, active })
+}
+
 #[test]
 fn advantages_are_those_of_pytorch() -> Result<()> {
     let golden = &golden()["advantages"];
@@ -83,35 +108,20 @@ fn advantages_are_bounded() -> Result<()> {
 
 #[test]
 fn token_losses_are_those_of_pytorch() -> Result<()> {
-    use TokenLossKind::*;
     let golden = golden();
     let tokens = &golden["tokens"];
     let get = |name: &str| tensor(&tokens[name], &[4, 6]);
     let advantages = tensor(&golden["sample_advantages"], &[4]);
-    for (name, kind) in
-        [("grpo", Grpo), ("bnpo", Bnpo), ("dr_grpo", DrGrpo), ("dapo", Dapo), ("cispo", Cispo), ("gspo", Gspo)]
-    {
+    for (name, kind) in TOKEN_LOSSES {
         let case = &tokens["cases"][name];
-        let eps = numbers(&case["eps"]);
-        let beta = case["beta"].as_f64().expect("a number");
-        let config = TokenLoss { kind, eps_low: eps[0], eps_high: eps[1], beta, max_length: 9 };
         let log_probs = Var::from_tensor(&get("log_probs"))?;
-        let (old, reference, mask) = (get("old"), get("reference"), get("mask"));
-        let batch = TokenBatch {
-            log_probs: &log_probs,
-            old: &old,
-            reference: Some(&reference),
-            mask: &mask,
-            advantages: &advantages,
-            active: Some(30.0),
-        };
-        let loss = token_loss(&config, &batch)?;
+        let loss = token_case((kind, case), tokens, &log_probs, &advantages)?;
         check(name, &loss.loss, &log_probs, case);
-        if beta != 0.0 {
+        if case["beta"] != 0.0 {
             close(loss.kl, case["kl"].as_f64().expect("a number"), "kl");
         }
         assert_eq!(serde_json::to_value(kind)?, name);
-        if kind == Grpo {
+        if kind == TokenLossKind::Grpo {
             let count = |side: &dyn Fn(f64, f64) -> bool| -> f64 {
                 let (new, old, mask) =
                     (numbers(&tokens["log_probs"]), numbers(&tokens["old"]), numbers(&tokens["mask"]));
@@ -249,32 +259,15 @@ fn updates(name: &str, case: &Value, loss: impl Fn(&Linear) -> Result<Tensor>) -
 
 #[test]
 fn whole_updates_of_an_actor_are_those_of_pytorch_and_peft() -> Result<()> {
-    use TokenLossKind::*;
     let golden = golden();
     let steps = &golden["token_steps"];
-    let get = |name: &str| tensor(&steps[name], &[4, 6]);
-    let (x, ids) = (tensor(&steps["x"], &[4, 6, 5]), get("ids").to_dtype(DType::U32)?.unsqueeze(2)?);
-    let (old, reference, mask, advantages) =
-        (get("old"), get("reference"), get("mask"), tensor(&golden["sample_advantages"], &[4]));
-    for (name, kind) in
-        [("grpo", Grpo), ("bnpo", Bnpo), ("dr_grpo", DrGrpo), ("dapo", Dapo), ("cispo", Cispo), ("gspo", Gspo)]
-    {
+    let ids = tensor(&steps["ids"], &[4, 6]).to_dtype(DType::U32)?.unsqueeze(2)?;
+    let (x, advantages) = (tensor(&steps["x"], &[4, 6, 5]), tensor(&golden["sample_advantages"], &[4]));
+    for (name, kind) in TOKEN_LOSSES {
         let case = &steps["cases"][name];
-        let (eps, beta) = (numbers(&case["eps"]), case["beta"].as_f64().expect("a number"));
-        let config = TokenLoss { kind, eps_low: eps[0], eps_high: eps[1], beta, max_length: 9 };
         updates(name, case, |layer| {
-            let logits = layer.forward(&x)?;
-            let log_probs = candle_nn::ops::log_softmax(&logits, 2)?.gather(&ids, 2)?.squeeze(2)?;
-            let (reference, active) = (Some(&reference), Some(30.0));
-            let batch = TokenBatch {
-                log_probs: &log_probs,
-                old: &old,
-                reference,
-                mask: &mask,
-                advantages: &advantages,
-                active,
-            };
-            Ok(token_loss(&config, &batch)?.loss)
+            let log_probs = candle_nn::ops::log_softmax(&layer.forward(&x)?, 2)?.gather(&ids, 2)?.squeeze(2)?;
+            Ok(token_case((kind, case), steps, &log_probs, &advantages)?.loss)
         })?;
     }
     Ok(())
