@@ -51,6 +51,7 @@ pub fn run(args: Generate) -> Result<()> {
         Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
         _ => ask::read(&args.asked, strict)?,
     };
+    // A recipe's claims say already whether this one is among them.
     let only = args.only.unwrap_or(strict && args.asked.any());
     let seeds = seeds(&args)?;
     let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();

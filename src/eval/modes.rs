@@ -3,12 +3,9 @@
 //! All of them are the same loop with the same Checker, the same stop and the same rounds at most, so that they cost about
 //! the same: the Diffuser alone is one round of it, and the two rivals of editing draw anew where it would edit.
 
-use crate::{
-    rig::{
-        cycle::{Cast, Options},
-        roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
-    },
-    tensor::rng::Stream,
+use crate::rig::{
+    cycle::{Cast, Options, seed_of_drawing},
+    roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
 };
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -87,14 +84,14 @@ pub fn cast<T>(mode: Mode, painter: &dyn Painter, critic: &dyn Critic, play: imp
     play(Cast { diffuser: painter, checker: critic, actor, editor })
 }
 
-/// An "edit" that draws the instruction as a prompt of its own, from other noise in each round.
+/// An "edit" that draws the instruction as a prompt of its own, from other noise in each round: that of best-of-n.
 struct Anew<'a>(&'a dyn Painter);
 
 impl Editor for Anew<'_> {
     fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>> {
         let target = |job: &Edit| Target { prompt: job.instruction.to_owned(), claims: Vec::new() };
         let targets: Vec<Target> = jobs.iter().map(target).collect();
-        let seed = |job: &Edit| Stream::new(job.seed, "draw anew", job.round as u64).next_u64();
+        let seed = |job: &Edit| seed_of_drawing(job.seed, job.round);
         let draws: Vec<Draw> =
             jobs.iter().zip(&targets).map(|(job, target)| Draw { target, seed: seed(job) }).collect();
         self.0.draw(&draws)

@@ -15,8 +15,12 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
-/// Between the seeds of a job's drawings: 2^64 over the golden ratio.
-const ANEW: u64 = 0x9e37_79b9_7f4a_7c15;
+/// The seed of a job's drawing after `turns` turns: the job's own first, then such as are far from each other and from those
+/// that count up.
+pub fn seed_of_drawing(seed: u64, turns: usize) -> u64 {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 over the golden ratio
+    seed.wrapping_add(GOLDEN.wrapping_mul(turns as u64))
+}
 
 /// The roles, by whoever plays them.
 #[derive(Clone, Copy)]
@@ -280,9 +284,10 @@ impl Cycle<'_> {
             return Ok(None);
         }
         let start = Instant::now();
-        // Seeds far from each other and from those that count up.
-        let seed = |s: &State, job: &Job| job.seed.wrapping_add(ANEW.wrapping_mul(s.turns.len() as u64));
-        let draw = |s: &&State| Draw { target: &self.jobs[s.job].target, seed: seed(s, &self.jobs[s.job]) };
+        let draw = |s: &&State| {
+            let Job { target, seed } = &self.jobs[s.job];
+            Draw { target, seed: seed_of_drawing(*seed, s.turns.len()) }
+        };
         let jobs: Vec<Draw> = states.iter().map(draw).collect();
         let pictures = expect_each("the Diffuser", jobs.len(), self.cast.diffuser.draw(&jobs)?)?;
         let seconds = Seconds { paint: share(start, jobs.len()), ..Seconds::default() };

@@ -24,7 +24,7 @@ const ROWS: usize = 64;
 const TEMPERATURE: f64 = 0.7;
 /// Tokens at most of a verdict with its reflection, of an edit with its own, and of a scene graph.
 pub const VERDICT: usize = 56;
-pub const EDIT: usize = 96;
+pub const EDIT: usize = 128;
 const GRAPH: usize = 512;
 
 /// A vision-language model in the roles of Checker and Actor.
