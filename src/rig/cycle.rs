@@ -1,9 +1,9 @@
 //! Generate, Reflect, Edit: the loop of the paper over many prompts at once.
 //!
-//! Round 1 draws; so do the next ones, from other noise, where [`Options::draws`] is more than the paper's one. After every round the Checker answers each claim; a picture is accepted when every claim has at least
-//! the probability [`Options::accept`]. Otherwise the Actor reads what is wrong and writes an edit, the Editor carries it
-//! out, and the round ends with the next check. Those that are accepted leave the batch, and waiting prompts take their
-//! places.
+//! Round 1 draws; so do the next ones, from other noise, where [`Options::draws`] is more than the paper's one. After every
+//! round the Checker answers each claim; a picture is accepted when every claim has at least the probability
+//! [`Options::accept`]. Otherwise the Actor reads what is wrong and writes an edit, the Editor carries it out, and the round
+//! ends with the next check. Those that are accepted leave the batch, and waiting prompts take their places.
 //!
 //! Two choices where the paper is silent: an edit starts from the best picture so far, so that a failed edit is not
 //! built upon, and the result is the best picture by the Checker's score, not the last.

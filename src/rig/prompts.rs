@@ -7,7 +7,7 @@
 //! | asked | answer |
 //! |---|---|
 //! | a claim ([`check`]) | `{"reflection": "large red ball 70 45, small blue cube 25 40", "verdict": "no"}` |
-//! | an edit ([`reflect`]) | `{"reflection": "misplaced red ball left of blue cube", "edit": "move the red ball to the left of ..."}` |
+//! | an edit ([`reflect`]) | `{"reflection": "too much blue ring", "edit": "remove the blue ring"}` |
 //! | the graph of a prompt ([`parse`]) | `{"objects": ["large red ball", ..], "relations": [[0, "left of", 1], ..]}` |
 //!
 //! The Checker looks before it decides: it first writes what the picture has of the claim and where, then the verdict. A

@@ -52,8 +52,8 @@ impl Tape {
             if found.iter().all(Option::is_none) {
                 continue;
             }
-            // The sum of results times gradients has just these gradients.
-            // Candle's gradients may have a graph of their own, which must not be followed.
+            // The sum of results times gradients has just these gradients. Candle leaves some a graph of their own, which
+            // must not be followed.
             let paired = |(result, gradient): (Tensor, Option<Tensor>)| Some((result, gradient?.detach()));
             let mut sum = Tensor::zeros((), loss.dtype(), loss.device())?;
             for (result, gradient) in again()?.into_iter().zip(found).filter_map(paired) {
