@@ -1,10 +1,10 @@
 //! Matrix products of a layer.
 
 use super::{
-    bf16,
+    bf16, composed,
     cpu::{self, View},
 };
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
 /// How a layer multiplies f32 matrices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -30,15 +30,11 @@ pub fn linear_in(precision: Precision, x: &Tensor, weight: &Tensor, bias: Option
             None => x.apply_op2(&weight, Fused(precision)),
         };
     }
-    let (out, inner) = weight.dims2()?;
-    let half = precision == Precision::Bf16 && x.dtype() == DType::F32;
-    let factor = |x: &Tensor| if half { x.to_dtype(DType::BF16) } else { Ok(x.clone()) };
-    let y = factor(&x.reshape(((), inner))?)?.matmul(&factor(weight)?.t()?)?.to_dtype(x.dtype())?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(bias)?,
-        None => y,
-    };
-    y.reshape(with_last(x.dims(), out))
+    let y = composed::linear(precision, x, weight)?;
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
 }
 
 fn with_last(dims: &[usize], last: usize) -> Vec<usize> {

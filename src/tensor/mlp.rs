@@ -31,7 +31,7 @@ pub fn gate_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
     if cpu::fused(&[x, gate, y]) {
         return x.contiguous()?.apply_op3(&gate.contiguous()?, &y.contiguous()?, GateResidual);
     }
-    x + y.broadcast_mul(&gate.unsqueeze(1)?)?
+    composed::gate_residual(x, gate, y)
 }
 
 /// `silu(gate) * up` of one row.

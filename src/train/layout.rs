@@ -19,6 +19,9 @@ const CELL: usize = 4;
 /// For each cell: a shape, a colour and a size, or none of each.
 const CLASSES: [usize; 3] = [Shape::ALL.len() + 1, Colour::ALL.len() + 1, Size::ALL.len() + 1];
 
+/// Shapes, colours and sizes, each of every cell of some pictures.
+pub struct Labels([Vec<u32>; 3]);
+
 pub struct LayoutHead {
     norm: Tensor,
     out: Linear,
@@ -41,25 +44,29 @@ impl LayoutHead {
         })
     }
 
-    /// The cross entropy of what lies in the cells of each scene, summed over the three labels, `(B)`, given hidden
+    /// The cross entropy of what lies in the cells of each picture, summed over the three labels, `(B)`, given hidden
     /// image tokens `(B, N, D)` in rows.
-    pub fn losses(&self, tokens: &Tensor, scenes: &[&Scene]) -> Result<Tensor> {
+    pub fn losses(&self, tokens: &Tensor, labels: &Labels) -> Result<Tensor> {
         let b = tokens.dim(0)?;
         let logits = self.out.forward(&rms_norm(tokens, &self.norm, 1e-6)?)?;
         let logits = logits.reshape(((), CLASSES.iter().sum::<usize>()))?;
-        let labels: Vec<[u32; 3]> = scenes.par_iter().flat_map_iter(|scene| self.labels(scene)).collect();
-        let (mut start, mut total) = (0, Tensor::zeros(labels.len(), logits.dtype(), tokens.device())?);
-        for (i, classes) in CLASSES.into_iter().enumerate() {
-            let targets: Vec<u32> = labels.iter().map(|l| l[i]).collect();
-            let targets = Tensor::from_vec(targets, labels.len(), tokens.device())?;
+        let (mut start, mut total) = (0, Tensor::zeros(logits.dim(0)?, logits.dtype(), tokens.device())?);
+        for (classes, labels) in CLASSES.into_iter().zip(&labels.0) {
+            let targets = Tensor::from_slice(labels, labels.len(), tokens.device())?;
             total = (total + cross_entropy(&logits.narrow(1, start, classes)?, &targets)?)?;
             start += classes;
         }
         Ok(total.reshape((b, ()))?.mean(1)?)
     }
 
+    /// What lies in the cells of each scene.
+    pub fn labels(&self, scenes: &[&Scene]) -> Labels {
+        let all: Vec<[u32; 3]> = scenes.par_iter().flat_map_iter(|scene| self.labels_of(scene)).collect();
+        Labels([0, 1, 2].map(|i| all.iter().map(|labels| labels[i]).collect()))
+    }
+
     /// Shape, colour and size at the centre of each cell, token by token; 0 is none.
-    fn labels(&self, scene: &Scene) -> Vec<[u32; 3]> {
+    fn labels_of(&self, scene: &Scene) -> Vec<[u32; 3]> {
         let (cells, tokens) = (self.cells, SIDE as usize / (self.cells * CELL));
         let order = scene.painting_order();
         let at = |token: usize, cell: usize| ((token * cells + cell) * CELL) as f32 + CELL as f32 / 2.0;
@@ -90,7 +97,7 @@ mod tests {
     fn labels_are_those_of_the_pixels_below() {
         let head = LayoutHead::new(8, 16, &Params::fresh(0, DType::F32, &Device::Cpu)).unwrap();
         let (scene, _) = sample::draw(&mut Stream::new(1, "layout", 0), Split::Train, 3, 3);
-        let labels = head.labels(&scene);
+        let labels = head.labels_of(&scene);
         assert_eq!(labels.len(), 32 * 32);
         for item in &scene.items {
             // Solid somewhere: the share of cells with its colour is about its area.
@@ -125,7 +132,7 @@ mod tests {
         let head = LayoutHead::new(8, 16, &Params::fresh(0, DType::F32, &Device::Cpu)).unwrap();
         let (scene, _) = sample::draw(&mut Stream::new(1, "layout", 0), Split::Train, 2, 2);
         let tokens = Tensor::randn(0f32, 1.0, (1, 64, 8), &Device::Cpu).unwrap();
-        let loss: Vec<f32> = head.losses(&tokens, &[&scene]).unwrap().to_vec1().unwrap();
+        let loss: Vec<f32> = head.losses(&tokens, &head.labels(&[&scene])).unwrap().to_vec1().unwrap();
         let expected: f64 = CLASSES.iter().map(|c| (*c as f64).ln()).sum();
         assert!((f64::from(loss[0]) - expected).abs() < 1e-4);
     }

@@ -5,6 +5,7 @@
 
 pub mod actor;
 pub mod adamw;
+pub mod ahead;
 pub mod checkpoint;
 pub mod diffuser_config;
 pub mod drawn;
@@ -116,6 +117,13 @@ pub trait Objective: Sync {
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let _ = batch;
         Ok(Vec::new())
+    }
+
+    /// Makes on the host what [`Objective::loss`] needs for `batch`, and keeps it until then. Where a device computes, this is
+    /// done for the next step meanwhile; a loss that finds nothing made makes it itself.
+    fn prepare(&self, batch: &Batch) -> Result<()> {
+        let _ = batch;
+        Ok(())
     }
 
     /// The mean loss of `batch`, or its piece. Micro-batches of one update run in parallel; together, and over all pieces,

@@ -6,14 +6,16 @@
 
 use super::slices::{CHUNK, edit};
 use crate::tensor::cpu::{View, floats, gemm};
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 
 const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 const ITERATIONS: usize = 5;
 const EPSILON: f32 = 1e-7;
 
 /// Muon with one step's numbers.
+#[derive(Clone, Copy)]
 pub struct Muon {
     /// Factor on the gradient.
     pub clip: f64,
@@ -25,9 +27,6 @@ pub struct Muon {
 impl Muon {
     /// Updates `var`, of which all dimensions but the first count as columns, and its momentum.
     pub fn update(&self, var: &Var, buffer: &mut Tensor, gradient: &Tensor) -> Result<()> {
-        if !matches!(var.device(), Device::Cpu) {
-            return self.composed(var, buffer, gradient);
-        }
         let (rows, cols, rate) = self.rate(var)?;
         let mut update = vec![0.0; rows * cols];
         let gradient = floats(gradient)?;
@@ -60,16 +59,44 @@ impl Muon {
             }
         });
     }
+}
 
-    /// The same by candle's operations.
-    fn composed(&self, var: &Var, buffer: &mut Tensor, gradient: &Tensor) -> Result<()> {
-        let (_, _, rate) = self.rate(var)?;
-        let (gradient, mu) = ((gradient * self.clip)?, self.momentum);
-        *buffer = ((&*buffer * mu)? + (&gradient * (1.0 - mu))?)?;
-        let update = ((&gradient * (1.0 - mu))? + (&*buffer * mu)?)?;
-        let update = orthogonal_composed(&update.flatten_from(1)?)?.reshape(var.dims())?;
-        var.set(&((var.as_tensor().detach() * (1.0 - self.decay))? - (update * rate)?)?)
+/// One variable that candle's operations update: its rule, and its momentum.
+pub struct Composed<'a> {
+    pub muon: Muon,
+    pub var: &'a Var,
+    pub buffer: &'a mut Tensor,
+}
+
+/// Numbers that are made orthogonal together, at most.
+const STACKED: usize = 1 << 26;
+
+/// Updates variables by candle's operations, given their gradients: all of one shape go through the iterations together,
+/// since on a device small matrices cost the start of a kernel more than their numbers.
+pub fn composed(params: &mut [Composed], gradients: &[Tensor]) -> Result<()> {
+    let mut shapes: BTreeMap<(usize, usize), Vec<(usize, Tensor)>> = BTreeMap::new();
+    for (i, (param, gradient)) in params.iter_mut().zip(gradients).enumerate() {
+        let (gradient, mu) = ((gradient * param.muon.clip)?, param.muon.momentum);
+        *param.buffer = ((&*param.buffer * mu)? + (&gradient * (1.0 - mu))?)?;
+        let update = ((&gradient * (1.0 - mu))? + (&*param.buffer * mu)?)?.flatten_from(1)?;
+        let (rows, cols) = update.dims2()?;
+        let short = if rows > cols { update.t()? } else { update };
+        shapes.entry(short.dims2()?).or_default().push((i, short));
     }
+    for ((n, m), updates) in shapes {
+        for some in updates.chunks((STACKED / (n * m).max(1)).max(1)) {
+            let stacked = Tensor::stack(&some.iter().map(|(_, update)| update).collect::<Vec<_>>(), 0)?;
+            let orthogonal = orthogonal_composed(&stacked)?;
+            for (place, (i, _)) in some.iter().enumerate() {
+                let Composed { muon, var, .. } = &params[*i];
+                let (rows, cols, rate) = muon.rate(var)?;
+                let update = orthogonal.get(place)?;
+                let update = if rows > cols { update.t()? } else { update }.reshape(var.dims())?;
+                var.set(&((var.as_tensor().detach() * (1.0 - muon.decay))? - (update * rate)?)?)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `W <- (1 - decay) W - rate O`.
@@ -156,25 +183,24 @@ fn multiply(out: &mut [f32], [row, col]: [usize; 2], [m, n, k]: [usize; 3], left
     unsafe { gemm([m, n, k], dst, [col, row], lhs, [left.col, left.row], rhs, [right.col, right.row], 0.0, 1.0, false) }
 }
 
-/// The same by candle's operations.
+/// The same by candle's operations, for `x` of `(matrices, short side, long side)`.
 fn orthogonal_composed(x: &Tensor) -> Result<Tensor> {
-    let (rows, cols) = x.dims2()?;
-    let mut x = if rows > cols { x.t()?.contiguous()? } else { x.clone() };
     let (a, b, c) = COEFFICIENTS;
-    let norm = x.sqr()?.sum_all()?.sqrt()?.clamp(EPSILON, f32::MAX)?;
-    x = x.broadcast_div(&norm)?;
+    let norm = x.sqr()?.sum_keepdim((1, 2))?.sqrt()?.clamp(EPSILON, f32::MAX)?;
+    let mut x = x.broadcast_div(&norm)?;
     for _ in 0..ITERATIONS {
         let gram = x.matmul(&x.t()?)?;
         let poly = ((&gram * f64::from(b))? + (gram.matmul(&gram)? * f64::from(c))?)?;
         x = ((&x * f64::from(a))? + poly.matmul(&x)?)?;
     }
-    if rows > cols { x.t()?.contiguous() } else { Ok(x) }
+    Ok(x)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::tensor::rng::Stream;
+    use candle_core::Device;
 
     fn matrix(rows: usize, cols: usize, index: u64) -> Tensor {
         Stream::new(0, "muon", index).normal(&[rows, cols], &Device::Cpu).unwrap()
@@ -200,15 +226,24 @@ mod tests {
     #[test]
     fn the_fused_loops_equal_candles_operations() {
         let muon = Muon { clip: 0.5, lr: 0.01, decay: 0.1, momentum: 0.95 };
-        for (rows, cols) in [(5, 9), (9, 5)] {
-            let start = || Var::from_tensor(&matrix(rows, cols, 0)).unwrap();
-            let (a, b) = (start(), start());
-            let (mut ma, mut mb) = (a.zeros_like().unwrap(), b.zeros_like().unwrap());
-            for step in 1..5 {
-                muon.update(&a, &mut ma, &matrix(rows, cols, step)).unwrap();
-                muon.composed(&b, &mut mb, &matrix(rows, cols, step)).unwrap();
+        // Two of one shape, one of it turned, and one of another.
+        let shapes = [(5, 9), (9, 5), (5, 9), (4, 4)];
+        let start = || shapes.map(|(rows, cols)| Var::from_tensor(&matrix(rows, cols, 0)).unwrap());
+        let momenta = |vars: &[Var; 4]| vars.clone().map(|var| var.zeros_like().unwrap());
+        let (a, b) = (start(), start());
+        let (mut ma, mut mb) = (momenta(&a), momenta(&b));
+        for step in 1..5 {
+            let gradients: Vec<Tensor> =
+                shapes.iter().zip(0..).map(|((rows, cols), i)| matrix(*rows, *cols, 10 * step + i)).collect();
+            for ((var, buffer), gradient) in a.iter().zip(&mut ma).zip(&gradients) {
+                muon.update(var, buffer, gradient).unwrap();
             }
-            assert!(distance(&a, &b) < 1e-5 && distance(&ma, &mb) < 1e-5);
+            let mut params: Vec<Composed> =
+                b.iter().zip(&mut mb).map(|(var, buffer)| Composed { muon, var, buffer }).collect();
+            composed(&mut params, &gradients).unwrap();
+        }
+        for i in 0..shapes.len() {
+            assert!(distance(&a[i], &b[i]) < 1e-5 && distance(&ma[i], &mb[i]) < 1e-5);
         }
     }
 
@@ -221,7 +256,9 @@ mod tests {
             let x = matrix(rows, cols, 7).broadcast_mul(&decay).unwrap().matmul(&matrix(cols, cols, 8)).unwrap();
             let values: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
             let got = Tensor::from_vec(orthogonal(&values, rows, cols), (rows, cols), &Device::Cpu).unwrap();
-            let apart = distance(&got, &orthogonal_composed(&x).unwrap());
+            let turned = |x: &Tensor| if rows > cols { x.t().unwrap() } else { x.clone() };
+            let want = orthogonal_composed(&turned(&x).unsqueeze(0).unwrap()).unwrap().squeeze(0).unwrap();
+            let apart = distance(&turned(&got), &want);
             assert!(apart < 1e-3, "{rows} x {cols}: {apart}");
         }
     }

@@ -7,9 +7,10 @@
 
 use super::{
     Batch, Metrics, Objective, Step,
+    ahead::Ahead,
     checkpoint::write_model,
     diffuser_config::{DiffuserConfig, Evaluation, Stage, TextConfig},
-    layout::LayoutHead,
+    layout::{Labels, LayoutHead},
 };
 use crate::{
     flow::{
@@ -48,6 +49,22 @@ struct Example {
     source: Option<Scene>,
 }
 
+/// Samples that all draw, or all edit, as numbers on the host.
+struct Part {
+    /// The metric of their loss.
+    name: &'static str,
+    /// Pixels, and what lies in their cells, of the pictures to be drawn.
+    targets: (Vec<f32>, Labels),
+    /// The same of the pictures to be edited, and noise for their latents.
+    sources: Option<((Vec<f32>, Labels), Vec<f32>)>,
+    noise: Vec<f32>,
+    /// The noise level of each sample.
+    levels: Vec<f32>,
+    prompts: Vec<Vec<u32>>,
+    /// Tokens that the prompts are padded to.
+    length: usize,
+}
+
 pub struct Diffuser {
     config: DiffuserConfig,
     seed: u64,
@@ -58,6 +75,7 @@ pub struct Diffuser {
     /// The layout head's, which is not a part of the saved model.
     head: Params,
     tokenizer: vocabulary::Vocabulary,
+    ahead: Ahead<Vec<Part>>,
 }
 
 /// Texts that the tokenizer learns from.
@@ -123,7 +141,8 @@ impl Diffuser {
         let head = Params::fresh(seed ^ 2, DType::F32, device).trained();
         let token = SIDE as usize / klein.tokens(SIDE, SIDE)?.0;
         let layout = LayoutHead::new(sizes.dim(), token, &head)?;
-        Ok(Self { config: config.clone(), seed, klein, transformer, text, layout, head, tokenizer })
+        let (config, ahead) = (config.clone(), Ahead::default());
+        Ok(Self { config, seed, klein, transformer, text, layout, head, tokenizer, ahead })
     }
 
     /// Sample `index` of the endless sequence.
@@ -145,80 +164,101 @@ impl Diffuser {
         example
     }
 
-    /// The latents of scenes as tokens, `(B, N, C)`.
-    fn tokens<'a>(&self, scenes: impl IntoIterator<Item = &'a Scene>) -> Result<Tensor> {
-        let scenes: Vec<&Scene> = scenes.into_iter().collect();
-        let planes: Vec<Vec<f32>> = scenes.par_iter().map(|scene| planes(&render(scene))).collect();
-        let shape = (scenes.len(), 3, SIDE as usize, SIDE as usize);
-        let pixels = Tensor::from_vec(planes.concat(), shape, self.klein.device())?;
+    /// The samples of a batch: those that draw, and those that edit.
+    fn parts(&self, batch: &Batch) -> Result<Vec<Part>> {
+        let stage = self.config.stage(batch.step);
+        let examples: Vec<(u64, Example)> =
+            batch.indices().into_par_iter().map(|i| (i, self.example(stage, i))).collect();
+        let (edits, prompts): (Vec<_>, Vec<_>) = examples.into_iter().partition(|(_, e)| e.source.is_some());
+        let some = [("loss/draw", prompts), ("loss/edit", edits)].into_iter().filter(|(_, e)| !e.is_empty());
+        some.map(|(name, examples)| self.part(name, &examples, batch.size)).collect()
+    }
+
+    fn part(&self, name: &'static str, examples: &[(u64, Example)], batch: usize) -> Result<Part> {
+        let (h, w) = self.klein.tokens(SIDE, SIDE)?;
+        let numbers = h * w * self.klein.autoencoder.config.token_channels();
+        let scenes = |of: &dyn Fn(&Example) -> Option<&Scene>| {
+            let scenes: Vec<&Scene> = examples.iter().filter_map(|(_, e)| of(e)).collect();
+            let pixels: Vec<Vec<f32>> = scenes.par_iter().map(|scene| planes(&render(scene))).collect();
+            (scenes.len() == examples.len()).then(|| (pixels.concat(), self.layout.labels(&scenes)))
+        };
+        let rows = |purpose: &str, scale: &(dyn Fn(&mut Stream) -> f32 + Sync)| -> Vec<f32> {
+            let row = |(index, _): &(u64, Example)| {
+                let mut rng = Stream::new(self.seed, purpose, *index);
+                let scale = scale(&mut rng);
+                rng.normals(numbers).into_iter().map(|x| x * scale).collect()
+            };
+            examples.par_iter().map(row).collect::<Vec<Vec<f32>>>().concat()
+        };
+        let level = |index: u64, rng: &mut Stream| {
+            // The levels of a whole batch are spread evenly, each in a stratum of its own.
+            let u = ((index % batch as u64) as f64 + rng.uniform()) / batch as f64;
+            (self.config.shift * u / (1.0 + (self.config.shift - 1.0) * u)) as f32
+        };
+        // A row's stream gives its level, then its noise.
+        let levels =
+            examples.iter().map(|(i, _)| level(*i, &mut Stream::new(self.seed, "diffuser noise", *i))).collect();
+        let noise = rows("diffuser noise", &|rng| {
+            rng.uniform();
+            1.0
+        });
+        let sources = scenes(&|e| e.source.as_ref()).map(|pictures| {
+            let strength = self.config.reference_noise;
+            (pictures, rows("diffuser reference", &|rng| (strength * rng.uniform()) as f32))
+        });
+        let max_length = self.klein.prompt_embedding.max_length;
+        let ids = |(_, e): &(u64, Example)| self.klein.text.prompt_ids(&e.prompt, max_length);
+        let prompts = examples.par_iter().map(ids).collect::<Result<Vec<_>>>()?;
+        // The length that prompts are padded to varies, so that it does not matter; short ones cost less.
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
+        let full = Stream::new(self.seed, "diffuser padding", examples[0].0).chance(0.25);
+        let length = if full { max_length } else { longest.next_multiple_of(8).min(max_length) };
+        let targets = scenes(&|e| Some(&e.target)).context("every sample has a target")?;
+        Ok(Part { name, targets, sources, noise, levels, prompts, length })
+    }
+
+    /// The latents of pictures as tokens, `(B, N, C)`.
+    fn tokens(&self, pixels: &[f32], count: usize) -> Result<Tensor> {
+        let shape = (count, 3, SIDE as usize, SIDE as usize);
+        let pixels = Tensor::from_slice(pixels, shape, self.klein.device())?;
         Ok(self.klein.autoencoder.latents(&pixels)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
     }
 
-    /// The losses of some samples that all draw, or all edit.
-    fn losses(&self, examples: &[(u64, Example)], batch: &Batch) -> Result<Losses> {
+    /// The mean squared error of the velocity and the error of what lies where, of each sample, `(B)`.
+    fn losses(&self, part: &Part) -> Result<(Tensor, Tensor)> {
         let device = self.klein.device();
-        let targets = self.tokens(examples.iter().map(|(_, e)| &e.target))?; // (B, N, C)
-        let (b, n, c) = targets.dims3()?;
-        let mut noise = Vec::with_capacity(b * n * c);
-        let mut levels = Vec::with_capacity(b);
-        for (index, _) in examples {
-            let mut rng = Stream::new(self.seed, "diffuser noise", *index);
-            // The levels of a whole batch are spread evenly, each in a stratum of its own.
-            let u = ((index % batch.size as u64) as f64 + rng.uniform()) / batch.size as f64;
-            levels.push((self.config.shift * u / (1.0 + (self.config.shift - 1.0) * u)) as f32);
-            noise.extend(rng.normals(n * c));
-        }
-        let noise = Tensor::from_vec(noise, (b, n, c), device)?;
-        let sigma = Tensor::from_slice(&levels, b, device)?;
+        let b = part.levels.len();
+        let targets = self.tokens(&part.targets.0, b)?;
+        let (_, n, c) = targets.dims3()?;
+        let noise = Tensor::from_slice(&part.noise, (b, n, c), device)?;
+        let sigma = Tensor::from_slice(&part.levels, b, device)?;
         let t = sigma.reshape((b, 1, 1))?;
         let velocity = (&noise - &targets)?;
         let mut x = (&targets + velocity.broadcast_mul(&t)?)?;
 
         let side = (n as f64).sqrt() as usize;
         let mut positions = flux2::image_positions(0, side, side);
-        if examples.iter().all(|(_, e)| e.source.is_some()) {
-            let references = self.tokens(examples.iter().filter_map(|(_, e)| e.source.as_ref()))?;
-            let strength = self.config.reference_noise;
-            let blur: Vec<f32> = examples
-                .iter()
-                .flat_map(|(index, _)| {
-                    let mut rng = Stream::new(self.seed, "diffuser reference", *index);
-                    let strength = (strength * rng.uniform()) as f32;
-                    rng.normals(n * c).into_iter().map(move |x| x * strength)
-                })
-                .collect();
-            let references = (references + Tensor::from_vec(blur, (b, n, c), device)?)?;
+        if let Some((sources, blur)) = &part.sources {
+            let references = (self.tokens(&sources.0, b)? + Tensor::from_slice(blur, (b, n, c), device)?)?;
             x = Tensor::cat(&[x, references], 1)?; // (B, 2 N, C)
             positions.extend(flux2::image_positions(10, side, side));
         }
 
-        let prompts: Vec<&str> = examples.iter().map(|(_, e)| e.prompt.as_str()).collect();
-        let PromptEmbedding { max_length, layers } = &self.klein.prompt_embedding;
-        // The length that prompts are padded to varies, so that it does not matter; short ones cost less.
-        let longest = prompts
-            .iter()
-            .map(|p| Ok(self.klein.text.prompt_ids(p, *max_length)?.len()))
-            .collect::<Result<Vec<_>>>()?;
-        let longest = longest.into_iter().max().unwrap_or(1);
-        let full = Stream::new(self.seed, "diffuser padding", examples[0].0).chance(0.25);
-        let length = if full { *max_length } else { longest.next_multiple_of(8).min(*max_length) };
-        let text = self.klein.text.prompt_embeds(&prompts, length, layers)?;
-        let mut sequence = flux2::text_positions(length);
+        let text = self.klein.text.padded(&part.prompts, part.length)?;
+        let text = self.klein.text.embeds(&text, &self.klein.prompt_embedding.layers)?;
+        let mut sequence = flux2::text_positions(part.length);
         sequence.extend(positions);
         let angles = self.klein.transformer.angles(&sequence, device)?;
         let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
         let (predicted, hidden) = self.klein.transformer.forward_with_hidden(&x, &given)?;
         let error = (predicted.narrow(1, 0, n)? - velocity)?.sqr()?;
         let flow = (error.sum((1, 2))? / (n * c) as f64)?;
-        let of_target = hidden.narrow(1, 0, n)?.contiguous()?;
-        let targets: Vec<&Scene> = examples.iter().map(|(_, e)| &e.target).collect();
-        let mut layout = self.layout.losses(&of_target, &targets)?;
-        let sources: Vec<&Scene> = examples.iter().filter_map(|(_, e)| e.source.as_ref()).collect();
-        if !sources.is_empty() {
+        let mut layout = self.layout.losses(&hidden.narrow(1, 0, n)?.contiguous()?, &part.targets.1)?;
+        if let Some((sources, _)) = &part.sources {
             let of_source = hidden.narrow(1, n, n)?.contiguous()?;
-            layout = ((layout + self.layout.losses(&of_source, &sources)?)? / 2.0)?;
+            layout = ((layout + self.layout.losses(&of_source, &sources.1)?)? / 2.0)?;
         }
-        Ok(Losses { flow, layout, levels })
+        Ok((flow, layout))
     }
 
     /// Held-out pictures drawn from prompts, or edited; the same for every evaluation.
@@ -247,15 +287,6 @@ impl Diffuser {
         }
         Ok(drawn)
     }
-}
-
-/// The losses of some samples.
-struct Losses {
-    /// The mean squared error of the velocity, `(B)`.
-    flow: Tensor,
-    /// The error of what lies where, `(B)`.
-    layout: Tensor,
-    levels: Vec<f32>,
 }
 
 /// Bounds of the noise levels whose losses are logged apart.
@@ -358,24 +389,25 @@ impl Objective for Diffuser {
         parts.into_iter().flat_map(|(name, params)| named(name, params)).collect()
     }
 
+    fn prepare(&self, batch: &Batch) -> Result<()> {
+        self.ahead.put(batch, self.parts(batch)?);
+        Ok(())
+    }
+
     fn loss(&self, batch: &Batch) -> Result<Step> {
-        let stage = self.config.stage(batch.step);
-        let (edits, prompts): (Vec<_>, Vec<_>) =
-            batch.indices().map(|i| (i, self.example(stage, i))).partition(|(_, e)| e.source.is_some());
+        let parts = self.ahead.take(batch).map_or_else(|| self.parts(batch), Ok)?;
         let mut metrics = Metrics::new();
         let mut total: Option<Tensor> = None;
-        for (name, examples) in [("loss/draw", &prompts), ("loss/edit", &edits)] {
-            if examples.is_empty() {
-                continue;
-            }
-            let Losses { flow, layout, levels } = self.losses(examples, batch)?;
+        for part in &parts {
+            let Part { name, levels, .. } = part;
+            let (flow, layout) = self.losses(part)?;
             let values: Vec<f32> = flow.to_vec1()?;
             let mean = |of: &dyn Fn(f32) -> bool| {
                 let some: Vec<f64> =
                     levels.iter().zip(&values).filter(|(t, _)| of(**t)).map(|(_, loss)| f64::from(*loss)).collect();
                 (!some.is_empty()).then(|| some.iter().sum::<f64>() / some.len() as f64)
             };
-            metrics.extend(mean(&|_| true).map(|loss| (name.to_owned(), loss)));
+            metrics.extend(mean(&|_| true).map(|loss| ((*name).to_owned(), loss)));
             // Layout is decided at the highest levels, shape below, the rest is finish.
             for window in NOISE.windows(2) {
                 let inside = mean(&|t| (window[0]..window[1]).contains(&t));

@@ -5,7 +5,9 @@
 //! the cross entropy of the answers' tokens, where the word that decides a verdict weighs more than others.
 
 use super::{
-    Batch, Metrics, Objective, Step, checkpoint,
+    Batch, Metrics, Objective, Step,
+    ahead::Ahead,
+    checkpoint,
     drawn::{self, Drawn},
     vlm_tasks::{self, Mix, Row, Task},
 };
@@ -13,7 +15,7 @@ use crate::{
     models::{
         Folder, Params,
         qwen3::{self, RopeParameters},
-        qwen3_vl::{self, Features, Qwen3VL, VisionConfig, rope_positions},
+        qwen3_vl::{self, Features, Patches, Qwen3VL, VisionConfig, rope_positions},
     },
     rig::prompts,
     scene::tabletop::{split::Split, world::SIDE},
@@ -217,6 +219,16 @@ pub struct VlmObjective {
     pub(super) drawn: (Vec<Drawn>, Vec<Drawn>),
     pub(super) config: VlmConfig,
     pub(super) seed: u64,
+    ahead: Ahead<Lessons>,
+}
+
+/// Pictures with their questions, as numbers on the host.
+struct Lessons {
+    patches: Patches,
+    grid: [usize; 2],
+    /// How a question about a picture begins.
+    prefix: Vec<u32>,
+    groups: Vec<Group>,
 }
 
 /// How much more the word that decides a verdict weighs than another token.
@@ -229,6 +241,8 @@ const BUCKET: usize = 10;
 /// The questions of one batch that are asked together: one row each.
 #[derive(Default)]
 struct Group {
+    /// Whether they are about pictures.
+    seen: bool,
     /// The picture of each row.
     pictures: Vec<usize>,
     /// What follows the prefix: the rest of the question and the answer.
@@ -277,7 +291,8 @@ impl VlmObjective {
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
         let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
-        Ok(Self { vlm: Vlm::new(model, chat, images)?, params, files, drawn, config: config.clone(), seed })
+        let (vlm, config, ahead) = (Vlm::new(model, chat, images)?, config.clone(), Ahead::default());
+        Ok(Self { vlm, params, files, drawn, config, seed, ahead })
     }
 
     /// The model under training, for its evaluation elsewhere.
@@ -301,29 +316,56 @@ impl VlmObjective {
         }
     }
 
+    /// The lessons of a batch.
+    fn lessons(&self, batch: &Batch) -> Result<Lessons> {
+        let (mix, seed) = (self.mix(batch.step), self.seed);
+        let show = |index: u64| {
+            let mut rng = Stream::new(seed, "vlm picture", index);
+            if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
+                let drawn = rng.choose(&self.drawn.0);
+                return (vlm_tasks::drawn_rows(seed, index, drawn, mix), drawn.picture.clone());
+            }
+            let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
+            let picture = vlm_tasks::picture(&mut rng, &lesson.scene);
+            (lesson.rows, picture)
+        };
+        let (lessons, pictures): (Vec<Vec<Row>>, Vec<RgbImage>) = batch.indices().into_par_iter().map(show).unzip();
+        let patches = self.vlm.images.patches(&pictures, &Device::Cpu)?;
+        let grid = patches.grids.first().copied().context("an empty batch")?;
+        let prefix = self.vlm.prefix(grid)?;
+        let groups = self.groups(&lessons, grid, &prefix)?;
+        Ok(Lessons { patches, grid, prefix, groups })
+    }
+
     /// Sorts the rows of a batch by whether they have a picture and about how long they are, so that padding stays
     /// little.
-    fn groups(&self, lessons: &[Vec<Row>], grid: [usize; 2], prefix: &[u32]) -> Result<BTreeMap<(bool, usize), Group>> {
+    fn groups(&self, lessons: &[Vec<Row>], grid: [usize; 2], prefix: &[u32]) -> Result<Vec<Group>> {
+        let rows: Vec<(usize, &Row)> =
+            lessons.iter().enumerate().flat_map(|(picture, rows)| rows.iter().map(move |row| (picture, row))).collect();
+        let read = |(_, row): &(usize, &Row)| -> Result<(Vec<u32>, usize, Option<usize>)> {
+            let seen = row.task != Task::Parse;
+            let question = self.vlm.question(&row.question, seen.then_some(grid))?;
+            let read = if seen { prefix } else { &[] };
+            let rest = question.strip_prefix(read).context("a question begins with its picture")?;
+            let decides = match row.task {
+                Task::Check => Some(rest.len() + self.vlm.chat.encode(prompts::undecided(&row.answer))?.len()),
+                _ => None,
+            };
+            Ok(([rest, &self.vlm.reply(&row.answer)?].concat(), rest.len(), decides))
+        };
+        let ids = rows.par_iter().map(read).collect::<Result<Vec<_>>>()?;
         let mut groups: BTreeMap<(bool, usize), Group> = BTreeMap::new();
-        for (picture, rows) in lessons.iter().enumerate() {
-            for row in rows {
-                let seen = row.task != Task::Parse;
-                let question = self.vlm.question(&row.question, seen.then_some(grid))?;
-                let read = if seen { prefix } else { &[] };
-                let rest = question.strip_prefix(read).context("a question begins with its picture")?;
-                let ids = [rest, &self.vlm.reply(&row.answer)?].concat();
-                let group = groups.entry((seen, ids.len() / BUCKET)).or_default();
-                group.pictures.push(picture);
-                group.begins.push(rest.len());
-                group.decides.push(match row.task {
-                    Task::Check => Some(rest.len() + self.vlm.chat.encode(prompts::undecided(&row.answer))?.len()),
-                    _ => None,
-                });
-                group.ids.push(ids);
-                group.tasks.push(row.task);
-            }
+        for ((picture, row), (ids, begins, decides)) in rows.into_iter().zip(ids) {
+            let seen = row.task != Task::Parse;
+            let group = groups.entry((seen, ids.len() / BUCKET)).or_default();
+            group.seen = seen;
+            group.pictures.push(picture);
+            group.begins.push(begins);
+            group.decides.push(decides);
+            group.ids.push(ids);
+            group.tasks.push(row.task);
         }
-        Ok(groups)
+        Ok(groups.into_values().collect())
     }
 }
 
@@ -373,47 +415,39 @@ impl Objective for VlmObjective {
         self.params.vars()
     }
 
+    fn prepare(&self, batch: &Batch) -> Result<()> {
+        self.ahead.put(batch, self.lessons(batch)?);
+        Ok(())
+    }
+
     fn loss(&self, batch: &Batch) -> Result<Step> {
-        let mix = self.mix(batch.step);
-        let seed = self.seed;
-        let show = |index: u64| {
-            let mut rng = Stream::new(seed, "vlm picture", index);
-            if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
-                let drawn = rng.choose(&self.drawn.0);
-                return (vlm_tasks::drawn_rows(seed, index, drawn, mix), drawn.picture.clone());
-            }
-            let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
-            let picture = vlm_tasks::picture(&mut rng, &lesson.scene);
-            (lesson.rows, picture)
-        };
-        let (lessons, pictures): (Vec<Vec<Row>>, Vec<RgbImage>) = batch.indices().into_par_iter().map(show).unzip();
+        let Lessons { patches, grid, prefix, groups } =
+            self.ahead.take(batch).map_or_else(|| self.lessons(batch), Ok)?;
         let Vlm { model, .. } = &self.vlm;
-        let patches = self.vlm.images.patches(&pictures, model.decoder.device())?;
-        let features = model.vision.forward(&patches)?;
-        let grid = patches.grids.first().copied().context("an empty batch")?;
-        let prefix = self.vlm.prefix(grid)?;
-        let groups = self.groups(&lessons, grid, &prefix)?;
+        let pictures = patches.grids.len();
+        let values = patches.values.to_device(model.decoder.device())?;
+        let features = model.vision.forward(&Patches { values, ..patches })?;
 
         let config = model.config();
         let merge = config.vision_config.spatial_merge_size;
         let (positions, next) = rope_positions(&prefix, config.image_token_id, merge, 0, &mut [grid].into_iter())?;
         let mut cache = model.decoder.cache();
-        let rows = vec![prefix.clone(); pictures.len()];
+        let rows = vec![prefix.clone(); pictures];
         let angles = model.decoder.angles(&vec![positions; rows.len()])?;
         model.forward(&rows, Some(&features), &angles, &Mask::causal(), Some(&mut cache))?;
 
         let mut loss: Option<Tensor> = None;
         let mut tallies: BTreeMap<&'static str, Tally> = BTreeMap::new();
-        for ((seen, _), group) in &groups {
+        for group in &groups {
             let longest = group.ids.iter().map(Vec::len).max().unwrap_or(0);
-            let past = if *seen { prefix.len() } else { 0 };
+            let past = if group.seen { prefix.len() } else { 0 };
             let pad =
                 |ids: &Vec<u32>| [ids.as_slice(), &vec![config.vision_end_token_id; longest - ids.len()]].concat();
             let padded: Vec<Vec<u32>> = group.ids.iter().map(pad).collect();
             let keys = group.ids.iter().map(|ids| 0..past + ids.len()).collect();
-            let angles = model.decoder.text_angles(if *seen { next as usize } else { 0 }, longest)?;
+            let angles = model.decoder.text_angles(if group.seen { next as usize } else { 0 }, longest)?;
             let index: Vec<u32> = group.pictures.iter().map(|i| *i as u32).collect();
-            let mut cache = if *seen { cache.rows(&index)? } else { model.decoder.cache() };
+            let mut cache = if group.seen { cache.rows(&index)? } else { model.decoder.cache() };
             let mask = Mask { causal: true, keys: Some(keys) };
             let states = model.forward(&padded, None::<&Features>, &angles, &mask, Some(&mut cache))?;
             let (part, more) = group.loss(&self.vlm, &states)?;
@@ -428,7 +462,7 @@ impl Objective for VlmObjective {
                 sum.right += tally.right;
             }
         }
-        let loss = (loss.context("a batch without questions")? / pictures.len() as f64)?;
+        let loss = (loss.context("a batch without questions")? / pictures as f64)?;
         let metrics = tallies
             .into_iter()
             .flat_map(|(name, t)| {

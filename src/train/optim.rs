@@ -4,7 +4,12 @@
 //! On the CPU each rule is one pass over its slices, in fixed chunks: the result does not depend on the number of
 //! threads. Other devices use candle's operations.
 
-use super::{adamw::AdamW, muon::Muon, schedule::Schedule, slices::CHUNK};
+use super::{
+    adamw::AdamW,
+    muon::{self, Composed, Muon},
+    schedule::Schedule,
+    slices::CHUNK,
+};
 use crate::tensor::cpu::floats;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
@@ -197,20 +202,28 @@ impl Optimizer {
             // Side by side, one matrix a task: the Newton-Schulz iterations of small matrices do not fill the threads.
             self.params.par_iter_mut().with_max_len(1).try_for_each(update)?;
         } else {
-            self.params.iter_mut().try_for_each(update)?;
+            let muon = |param: &&mut Param| param.group.rule == Rule::Muon;
+            let (muon, mut rest): (Vec<_>, Vec<_>) = self.params.iter_mut().partition(muon);
+            rest.iter_mut().try_for_each(|param| update(param))?;
+            update_composed(muon, gradients, clip, factor, config)?;
         }
         Ok((norm, Outcome::Updated))
     }
 }
 
 impl Param {
-    fn update(&mut self, gradient: &Tensor, clip: f64, factor: f64, config: &OptimConfig, updates: u64) -> Result<()> {
+    /// The learning rate and the weight decay.
+    fn rates(&self, factor: f64, config: &OptimConfig) -> (f64, f64) {
         let base = match self.group.rule {
             Rule::Muon => config.muon_lr.unwrap_or(config.lr),
             Rule::AdamW => config.lr,
         };
         let lr = base * factor * self.group.lr;
-        let decay = lr * config.weight_decay * self.group.decay;
+        (lr, lr * config.weight_decay * self.group.decay)
+    }
+
+    fn update(&mut self, gradient: &Tensor, clip: f64, factor: f64, config: &OptimConfig, updates: u64) -> Result<()> {
+        let (lr, decay) = self.rates(factor, config);
         match self.group.rule {
             Rule::Muon => {
                 Muon { clip, lr, decay, momentum: config.momentum }.update(&self.var, &mut self.moments[0], gradient)?
@@ -225,6 +238,27 @@ impl Param {
         }
         Ok(())
     }
+}
+
+/// Muon's updates on a device other than the CPU.
+fn update_composed(
+    mut params: Vec<&mut Param>,
+    gradients: &Gradients,
+    clip: f64,
+    factor: f64,
+    config: &OptimConfig,
+) -> Result<()> {
+    let gradient = |name: &str| gradients.get(name).with_context(|| format!("the loss gives {name} no gradient"));
+    let found = params.iter().map(|param| Ok(gradient(&param.name)?.contiguous()?)).collect::<Result<Vec<_>>>()?;
+    let rule = |param: &mut Param| -> Muon {
+        let (lr, decay) = param.rates(factor, config);
+        Muon { clip, lr, decay, momentum: config.momentum }
+    };
+    let mut composed: Vec<Composed> = params
+        .iter_mut()
+        .map(|param| Composed { muon: rule(param), var: &param.var, buffer: &mut param.moments[0] })
+        .collect();
+    Ok(muon::composed(&mut composed, &found)?)
 }
 
 /// The norm of all gradients together: on the CPU summed in f64 chunk by chunk in a fixed order, elsewhere in f32 on the

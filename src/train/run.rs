@@ -21,7 +21,7 @@ use super::{
     optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
 };
 use crate::{tensor::recompute::Tape, usage};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,8 @@ pub struct TrainConfig {
     pub micro_batch: usize,
     /// Whether blocks are computed again for their gradients instead of kept: less memory for more time.
     pub recompute: bool,
+    /// Whether an NVIDIA GPU multiplies f32 matrices by its tensor cores, which keep 10 of 23 bits of the factors (TF32).
+    pub tf32: bool,
     /// Decay of the moving average.
     pub ema: f64,
     /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end.
@@ -86,6 +88,7 @@ impl Default for TrainConfig {
             batch: 32,
             micro_batch: 0,
             recompute: false,
+            tf32: false,
             ema: 0.999,
             log_every: 1,
             evaluate_every: 500,
@@ -276,6 +279,7 @@ impl<'a> Run<'a> {
         if !(0.0..1.0).contains(&config.ema) {
             usage!("train.ema must be in [0, 1), not {}", config.ema);
         }
+        candle_core::cuda::set_gemm_reduced_precision_f32(config.tf32);
         let vars = objective.vars();
         if vars.is_empty() {
             bail!("the objective has nothing to train");
@@ -327,13 +331,13 @@ impl<'a> Run<'a> {
         Batch { step: self.step, rows: rows.clone(), size: self.config.batch, update: 0, piece: 0 }
     }
 
+    fn on_cpu(&self) -> bool {
+        self.vars.values().all(|var| var.device().is_cpu())
+    }
+
     /// The results of `work`, side by side on the CPU, one after the other elsewhere: there one alone fills the device.
     fn each<T: Sync, R: Send>(&self, items: &[T], work: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
-        if self.vars.values().all(|var| var.device().is_cpu()) {
-            items.par_iter().map(work).collect()
-        } else {
-            items.iter().map(work).collect()
-        }
+        if self.on_cpu() { items.par_iter().map(work).collect() } else { items.iter().map(work).collect() }
     }
 
     /// Lets the objective prepare the step.
@@ -379,6 +383,23 @@ impl<'a> Run<'a> {
         Ok(total)
     }
 
+    /// The gradients of the first update. While another device computes them, the host prepares the next step.
+    fn gradients_and_next(&self, micro: &[Range<usize>], means: &mut Means) -> Result<Gradients> {
+        if self.on_cpu() || self.step + 1 >= self.config.steps {
+            return self.gradients(0, micro, means);
+        }
+        std::thread::scope(|scope| {
+            let (objective, next): (&dyn Objective, _) = (&*self.objective, self.step + 1);
+            let batches: Vec<Batch> =
+                self.micro_batches().iter().map(|rows| Batch { step: next, ..self.batch(rows) }).collect();
+            let prepare = move || batches.iter().try_for_each(|batch| objective.prepare(batch));
+            let prepared = scope.spawn(prepare);
+            let gradients = self.gradients(0, micro, means);
+            prepared.join().map_err(|_| anyhow!("the next step could not be prepared"))??;
+            gradients
+        })
+    }
+
     /// A variable without a gradient is a mistake in the objective or a break in the graph: say so before hours go by.
     fn check(&self, gradients: &Gradients) -> Result<()> {
         let missing: Vec<_> = self.vars.keys().filter(|name| !gradients.contains_key(*name)).collect();
@@ -394,7 +415,10 @@ impl<'a> Run<'a> {
         let mut means = self.collect()?;
         let mut told = (0.0, Outcome::Updated);
         for (update, micro) in self.updates().iter().enumerate() {
-            let gradients = self.gradients(update, micro, &mut means)?;
+            let gradients = match update {
+                0 => self.gradients_and_next(micro, &mut means)?,
+                _ => self.gradients(update, micro, &mut means)?,
+            };
             self.check(&gradients)?;
             let (norm, outcome) = self.optimizer.step(&gradients, factor)?;
             if outcome == Outcome::Updated {

@@ -5,6 +5,7 @@ use crate::models::{Folder, qwen3_vl::Patches};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use image::RgbImage;
+use rayon::prelude::*;
 use serde::Deserialize;
 
 /// `preprocessor_config.json`, or the `image_processor` of `processor_config.json`.
@@ -118,20 +119,22 @@ impl ImageProcessor {
 
     /// The patches of `pictures`, one after the other.
     pub fn patches<'a>(&self, pictures: impl IntoIterator<Item = &'a RgbImage>, device: &Device) -> Result<Patches> {
-        let (mut values, mut grids) = (Vec::new(), Vec::new());
-        for picture in pictures {
+        let pictures: Vec<&RgbImage> = pictures.into_iter().collect();
+        let cut = |picture: &&RgbImage| -> Result<(Vec<f32>, [usize; 2])> {
             let (width, height) = (picture.width() as usize, picture.height() as usize);
             let target = self.target(width, height)?;
-            let resized = resize(picture.as_raw(), (width, height), target);
-            grids.push(self.cut(&resized, target, &mut values)?);
-        }
+            self.cut(&resize(picture.as_raw(), (width, height), target), target)
+        };
+        let (values, grids): (Vec<_>, Vec<_>) =
+            pictures.par_iter().map(cut).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let numbers = 3 * self.temporal_patch_size * self.patch_size.pow(2);
-        let values = Tensor::from_vec(values, (grids.iter().map(|[r, c]| r * c).sum::<usize>(), numbers), device)?;
+        let patches = grids.iter().map(|[r, c]| r * c).sum::<usize>();
+        let values = Tensor::from_vec(values.concat(), (patches, numbers), device)?;
         Ok(Patches { values, grids })
     }
 
-    /// Appends the patches of one picture to `out`: block by block, in each patch channel, time, row, column.
-    fn cut(&self, rgb: &[u8], (width, height): (usize, usize), out: &mut Vec<f32>) -> Result<[usize; 2]> {
+    /// The patches of one picture: block by block, in each patch channel, time, row, column; and their rows and columns.
+    fn cut(&self, rgb: &[u8], (width, height): (usize, usize)) -> Result<(Vec<f32>, [usize; 2])> {
         let (p, m) = (self.patch_size, self.merge_size);
         let (rows, columns) = (height / p, width / p);
         ensure!(
@@ -145,6 +148,7 @@ impl ImageProcessor {
             if self.do_normalize { (value - self.image_mean[channel]) / self.image_std[channel] } else { value }
         };
         let blocks = (0..rows / m).flat_map(|i| (0..columns / m).map(move |j| (i, j)));
+        let mut out = Vec::with_capacity(3 * self.temporal_patch_size * width * height);
         for (i, j) in blocks {
             for k in 0..m * m {
                 let (top, left) = ((i * m + k / m) * p, (j * m + k % m) * p);
@@ -158,7 +162,7 @@ impl ImageProcessor {
                 }
             }
         }
-        Ok([rows, columns])
+        Ok((out, [rows, columns]))
     }
 }
 

@@ -45,14 +45,19 @@ impl TextEncoder {
 
     /// Renders, tokenizes, and pads every prompt to `max_length`.
     pub fn tokens(&self, prompts: &[&str], max_length: usize) -> Result<Tokens> {
-        let (mut ids, mut keys) = (Vec::with_capacity(prompts.len() * max_length), Vec::with_capacity(prompts.len()));
-        for prompt in prompts {
-            let prompt = self.prompt_ids(prompt, max_length)?;
-            keys.push(0..prompt.len());
-            ids.extend_from_slice(&prompt);
-            ids.resize(keys.len() * max_length, self.chat.pad());
+        let rows = prompts.iter().map(|prompt| self.prompt_ids(prompt, max_length)).collect::<Result<Vec<_>>>()?;
+        self.padded(&rows, max_length)
+    }
+
+    /// Pads the ids of every prompt to `length`.
+    pub fn padded(&self, rows: &[Vec<u32>], length: usize) -> Result<Tokens> {
+        let (mut ids, mut keys) = (Vec::with_capacity(rows.len() * length), Vec::with_capacity(rows.len()));
+        for row in rows {
+            keys.push(0..row.len());
+            ids.extend_from_slice(row);
+            ids.resize(keys.len() * length, self.chat.pad());
         }
-        let ids = Tensor::from_vec(ids, (prompts.len(), max_length), self.model.decoder.device())?;
+        let ids = Tensor::from_vec(ids, (rows.len(), length), self.model.decoder.device())?;
         Ok(Tokens { ids, mask: Mask { causal: true, keys: Some(keys) } })
     }
 

@@ -10,6 +10,7 @@
 mod attention;
 mod block;
 mod embedding;
+mod linear;
 mod mlp;
 mod norm;
 mod rope;
@@ -17,7 +18,8 @@ mod rope;
 pub(super) use attention::attention;
 pub(super) use block::attention_swiglu;
 pub(super) use embedding::embedding;
-pub(super) use mlp::swiglu;
+pub(super) use linear::linear;
+pub(super) use mlp::{gate_residual, swiglu};
 pub(super) use norm::{layer_norm, layer_norm_modulate, rms_norm, widen};
 pub(super) use rope::{norm_rope, rope};
 

@@ -1,7 +1,7 @@
 //! Normalisations over the last dimension. With `n` the normalised row and `s` the reciprocal deviation (or root mean
 //! square), the gradient of a row is `s (g - mean(g) - n mean(g n))`, without `mean(g)` where no mean was taken away.
 
-use super::{node1, node2};
+use super::{linear, node1, node2, node3};
 use candle_core::{D, DType, Result, Tensor};
 
 /// `x` in f32 where it is in half precision, whose sums of squares overflow and whose angles are coarse.
@@ -38,34 +38,40 @@ pub(super) fn rms_gradients(x: &Tensor, weight: &Tensor, eps: f64, grad: &Tensor
     let (wide, g) = (widen(x)?, widen(grad)?);
     let scale = inverse_rms(&wide, eps)?;
     let n = wide.broadcast_mul(&scale)?;
-    let to_weight = (&g * &n)?.reshape(((), weight.dim(0)?))?.sum(0)?;
+    let to_weight = linear::sum_rows(&linear::rows(&(&g * &n)?)?)?;
     let g = g.broadcast_mul(&widen(weight)?)?;
     let along = (&g * &n)?.mean_keepdim(D::Minus1)?;
     let to_x = (g - n.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;
     Ok([to_x.to_dtype(x.dtype())?, to_weight.to_dtype(weight.dtype())?])
 }
 
-/// `(x - mean) / sqrt(variance + eps)`.
+/// `(x - mean) / sqrt(variance + eps)`, without a graph.
+fn standard(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    if has_kernel(&x) {
+        let d = x.dim(D::Minus1)?;
+        let (one, zero) = (Tensor::ones(d, x.dtype(), x.device())?, Tensor::zeros(d, x.dtype(), x.device())?);
+        candle_nn::ops::layer_norm(&x, &one, &zero, eps as f32)
+    } else {
+        let x = centred(&x)?;
+        x.broadcast_mul(&inverse_rms(&x, eps)?)
+    }
+}
+
+/// The same as a node of the graph.
 fn standardise(x: &Tensor, eps: f64) -> Result<Tensor> {
-    let value = {
-        let x = x.detach().contiguous()?;
-        if has_kernel(&x) {
-            let d = x.dim(D::Minus1)?;
-            let (one, zero) = (Tensor::ones(d, x.dtype(), x.device())?, Tensor::zeros(d, x.dtype(), x.device())?);
-            candle_nn::ops::layer_norm(&x, &one, &zero, eps as f32)?
-        } else {
-            let x = centred(&x)?;
-            x.broadcast_mul(&inverse_rms(&x, eps)?)?
-        }
-    };
+    let value = standard(&x.detach(), eps)?;
     node1(x, value, move |[x], _, grad| {
-        let (wide, g) = (centred(&widen(x)?)?, widen(grad)?);
+        let wide = centred(&widen(x)?)?;
         let scale = inverse_rms(&wide, eps)?;
-        let n = wide.broadcast_mul(&scale)?;
-        let along = (&g * &n)?.mean_keepdim(D::Minus1)?;
-        let to_x = (centred(&g)? - n.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;
-        Ok([to_x.to_dtype(x.dtype())?])
+        Ok([standard_gradient(&wide.broadcast_mul(&scale)?, &scale, &widen(grad)?)?.to_dtype(x.dtype())?])
     })
+}
+
+/// The gradient of a standardised row `n`, which was scaled by `scale`.
+fn standard_gradient(n: &Tensor, scale: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let along = (grad * n)?.mean_keepdim(D::Minus1)?;
+    (centred(grad)? - n.broadcast_mul(&along)?)?.broadcast_mul(scale)
 }
 
 fn centred(x: &Tensor) -> Result<Tensor> {
@@ -80,6 +86,24 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 }
 
 pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
-    let scale = (scale.unsqueeze(1)? + 1.0)?;
-    standardise(x, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift.unsqueeze(1)?)
+    let value = {
+        let factor = (scale.detach().unsqueeze(1)? + 1.0)?;
+        standard(&x.detach(), eps)?.broadcast_mul(&factor)?.broadcast_add(&shift.detach().unsqueeze(1)?)?
+    };
+    node3([x, shift, scale], value, move |[x, _, scale], _, grad| {
+        let (wide, g) = (centred(&widen(x)?)?, widen(grad)?);
+        let deviation = inverse_rms(&wide, eps)?;
+        let n = wide.broadcast_mul(&deviation)?;
+        let (to_shift, to_scale) = (sum_tokens(&g)?, sum_tokens(&(&g * &n)?)?);
+        let g = g.broadcast_mul(&(widen(scale)?.unsqueeze(1)? + 1.0)?)?;
+        let to_x = standard_gradient(&n, &deviation, &g)?;
+        let dtype = x.dtype();
+        Ok([to_x.to_dtype(dtype)?, to_shift.to_dtype(dtype)?, to_scale.to_dtype(dtype)?])
+    })
+}
+
+/// The sum over the tokens of `x (B, T, D)`, `(B, D)`.
+pub(super) fn sum_tokens(x: &Tensor) -> Result<Tensor> {
+    let (b, t, _) = x.dims3()?;
+    Tensor::ones((b, 1, t), x.dtype(), x.device())?.matmul(x)?.squeeze(1)
 }
