@@ -27,6 +27,12 @@ fn composed_conv2d(
     padding: (usize, usize),
 ) -> Result<Tensor> {
     let s = Sizes::new(x.shape(), weight.shape(), stride, padding)?;
+    #[cfg(feature = "cuda")]
+    if ![x, weight, bias].iter().any(|tensor| tensor.track_op())
+        && let Some(y) = super::cuda::conv2d(x, weight, bias, stride, padding.0, s.output)?
+    {
+        return Ok(y);
+    }
     let x = x.pad_with_zeros(2, padding.0, padding.1)?.pad_with_zeros(3, padding.0, padding.1)?;
     // What no output sees is cut off: candle's backward pass knows one excess for both sides only.
     let seen = |n: usize| (n - 1) * stride + s.kernel;

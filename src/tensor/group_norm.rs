@@ -10,6 +10,12 @@ pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps
         let op = GroupNorm { groups, eps, silu };
         return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
+    #[cfg(feature = "cuda")]
+    if ![x, weight, bias].iter().any(|tensor| tensor.track_op())
+        && let Some(value) = super::cuda::group_norm(x, groups, weight, bias, eps, silu)?
+    {
+        return Ok(value);
+    }
     composed(x, groups, weight, bias, eps, silu)
 }
 

@@ -15,7 +15,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 /// GELU by its tanh approximation (`gelu_pytorch_tanh`).
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Unary::GeluTanh) } else { x.gelu() }
+    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Unary::GeluTanh) } else { composed::gelu_tanh(x) }
 }
 
 /// `silu(gate) * up`, where `x` holds `gate` then `up` along its last dimension: `(.., 2F)` to `(.., F)`.

@@ -2,7 +2,7 @@
 //! drop gradients without a word.
 //!
 //! Each operation has a fused CPU kernel with its own backward, and a composition of candle's kernels for every other
-//! device and number format.
+//! device and number format; on CUDA the costly parts of those are kernels of our own in f32.
 
 pub mod device;
 pub mod recompute;
@@ -13,6 +13,8 @@ mod bf16;
 mod composed;
 mod conv;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod group_norm;
 mod linear;

@@ -204,7 +204,16 @@ pub fn train(
                 let metrics = run.objective.evaluate(run.step)?;
                 log.metrics(run.step, &metrics)?;
                 (hooks.report)(Event::Evaluated(run.step, &metrics));
-                improved = run.judge(&metrics)?;
+                improved = match run.judge(&metrics) {
+                    Ok(improved) => improved,
+                    Err(error) => {
+                        // A wrong name in the config is no reason to lose what was learned.
+                        run.ema.swap(&run.vars)?;
+                        log.sync()?;
+                        run.save(folder, &checkpoints)?;
+                        return Err(error);
+                    }
+                };
             }
             if samples {
                 let folder = folder.join("samples").join(format!("{:08}", run.step));

@@ -2,6 +2,8 @@
 //! FlashAttention does (arXiv 2205.14135).
 
 use super::{node3, norm::widen};
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda;
 use crate::tensor::{Mask, attention::Dims};
 use candle_core::{D, DType, Device, Result, Tensor};
 
@@ -49,13 +51,22 @@ pub(super) fn gradients([q, k, v]: [&Tensor; 3], value: &Tensor, grad: &Tensor, 
         let p = shape.weights(&q, &k, bias.as_ref(), block)?; // (B, Hkv, G n, Tk)
         let (g, level) = (shape.grouped(&grad, block)?, shape.grouped(&level, block)?);
         to_v = Some(added(to_v, p.t()?.matmul(&g)?)?);
-        let to_scores = (&p * g.matmul(&v.t()?)?.broadcast_sub(&level)?)?;
+        let to_scores = scores_gradient(&p, &g.matmul(&v.t()?)?, &level)?;
         to_k = Some(added(to_k, to_scores.t()?.matmul(&shape.grouped(&q, block)?)?)?);
         to_q.push(shape.ungrouped(&to_scores.matmul(&k)?, block.1)?);
     }
     let (Some(to_k), Some(to_v)) = (to_k, to_v) else { candle_core::bail!("attention without queries") };
     let back = |x: &Tensor| x.transpose(1, 2)?.contiguous();
     Ok([(back(&Tensor::cat(&to_q, 2)?)? * shape.scale())?, back(&to_k)?, back(&to_v)?])
+}
+
+/// `P (dP - level)`.
+fn scores_gradient(weights: &Tensor, grad: &Tensor, level: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gradient) = cuda::scores_backward(weights, grad, level)? {
+        return Ok(gradient);
+    }
+    weights * grad.broadcast_sub(level)?
 }
 
 /// `(B, T, H, D)` to `(B, H, T, D)`.

@@ -26,7 +26,7 @@ pub fn attention_swiglu(
         let x = x.detach();
         let [q, k] = [(0, q_norm), (1, k_norm)].map(|(i, weight)| cut.turned(&cut.part(&x, i)?, &weight.detach()));
         let y = attention::value(&q?, &k?, &cut.part(&x, 2)?, &Mask::default())?.reshape((b, t, inner))?;
-        Tensor::cat(&[y, mlp::value(&cut.rest(&x)?)?], D::Minus1)?
+        Tensor::cat(&[y, mlp::value(&x, 3 * inner)?], D::Minus1)?
     };
     node3([x, q_norm, k_norm], value, move |inputs, value, grad| cut.gradients(inputs, value, grad))
 }
@@ -49,12 +49,6 @@ impl Cut {
         x.narrow(2, i * inner, inner)?.contiguous()?.reshape((self.b, self.t, self.heads, self.d))
     }
 
-    /// Gate and up.
-    fn rest(&self, x: &Tensor) -> Result<Tensor> {
-        let start = 3 * self.heads * self.d;
-        x.narrow(2, start, x.dim(2)? - start)
-    }
-
     fn turned(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         rope::turn(&norm::rms_value(x, weight, self.eps)?, &self.cos, &self.sin, self.rotation)
     }
@@ -70,7 +64,7 @@ impl Cut {
             norm::rms_gradients(x, weight, self.eps, &grad)
         };
         let ([to_q, to_q_norm], [to_k, to_k_norm]) = (back(&q, q_norm, &to_q)?, back(&k, k_norm, &to_k)?);
-        let to_rest = mlp::gradient(&self.rest(x)?, &grad.narrow(2, inner, grad.dim(2)? - inner)?)?;
+        let to_rest = mlp::gradient(x, 3 * inner, grad)?;
         let flat = |x: Tensor| x.reshape((self.b, self.t, inner));
         Ok([Tensor::cat(&[flat(to_q)?, flat(to_k)?, flat(to_v)?, to_rest], D::Minus1)?, to_q_norm, to_k_norm])
     }

@@ -1,7 +1,9 @@
 //! Normalisations over the last dimension. With `n` the normalised row and `s` the reciprocal deviation (or root mean
 //! square), the gradient of a row is `s (g - mean(g) - n mean(g n))`, without `mean(g)` where no mean was taken away.
 
-use super::{linear, node1, node2, node3};
+use super::{linear, node2, node3};
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda;
 use candle_core::{D, DType, Result, Tensor};
 
 /// `x` in f32 where it is in half precision, whose sums of squares overflow and whose angles are coarse.
@@ -35,6 +37,10 @@ pub(super) fn rms_value(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>
 }
 
 pub(super) fn rms_gradients(x: &Tensor, weight: &Tensor, eps: f64, grad: &Tensor) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "cuda")]
+    if let Some([to_x, parts]) = cuda::rms_backward(x, weight, eps, grad)? {
+        return Ok([to_x, linear::sum_rows(&parts)?]);
+    }
     let (wide, g) = (widen(x)?, widen(grad)?);
     let scale = inverse_rms(&wide, eps)?;
     let n = wide.broadcast_mul(&scale)?;
@@ -58,16 +64,6 @@ fn standard(x: &Tensor, eps: f64) -> Result<Tensor> {
     }
 }
 
-/// The same as a node of the graph.
-fn standardise(x: &Tensor, eps: f64) -> Result<Tensor> {
-    let value = standard(&x.detach(), eps)?;
-    node1(x, value, move |[x], _, grad| {
-        let wide = centred(&widen(x)?)?;
-        let scale = inverse_rms(&wide, eps)?;
-        Ok([standard_gradient(&wide.broadcast_mul(&scale)?, &scale, &widen(grad)?)?.to_dtype(x.dtype())?])
-    })
-}
-
 /// The gradient of a standardised row `n`, which was scaled by `scale`.
 fn standard_gradient(n: &Tensor, scale: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let along = (grad * n)?.mean_keepdim(D::Minus1)?;
@@ -82,15 +78,18 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if has_kernel(x) && ![x, weight, bias].iter().any(|t| t.track_op()) {
         return candle_nn::ops::layer_norm(&x.contiguous()?, &weight.contiguous()?, &bias.contiguous()?, eps as f32);
     }
-    standardise(x, eps)?.broadcast_mul(weight)?.broadcast_add(bias)
+    let d = weight.dim(0)?;
+    let rows = x.reshape((1, (), d))?;
+    layer_norm_modulate(&rows, &bias.unsqueeze(0)?, &(weight - 1.0)?.unsqueeze(0)?, eps)?.reshape(x.shape())
 }
 
 pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
-    let value = {
-        let factor = (scale.detach().unsqueeze(1)? + 1.0)?;
-        standard(&x.detach(), eps)?.broadcast_mul(&factor)?.broadcast_add(&shift.detach().unsqueeze(1)?)?
-    };
+    let value = modulated(&x.detach(), &shift.detach(), &scale.detach(), eps)?;
     node3([x, shift, scale], value, move |[x, _, scale], _, grad| {
+        #[cfg(feature = "cuda")]
+        if let Some([to_x, to_scale]) = cuda::modulate_backward(x, scale, eps, grad)? {
+            return Ok([to_x, sum_tokens(grad)?, sum_tokens(&to_scale)?]);
+        }
         let (wide, g) = (centred(&widen(x)?)?, widen(grad)?);
         let deviation = inverse_rms(&wide, eps)?;
         let n = wide.broadcast_mul(&deviation)?;
@@ -100,6 +99,14 @@ pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64)
         let dtype = x.dtype();
         Ok([to_x.to_dtype(dtype)?, to_shift.to_dtype(dtype)?, to_scale.to_dtype(dtype)?])
     })
+}
+
+fn modulated(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = cuda::modulate(x, shift, scale, eps)? {
+        return Ok(value);
+    }
+    standard(x, eps)?.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?.broadcast_add(&shift.unsqueeze(1)?)
 }
 
 /// The sum over the tokens of `x (B, T, D)`, `(B, D)`.

@@ -5,7 +5,7 @@ use super::{
     norm::{rms_norm, widen},
 };
 use crate::tensor::Rotation;
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
     let (cos, sin) = (cos.detach(), sin.detach());
@@ -25,27 +25,22 @@ pub fn norm_rope(
 }
 
 /// In f32 where `x` is in half precision, as the reference implementations rotate.
+///
+/// Candle's kernel rotates `(B, heads, tokens, D)`; with the heads of a token counted as tokens of the same angles, it
+/// rotates `(B, T, H, D)` as it is.
 pub(super) fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
     let (b, t, h, d) = x.dims4()?;
-    let dtype = x.dtype();
-    let x = widen(x)?;
-    let angle = |a: &Tensor| a.to_dtype(x.dtype())?.unsqueeze(D::Minus2);
-    let (cos, sin) = (angle(cos)?, angle(sin)?);
-    let turn = |a: &Tensor, b: &Tensor| -> Result<(Tensor, Tensor)> {
-        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let second = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
-        Ok((first, second))
+    let wide = widen(x)?.contiguous()?.reshape((b, 1, t * h, d))?;
+    let angle = |a: &Tensor| -> Result<Tensor> {
+        let mut shape = a.dims().to_vec(); // (T, D / 2) or (B, T, D / 2)
+        let end = shape.len() - 1;
+        shape.insert(end, h);
+        let each = a.to_dtype(wide.dtype())?.unsqueeze(end)?.broadcast_as(shape.as_slice())?;
+        each.contiguous()?.flatten(end - 1, end)
     };
-    let y = match rotation {
-        Rotation::Interleaved => {
-            let pairs = x.reshape((b, t, h, d / 2, 2))?;
-            let (first, second) = turn(&pairs.narrow(4, 0, 1)?.squeeze(4)?, &pairs.narrow(4, 1, 1)?.squeeze(4)?)?;
-            Tensor::stack(&[first, second], 4)?.reshape((b, t, h, d))
-        }
-        Rotation::Half => {
-            let (first, second) = turn(&x.narrow(3, 0, d / 2)?, &x.narrow(3, d / 2, d / 2)?)?;
-            Tensor::cat(&[first, second], 3)
-        }
+    let rotate = match rotation {
+        Rotation::Interleaved => candle_nn::rotary_emb::rope_i,
+        Rotation::Half => candle_nn::rotary_emb::rope,
     };
-    y?.to_dtype(dtype)
+    rotate(&wide, &angle(cos)?, &angle(sin)?)?.reshape((b, t, h, d))?.to_dtype(x.dtype())
 }
