@@ -47,12 +47,8 @@ impl Kernel<'_> {
             // SAFETY: every kernel writes all its outputs before they are read.
             outputs.push(unsafe { device.alloc::<f32>(shape.iter().product())? });
         }
-        let numbers: Vec<u32> = self
-            .numbers
-            .iter()
-            .map(|n| u32::try_from(*n))
-            .collect::<Result<_, _>>()
-            .map_err(candle_core::Error::wrap)?;
+        let number = |n: usize| u32::try_from(n).map_err(candle_core::Error::wrap);
+        let numbers = self.numbers.iter().map(|n| number(*n)).collect::<Result<Vec<u32>>>()?;
         let eps = self.eps.unwrap_or_default() as f32;
         let all = self.all.unwrap_or_default();
         let mut arguments = kernel.builder();
@@ -71,7 +67,7 @@ impl Kernel<'_> {
         if self.eps.is_some() {
             arguments.arg(&eps);
         }
-        let blocks = u32::try_from(self.blocks.max(1)).map_err(candle_core::Error::wrap)?;
+        let blocks = number(self.blocks.max(1))?;
         let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (BLOCK as u32, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: the arguments are those of the kernel's signature, and inputs and outputs have the sizes that it is told.
         unsafe { arguments.launch(config) }.w()?;
