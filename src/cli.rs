@@ -433,6 +433,16 @@ pub struct EvalRun {
     /// Accept a picture when the Checker gives every claim at least this probability
     #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
     pub accept: f64,
+    /// Whether pictures may show nothing else than what is asked [default: on the tabletop world, whose prompts tell all]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Modes"
+    )]
+    pub only: Option<bool>,
     /// How pictures are edited
     #[arg(long, value_enum, value_name = "E", default_value_t, help_heading = "Modes")]
     pub editor: EditorKind,

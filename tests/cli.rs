@@ -156,6 +156,11 @@ fn every_editor_edits() {
     }
     let info = rig.command(&["info", "0.png"]).output().unwrap();
     assert!(String::from_utf8(info.stdout).unwrap().contains("move the red ball"));
+    // What was edited by hand has no prompt to draw again.
+    let replay = rig.command(&["generate", "--from", "0.png", "--out", "again.png"]).output().unwrap();
+    assert_eq!(replay.status.code(), Some(2), "{}", stderr(&replay));
+    assert!(stderr(&replay).contains("0.png") && stderr(&replay).contains("rlrig edit"), "{}", stderr(&replay));
+    assert!(!rig.path("again.png").exists());
 }
 
 #[test]

@@ -108,6 +108,20 @@ fn the_suite_writes_every_mode_and_every_picture() {
 }
 
 #[test]
+fn the_claim_of_nothing_else_can_be_left_out() {
+    let rig = Rig::new();
+    let claims = |out: &str, more: &[&str]| {
+        eval(&rig, out, &[&["--mode", "diffuser"], more].concat());
+        let config: Value = serde_json::from_slice(&fs::read(rig.path(out).join("config.json")).unwrap()).unwrap();
+        let counts: Vec<usize> = lines(&rig, out).iter().map(|l| l["claims"].as_array().unwrap().len()).collect();
+        (config["only"].as_bool().unwrap(), counts)
+    };
+    let ((with, all), (without, fewer)) = (claims("with", &[]), claims("without", &["--only=false"]));
+    assert!(with && !without);
+    assert!(!all.is_empty() && all.iter().zip(&fewer).all(|(all, fewer)| *all == fewer + 1), "{all:?}, {fewer:?}");
+}
+
+#[test]
 fn a_file_with_every_flaw_is_evaluated_end_to_end() {
     let rig = Rig::new();
     fs::write(rig.path("flawed.json"), file("tests/fixtures/laion_sg/flawed.json")).unwrap();

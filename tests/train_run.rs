@@ -284,6 +284,16 @@ fn a_run_that_gets_no_better_ends_and_keeps_its_best() {
 }
 
 #[test]
+fn a_best_metric_that_does_not_exist_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { best: Some("eval/none".into()), checkpoint_every: 0, ..config() };
+    let error = train(dir.path(), &config, &mut |_, _| {}).unwrap_err();
+    assert!(format!("{error:#}").contains("eval/none"), "{error:#}");
+    let kept = fs::read_dir(dir.path().join("checkpoints")).unwrap().count();
+    assert!(kept == 1 && dir.path().join("model").is_dir());
+}
+
+#[test]
 fn a_torn_checkpoint_stops_the_resume() {
     let dir = tempfile::tempdir().unwrap();
     whole(dir.path());

@@ -233,6 +233,7 @@ impl Models {
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "accept": args.accept,
+            "only": only(args),
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
             config.extend(told.clone());
@@ -268,6 +269,7 @@ impl Models {
             cancelled: &|| stop.load(Ordering::Relaxed),
             options: Options { rounds: args.rounds, draws: args.draws, accept: args.accept, width: args.batch },
             seed,
+            only: only(args),
         };
         let (mut made, all) = (samples.len() - left.len(), samples.len());
         play.run(&left, &mut |lines, pictures| {
@@ -290,6 +292,11 @@ impl Models {
         }
         Ok(())
     }
+}
+
+/// Whether pictures are held to show nothing else. A prompt of the tabletop world tells all of its scene.
+fn only(args: &EvalRun) -> bool {
+    args.only.unwrap_or(args.dataset == Dataset::Tabletop)
 }
 
 fn mode(asked: EvalMode) -> Mode {

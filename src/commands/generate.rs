@@ -175,6 +175,12 @@ fn read_recipe(path: &Path) -> Result<Trajectory> {
     let Some((_, text)) = texts.iter().find(|(keyword, _)| keyword == png::CHUNK) else {
         usage!("{} carries no recipe of rlrig", path.display());
     };
+    if serde_json::from_str::<serde_json::Value>(text).is_ok_and(|recipe| recipe.get("edit").is_some()) {
+        usage!(
+            "{} was made by `rlrig edit`, not drawn from a prompt; `rlrig info` shows the instruction to give again",
+            path.display()
+        );
+    }
     Trajectory::from_json(text).with_context(|| format!("the recipe in {}", path.display()))
 }
 

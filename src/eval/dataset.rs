@@ -35,10 +35,10 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// What a picture of it is held to. A prompt of the tabletop world tells all of its scene.
-    pub fn target(&self) -> Target {
+    /// What a picture of it is held to; `only` adds that it shows nothing else.
+    pub fn target(&self, only: bool) -> Target {
         let target = Target::new(self.prompt.clone(), &self.graph);
-        if self.dataset == TABLETOP { target.and_nothing_else() } else { target }
+        if only { target.and_nothing_else() } else { target }
     }
 }
 

@@ -20,6 +20,8 @@ pub struct Play<'a> {
     pub mode: Mode,
     pub painter: &'a dyn Painter,
     pub critic: &'a dyn Critic,
+    /// Whether pictures may show nothing else than what is asked.
+    pub only: bool,
     /// Judges the pictures where it is another than the loop's Checker.
     pub judge: Option<&'a dyn Checker>,
     /// Counts the painter's network evaluations.
@@ -41,7 +43,7 @@ pub fn noise(seed: u64, index: u64) -> u64 {
 impl Play<'_> {
     /// Plays over `samples`; `keep` gets each prompt's lines and pictures as it ends. What is cancelled is not kept.
     pub fn run(&self, samples: &[Sample], keep: &mut Keep) -> Result<()> {
-        let job = |sample: &Sample| Job { target: sample.target(), seed: noise(self.seed, sample.index) };
+        let job = |sample: &Sample| Job { target: sample.target(self.only), seed: noise(self.seed, sample.index) };
         let jobs: Vec<Job> = samples.iter().map(job).collect();
         let options = self.mode.options(self.options);
         let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
