@@ -49,14 +49,21 @@ struct Example {
     source: Option<Scene>,
 }
 
+/// Rendered pictures.
+struct Rendered {
+    pixels: Vec<f32>,
+    /// What lies in their cells.
+    labels: Labels,
+}
+
 /// Samples that all draw, or all edit, as numbers on the host.
 struct Part {
     /// The metric of their loss.
     name: &'static str,
-    /// Pixels, and what lies in their cells, of the pictures to be drawn.
-    targets: (Vec<f32>, Labels),
-    /// The same of the pictures to be edited, and noise for their latents.
-    sources: Option<((Vec<f32>, Labels), Vec<f32>)>,
+    /// The pictures to be drawn.
+    targets: Rendered,
+    /// Those to be edited, and noise for their latents.
+    sources: Option<(Rendered, Vec<f32>)>,
     noise: Vec<f32>,
     /// The noise level of each sample.
     levels: Vec<f32>,
@@ -180,7 +187,8 @@ impl Diffuser {
         let scenes = |of: &dyn Fn(&Example) -> Option<&Scene>| {
             let scenes: Vec<&Scene> = examples.iter().filter_map(|(_, e)| of(e)).collect();
             let pixels: Vec<Vec<f32>> = scenes.par_iter().map(|scene| planes(&render(scene))).collect();
-            (scenes.len() == examples.len()).then(|| (pixels.concat(), self.layout.labels(&scenes)))
+            let rendered = || Rendered { pixels: pixels.concat(), labels: self.layout.labels(&scenes) };
+            (scenes.len() == examples.len()).then(rendered)
         };
         let rows = |purpose: &str, scale: &(dyn Fn(&mut Stream) -> f32 + Sync)| -> Vec<f32> {
             let row = |(index, _): &(u64, Example)| {
@@ -228,7 +236,7 @@ impl Diffuser {
     fn losses(&self, part: &Part) -> Result<(Tensor, Tensor)> {
         let device = self.klein.device();
         let b = part.levels.len();
-        let targets = self.tokens(&part.targets.0, b)?;
+        let targets = self.tokens(&part.targets.pixels, b)?;
         let (_, n, c) = targets.dims3()?;
         let noise = Tensor::from_slice(&part.noise, (b, n, c), device)?;
         let sigma = Tensor::from_slice(&part.levels, b, device)?;
@@ -239,7 +247,7 @@ impl Diffuser {
         let side = (n as f64).sqrt() as usize;
         let mut positions = flux2::image_positions(0, side, side);
         if let Some((sources, blur)) = &part.sources {
-            let references = (self.tokens(&sources.0, b)? + Tensor::from_slice(blur, (b, n, c), device)?)?;
+            let references = (self.tokens(&sources.pixels, b)? + Tensor::from_slice(blur, (b, n, c), device)?)?;
             x = Tensor::cat(&[x, references], 1)?; // (B, 2 N, C)
             positions.extend(flux2::image_positions(10, side, side));
         }
@@ -253,10 +261,10 @@ impl Diffuser {
         let (predicted, hidden) = self.klein.transformer.forward_with_hidden(&x, &given)?;
         let error = (predicted.narrow(1, 0, n)? - velocity)?.sqr()?;
         let flow = (error.sum((1, 2))? / (n * c) as f64)?;
-        let mut layout = self.layout.losses(&hidden.narrow(1, 0, n)?.contiguous()?, &part.targets.1)?;
+        let mut layout = self.layout.losses(&hidden.narrow(1, 0, n)?.contiguous()?, &part.targets.labels)?;
         if let Some((sources, _)) = &part.sources {
             let of_source = hidden.narrow(1, n, n)?.contiguous()?;
-            layout = ((layout + self.layout.losses(&of_source, &sources.1)?)? / 2.0)?;
+            layout = ((layout + self.layout.losses(&of_source, &sources.labels)?)? / 2.0)?;
         }
         Ok((flow, layout))
     }
