@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Proves that the CUDA build compiles and links from nothing: a toolkit from wheels, an empty target folder, no GPU.
-# Says how long it took and how large things are. About 20 minutes on two free cores; not part of CI.
+# Says how long it took and how large things are. About 15 minutes on two free cores; not part of CI.
 #
 #   scripts/check-cuda-build.sh [FOLDER [FEATURE...]]
 #
