@@ -37,7 +37,8 @@ pub fn linear_in(precision: Precision, x: &Tensor, weight: &Tensor, bias: Option
     }
 }
 
-fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
+/// `dims` with another last one.
+pub(super) fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
     let mut dims = dims.to_vec();
     if let Some(d) = dims.last_mut() {
         *d = last;

@@ -1,7 +1,7 @@
 //! Matrix products of a layer.
 
 use super::{node1, node2};
-use crate::tensor::Precision;
+use crate::tensor::{Precision, linear::with_last};
 use candle_core::{D, DType, Result, Tensor};
 
 /// `x W^T`; of the gradients only those that are asked for are computed.
@@ -45,12 +45,8 @@ impl Product {
     }
 
     fn value(self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        let (mut shape, out) = (x.dims().to_vec(), weight.dim(0)?);
-        if let Some(last) = shape.last_mut() {
-            *last = out;
-        }
         let y = self.factor(&rows(x)?)?.matmul(&self.factor(weight)?.t()?)?;
-        y.to_dtype(x.dtype())?.reshape(shape)
+        y.to_dtype(x.dtype())?.reshape(with_last(x.dims(), weight.dim(0)?))
     }
 
     fn to_x(self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Tensor> {

@@ -55,26 +55,32 @@ extern "C" __global__ void rms_backward(const float *x, const float *weight, con
     }
 }
 
+// Reads a row of `d` numbers from `x` on into `v`, without their mean; the reciprocal of their deviation.
+__device__ __forceinline__ float centre(const float *x, unsigned d, unsigned lane, float eps, float v[HELD]) {
+    float sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const unsigned c = lane + WARP * i;
+        v[i] = c < d ? x[c] : 0.f;
+        sum += v[i];
+    }
+    const float mean = warp_sum(sum) / d;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        v[i] = lane + WARP * i < d ? v[i] - mean : 0.f;
+        squares += v[i] * v[i];
+    }
+    return 1.f / sqrtf(warp_sum(squares) / d + eps);
+}
+
 // n (1 + scale) + shift, where n is a row of x without its mean, over its deviation; a batch row has t tokens.
 extern "C" __global__ void modulate_forward(const float *x, const float *shift, const float *scale, float *y,
                                             unsigned rows, unsigned t, unsigned d, float eps) {
     const unsigned lane = threadIdx.x % WARP;
     EACH_ROW(row, rows) {
         const size_t start = (size_t)row * d, of = (size_t)(row / t) * d;
-        float v[HELD], sum = 0.f, squares = 0.f;
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            const unsigned c = lane + WARP * i;
-            v[i] = c < d ? x[start + c] : 0.f;
-            sum += v[i];
-        }
-        const float mean = warp_sum(sum) / d;
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            v[i] = lane + WARP * i < d ? v[i] - mean : 0.f;
-            squares += v[i] * v[i];
-        }
-        const float r = 1.f / sqrtf(warp_sum(squares) / d + eps);
+        float v[HELD];
+        const float r = centre(x + start, d, lane, eps, v);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             const unsigned c = lane + WARP * i;
@@ -89,20 +95,8 @@ extern "C" __global__ void modulate_backward(const float *x, const float *scale,
     const unsigned lane = threadIdx.x % WARP;
     EACH_ROW(row, rows) {
         const size_t start = (size_t)row * d, of = (size_t)(row / t) * d;
-        float v[HELD], g[HELD], sum = 0.f, squares = 0.f, level = 0.f, along = 0.f;
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            const unsigned c = lane + WARP * i;
-            v[i] = c < d ? x[start + c] : 0.f;
-            sum += v[i];
-        }
-        const float mean = warp_sum(sum) / d;
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            v[i] = lane + WARP * i < d ? v[i] - mean : 0.f;
-            squares += v[i] * v[i];
-        }
-        const float r = 1.f / sqrtf(warp_sum(squares) / d + eps);
+        float v[HELD], g[HELD], level = 0.f, along = 0.f;
+        const float r = centre(x + start, d, lane, eps, v);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             const unsigned c = lane + WARP * i;

@@ -1,8 +1,9 @@
 //! CUDA kernels for what candle composes of many: f32, as training computes. Each returns nothing where it does not apply,
 //! and the caller composes.
 
+use super::linear::with_last;
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor,
+    CudaDevice, CudaStorage, D, DType, Device, Result, Shape, Storage, Tensor,
     cuda_backend::{
         WrapErr,
         cudarc::driver::{LaunchConfig, PushKernelArg},
@@ -31,7 +32,34 @@ struct Kernel<'a> {
     blocks: usize,
 }
 
-impl Kernel<'_> {
+impl<'a> Kernel<'a> {
+    fn new(name: &'static str, inputs: &'a [&'a Tensor], outputs: &'a [&'a [usize]], numbers: &'a [usize]) -> Self {
+        Self { name, inputs, outputs, all: None, numbers, eps: None, blocks: 1 }
+    }
+
+    fn blocks(self, blocks: usize) -> Self {
+        Self { blocks, ..self }
+    }
+
+    fn eps(self, eps: f64) -> Self {
+        Self { eps: Some(eps), ..self }
+    }
+
+    /// A warp for each of so many rows, or for several of them.
+    fn rows(self, rows: usize, eps: f64) -> Self {
+        self.blocks(row_blocks(rows)).eps(eps)
+    }
+
+    /// A thread for each of so many elements.
+    fn each(self, elements: usize) -> Self {
+        self.blocks(elements.div_ceil(BLOCK))
+    }
+
+    /// The same of a kernel that is told their number.
+    fn all(self, elements: usize) -> Self {
+        Self { all: Some(elements as u64), ..self.each(elements) }
+    }
+
     fn launch(&self, device: &CudaDevice) -> Result<Vec<Tensor>> {
         let kernel = device.get_or_load_custom_func(self.name, "rlrig", KERNELS)?;
         let inputs = self.inputs.iter().map(|x| x.contiguous()).collect::<Result<Vec<_>>>()?;
@@ -88,11 +116,11 @@ impl Kernel<'_> {
     }
 }
 
-/// The device, if all tensors are in f32 on it.
+/// The device, if all tensors are in f32 on it and none is empty.
 fn device<'a>(tensors: &[&'a Tensor]) -> Option<&'a CudaDevice> {
     let first = tensors.first()?;
     match first.device() {
-        Device::Cuda(device) if tensors.iter().all(|x| x.dtype() == DType::F32) => Some(device),
+        Device::Cuda(device) if tensors.iter().all(|x| x.dtype() == DType::F32 && x.elem_count() > 0) => Some(device),
         _ => None,
     }
 }
@@ -107,91 +135,53 @@ pub fn rms_backward(x: &Tensor, weight: &Tensor, eps: f64, grad: &Tensor) -> Res
     let d = weight.elem_count();
     let Some(device) = device(&[x, weight, grad]).filter(|_| d <= LONGEST) else { return Ok(None) };
     let rows = x.elem_count() / d;
-    let blocks = row_blocks(rows);
-    let warps = blocks * BLOCK / WARP;
-    let kernel = Kernel {
-        name: "rms_backward",
-        inputs: &[x, weight, grad],
-        outputs: &[x.dims(), &[warps, d]],
-        all: None,
-        numbers: &[rows, d],
-        eps: Some(eps),
-        blocks,
-    };
-    kernel.two(device).map(Some)
+    let warps = row_blocks(rows) * BLOCK / WARP;
+    Kernel::new("rms_backward", &[x, weight, grad], &[x.dims(), &[warps, d]], &[rows, d])
+        .rows(rows, eps)
+        .two(device)
+        .map(Some)
 }
 
 /// `norm(x) * (1 + scale) + shift`.
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Option<Tensor>> {
     let (b, t, d) = x.dims3()?;
     let Some(device) = device(&[x, shift, scale]).filter(|_| d <= LONGEST) else { return Ok(None) };
-    let kernel = Kernel {
-        name: "modulate_forward",
-        inputs: &[x, shift, scale],
-        outputs: &[x.dims()],
-        all: None,
-        numbers: &[b * t, t, d],
-        eps: Some(eps),
-        blocks: row_blocks(b * t),
-    };
-    kernel.one(device).map(Some)
+    Kernel::new("modulate_forward", &[x, shift, scale], &[x.dims()], &[b * t, t, d])
+        .rows(b * t, eps)
+        .one(device)
+        .map(Some)
 }
 
 /// The gradient of its `x`, and what the scale's is the sum of over the tokens, both `(B, T, D)`.
 pub fn modulate_backward(x: &Tensor, scale: &Tensor, eps: f64, grad: &Tensor) -> Result<Option<[Tensor; 2]>> {
     let (b, t, d) = x.dims3()?;
     let Some(device) = device(&[x, scale, grad]).filter(|_| d <= LONGEST) else { return Ok(None) };
-    let kernel = Kernel {
-        name: "modulate_backward",
-        inputs: &[x, scale, grad],
-        outputs: &[x.dims(), x.dims()],
-        all: None,
-        numbers: &[b * t, t, d],
-        eps: Some(eps),
-        blocks: row_blocks(b * t),
-    };
-    kernel.two(device).map(Some)
+    Kernel::new("modulate_backward", &[x, scale, grad], &[x.dims(), x.dims()], &[b * t, t, d])
+        .rows(b * t, eps)
+        .two(device)
+        .map(Some)
 }
 
 /// `silu(gate) * up` of the last columns of `x`, from column `from` on.
 pub fn swiglu(x: &Tensor, from: usize) -> Result<Option<Tensor>> {
     let Some(device) = device(&[x]) else { return Ok(None) };
-    let (mut shape, width) = (x.dims().to_vec(), x.dims().last().copied().unwrap_or_default());
-    let (rows, f) = (x.elem_count() / width.max(1), (width - from) / 2);
-    if let Some(last) = shape.last_mut() {
-        *last = f;
-    }
-    let kernel = Kernel {
-        name: "swiglu_forward",
-        inputs: &[x],
-        outputs: &[&shape],
-        all: None,
-        numbers: &[rows, f, width, from],
-        eps: None,
-        blocks: (rows * f).div_ceil(BLOCK),
-    };
-    kernel.one(device).map(Some)
+    let width = x.dim(D::Minus1)?;
+    let (rows, f) = (x.elem_count() / width, (width - from) / 2);
+    let shape = with_last(x.dims(), f);
+    Kernel::new("swiglu_forward", &[x], &[&shape], &[rows, f, width, from]).each(rows * f).one(device).map(Some)
 }
 
 /// The gradient of those columns, where `grad` has further ones before those of the result.
 pub fn swiglu_backward(x: &Tensor, from: usize, grad: &Tensor) -> Result<Option<Tensor>> {
     let Some(device) = device(&[x, grad]) else { return Ok(None) };
-    let (mut shape, width) = (x.dims().to_vec(), x.dims().last().copied().unwrap_or_default());
-    let (rows, f) = (x.elem_count() / width.max(1), (width - from) / 2);
-    let skip = grad.dims().last().copied().unwrap_or_default() - f;
-    if let Some(last) = shape.last_mut() {
-        *last = 2 * f;
-    }
-    let kernel = Kernel {
-        name: "swiglu_backward",
-        inputs: &[x, grad],
-        outputs: &[&shape],
-        all: None,
-        numbers: &[rows, f, width, from, skip],
-        eps: None,
-        blocks: (rows * f).div_ceil(BLOCK),
-    };
-    kernel.one(device).map(Some)
+    let width = x.dim(D::Minus1)?;
+    let (rows, f) = (x.elem_count() / width, (width - from) / 2);
+    let skip = grad.dim(D::Minus1)? - f;
+    let shape = with_last(x.dims(), 2 * f);
+    Kernel::new("swiglu_backward", &[x, grad], &[&shape], &[rows, f, width, from, skip])
+        .each(rows * f)
+        .one(device)
+        .map(Some)
 }
 
 /// `x + gate * y`.
@@ -199,16 +189,7 @@ pub fn gate(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
     let Some(device) = device(&[x, gate, y]) else { return Ok(None) };
     let (_, t, d) = x.dims3()?;
     let all = x.elem_count();
-    let kernel = Kernel {
-        name: "gate_forward",
-        inputs: &[x, gate, y],
-        outputs: &[x.dims()],
-        all: Some(all as u64),
-        numbers: &[t * d, d],
-        eps: None,
-        blocks: all.div_ceil(BLOCK),
-    };
-    kernel.one(device).map(Some)
+    Kernel::new("gate_forward", &[x, gate, y], &[x.dims()], &[t * d, d]).all(all).one(device).map(Some)
 }
 
 /// The gradient of its `y`, and what the gate's is the sum of over the tokens.
@@ -216,32 +197,17 @@ pub fn gate_backward(gate: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<
     let Some(device) = device(&[gate, y, grad]) else { return Ok(None) };
     let (_, t, d) = y.dims3()?;
     let all = y.elem_count();
-    let kernel = Kernel {
-        name: "gate_backward",
-        inputs: &[gate, y, grad],
-        outputs: &[y.dims(), y.dims()],
-        all: Some(all as u64),
-        numbers: &[t * d, d],
-        eps: None,
-        blocks: all.div_ceil(BLOCK),
-    };
-    kernel.two(device).map(Some)
+    Kernel::new("gate_backward", &[gate, y, grad], &[y.dims(), y.dims()], &[t * d, d]).all(all).two(device).map(Some)
 }
 
 /// `weights * (grad - level)`, where `level` has one number for each row.
 pub fn scores_backward(weights: &Tensor, grad: &Tensor, level: &Tensor) -> Result<Option<Tensor>> {
     let Some(device) = device(&[weights, grad, level]) else { return Ok(None) };
     let all = weights.elem_count();
-    let kernel = Kernel {
-        name: "scores_backward",
-        inputs: &[weights, grad, level],
-        outputs: &[weights.dims()],
-        all: Some(all as u64),
-        numbers: &[all / level.elem_count().max(1)],
-        eps: None,
-        blocks: all.div_ceil(BLOCK),
-    };
-    kernel.one(device).map(Some)
+    Kernel::new("scores_backward", &[weights, grad, level], &[weights.dims()], &[all / level.elem_count().max(1)])
+        .all(all)
+        .one(device)
+        .map(Some)
 }
 
 /// Group normalisation of `(B, C, H, W)`, without a graph.
@@ -258,32 +224,18 @@ pub fn group_norm(
     if groups == 0 || c % groups != 0 || c / groups * h * w >= 1 << 31 {
         return Ok(None);
     }
-    let kernel = Kernel {
-        name: "group_norm",
-        inputs: &[x, weight, bias],
-        outputs: &[x.dims()],
-        all: None,
-        numbers: &[groups, c / groups, h * w, usize::from(silu)],
-        eps: Some(eps),
-        blocks: b * groups,
-    };
-    kernel.one(device).map(Some)
+    Kernel::new("group_norm", &[x, weight, bias], &[x.dims()], &[groups, c / groups, h * w, usize::from(silu)])
+        .blocks(b * groups)
+        .eps(eps)
+        .one(device)
+        .map(Some)
 }
 
 /// The gradient of GELU by its tanh approximation.
 pub fn gelu_tanh_backward(x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
     let Some(device) = device(&[x, grad]) else { return Ok(None) };
     let all = x.elem_count();
-    let kernel = Kernel {
-        name: "gelu_tanh_backward",
-        inputs: &[x, grad],
-        outputs: &[x.dims()],
-        all: Some(all as u64),
-        numbers: &[],
-        eps: None,
-        blocks: all.div_ceil(BLOCK),
-    };
-    kernel.one(device).map(Some)
+    Kernel::new("gelu_tanh_backward", &[x, grad], &[x.dims()], &[]).all(all).one(device).map(Some)
 }
 
 /// Pixels along a side and channels that a block of the convolution computes.
@@ -304,14 +256,13 @@ pub fn conv2d(
     let Some(device) = device(&[x, weight, bias]).filter(|_| kernel <= 3 && (1..=2).contains(&stride)) else {
         return Ok(None);
     };
-    let kernel = Kernel {
-        name: "conv2d",
-        inputs: &[x, weight, bias],
-        outputs: &[&[b, out, h, w]],
-        all: None,
-        numbers: &[inner, out, in_h, in_w, h, w, kernel, stride, padding],
-        eps: None,
-        blocks: w.div_ceil(TILE) * h.div_ceil(TILE) * out.div_ceil(OUTS) * b,
-    };
-    kernel.one(device).map(Some)
+    Kernel::new(
+        "conv2d",
+        &[x, weight, bias],
+        &[&[b, out, h, w]],
+        &[inner, out, in_h, in_w, h, w, kernel, stride, padding],
+    )
+    .blocks(w.div_ceil(TILE) * h.div_ceil(TILE) * out.div_ceil(OUTS) * b)
+    .one(device)
+    .map(Some)
 }
