@@ -190,29 +190,28 @@ impl Diffuser {
             let rendered = || Rendered { pixels: pixels.concat(), labels: self.layout.labels(&scenes) };
             (scenes.len() == examples.len()).then(rendered)
         };
-        let rows = |purpose: &str, scale: &(dyn Fn(&mut Stream) -> f32 + Sync)| -> Vec<f32> {
+        // Of each sample's stream a uniform number, then noise for a picture.
+        let draw = |purpose: &str| -> (Vec<f64>, Vec<Vec<f32>>) {
             let row = |(index, _): &(u64, Example)| {
                 let mut rng = Stream::new(self.seed, purpose, *index);
-                let scale = scale(&mut rng);
-                rng.normals(numbers).into_iter().map(|x| x * scale).collect()
+                (rng.uniform(), rng.normals(numbers))
             };
-            examples.par_iter().map(row).collect::<Vec<Vec<f32>>>().concat()
+            examples.par_iter().map(row).unzip()
         };
-        let level = |index: u64, rng: &mut Stream| {
+        let (uniform, noise) = draw("diffuser noise");
+        let level = |((index, _), uniform): (&(u64, Example), f64)| {
             // The levels of a whole batch are spread evenly, each in a stratum of its own.
-            let u = ((index % batch as u64) as f64 + rng.uniform()) / batch as f64;
+            let u = ((index % batch as u64) as f64 + uniform) / batch as f64;
             (self.config.shift * u / (1.0 + (self.config.shift - 1.0) * u)) as f32
         };
-        // A row's stream gives its level, then its noise.
-        let levels =
-            examples.iter().map(|(i, _)| level(*i, &mut Stream::new(self.seed, "diffuser noise", *i))).collect();
-        let noise = rows("diffuser noise", &|rng| {
-            rng.uniform();
-            1.0
-        });
+        let (levels, noise) = (examples.iter().zip(uniform).map(level).collect(), noise.concat());
         let sources = scenes(&|e| e.source.as_ref()).map(|pictures| {
-            let strength = self.config.reference_noise;
-            (pictures, rows("diffuser reference", &|rng| (strength * rng.uniform()) as f32))
+            let (uniform, mut blur) = draw("diffuser reference");
+            for (row, uniform) in blur.iter_mut().zip(uniform) {
+                let strength = (self.config.reference_noise * uniform) as f32;
+                row.iter_mut().for_each(|x| *x *= strength);
+            }
+            (pictures, blur.concat())
         });
         let max_length = self.klein.prompt_embedding.max_length;
         let ids = |(_, e): &(u64, Example)| self.klein.text.prompt_ids(&e.prompt, max_length);

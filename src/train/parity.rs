@@ -2,6 +2,7 @@
 //! and on a CUDA device where there is one.
 
 use super::{
+    Batch,
     grpo_config::GrpoConfig,
     pretrain::PretrainConfig,
     request::{Request, RunConfig},
@@ -148,6 +149,23 @@ fn pretraining_takes_the_same_steps() {
             let want = train::<PretrainConfig>(&config("bf16"), &Device::Cpu);
             same(name, &train::<PretrainConfig>(&config("bf16"), device), &want, BF16);
         }
+    }
+}
+
+/// Only where another device computes does the driver prepare a step ahead.
+#[test]
+fn what_is_prepared_ahead_is_what_the_loss_makes_itself() {
+    for section in [DIFFUSER, VLM] {
+        let config: PretrainConfig = toml::from_str(&format!("{section}{COMMON}")).unwrap();
+        let objective = config.build(&Device::Cpu).unwrap();
+        let batch = Batch { step: 3, rows: 2..4, size: 4, update: 0, piece: 0 };
+        let other = Batch { step: 4, ..batch.clone() };
+        let loss = |batch: &Batch| objective.loss(batch).unwrap().loss.to_scalar::<f32>().unwrap();
+        let want = [loss(&batch), loss(&other)];
+        objective.prepare(&other).unwrap();
+        objective.prepare(&batch).unwrap();
+        assert!(want[0] != want[1]);
+        assert_eq!([loss(&batch), loss(&other)], want, "{section}");
     }
 }
 
