@@ -5,7 +5,7 @@
 //! uses the same [`Decoder`] with three-axis positions and features added after its first layers.
 
 use super::{Folder, Init, Linear, Params};
-use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, recompute, rms_norm, silu};
+use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, recompute, rms_norm, select_rows, silu};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -270,7 +270,7 @@ impl Cache {
 
     /// The rows `rows` of the batch, any of them any number of times: those still decoding, or one prefix for many.
     pub fn rows(&self, rows: &[u32]) -> candle_core::Result<Self> {
-        self.map(|x| x.index_select(&Tensor::new(rows, x.device())?, 0))
+        self.map(|x| select_rows(x, rows))
     }
 
     /// Moves the first `lengths[row]` positions of each row to its end, so that the padding comes first and decoding

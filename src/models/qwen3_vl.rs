@@ -10,7 +10,7 @@ use super::{
     Folder, Init, Linear, Params,
     qwen3::{self, Angles, Cache, Decoder, Head},
 };
-use crate::tensor::{Mask, Rotation, attention, gelu, gelu_tanh, layer_norm, recompute, rope};
+use crate::tensor::{Mask, Rotation, attention, gelu, gelu_tanh, layer_norm, recompute, rope, select_rows};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -447,13 +447,12 @@ impl Qwen3VL {
         let text = ids.len() as u32;
         let gather: Vec<u32> =
             (0..text).zip(&gather_deep).map(|(i, k)| if *k == 0 { i } else { text + k - 1 }).collect();
-        let (gather, gather_deep) = (Tensor::new(gather, device)?, Tensor::new(gather_deep, device)?);
         let hidden = self.config.text_config.hidden_size;
         let embeds = Tensor::cat(&[&embeds.flatten(0, 1)?, &features.tokens], 0)?;
-        let embeds = embeds.index_select(&gather, 0)?.reshape((b, t, hidden))?;
+        let embeds = select_rows(&embeds, &gather)?.reshape((b, t, hidden))?;
         let nothing = Tensor::zeros((1, hidden), embeds.dtype(), device)?;
         let inject =
-            |deep: &Tensor| Tensor::cat(&[&nothing, deep], 0)?.index_select(&gather_deep, 0)?.reshape((b, t, hidden));
+            |deep: &Tensor| select_rows(&Tensor::cat(&[&nothing, deep], 0)?, &gather_deep)?.reshape((b, t, hidden));
         let injected: Vec<Tensor> = features.deep.iter().map(inject).collect::<candle_core::Result<_>>()?;
         Ok(self.decoder.forward(&embeds, angles, mask, &injected, cache)?)
     }

@@ -30,7 +30,7 @@ mod tests;
 
 pub use attention::{Mask, attention};
 pub use conv::{conv2d, upsample2x};
-pub use embedding::embedding;
+pub use embedding::{embedding, select_rows};
 pub use group_norm::group_norm;
 pub use linear::{Precision, linear, linear_in};
 pub use loss::cross_entropy;

@@ -147,6 +147,21 @@ fn cases() -> Vec<Case> {
         }
     }
 
+    // Heads that the tensor cores' kernel knows, of more queries and keys than one block and one tile of it take.
+    for (d, queries, keys) in [(32, 150, 150), (64, 150, 170), (128, 150, 170), (128, 1, 90)] {
+        let inputs = [draw("q", &[2, queries, 4, d]), draw("k", &[2, keys, 2, d]), draw("v", &[2, keys, 2, d])];
+        for mask in [
+            Mask::default(),
+            Mask { causal: true, keys: Some(vec![0..keys, 0..keys - 9]) },
+            Mask { causal: false, keys: Some(vec![70..keys, 7..keys - 5]) },
+        ] {
+            let name = format!("attention of {queries} queries and {keys} keys of {d}, {mask:?}");
+            add(&name, true, &inputs, Box::new(move |i| attention(&i[0], &i[1], &i[2], &mask)));
+        }
+    }
+    let wide = [draw("x", &[2, 5, 300]), draw("shift", &[2, 300]), draw("scale", &[2, 300])];
+    add("wide modulated layer norm", false, &wide, Box::new(|i| layer_norm_modulate(&i[0], &i[1], &i[2], 1e-6)));
+
     let (heads, d, hidden, t) = (3, 8, 20, 30);
     let inputs = [draw("x", &[2, t, 3 * heads * d + 2 * hidden]), positive("q", d), positive("k", d)];
     let angle = draw("angles", &[t, d / 2]);
@@ -239,6 +254,24 @@ fn embeddings_agree_wherever_they_are_computed() {
     let want = run(&Device::Cpu, embedding).unwrap();
     let mut others = vec![run(&Device::Cpu, super::composed::embedding).unwrap()];
     others.extend(cuda("embeddings on CUDA").map(|device| run(&device, embedding).unwrap()));
+    for got in others {
+        assert!(got.iter().zip(&want).all(|(got, want)| difference(got, want) < SAME_DEVICE));
+    }
+}
+
+#[test]
+fn chosen_rows_agree_wherever_they_are_computed() {
+    // Row 1 is taken never, others several times.
+    let (x, rows) = (draw("states", &[5, 3, 4]), [3u32, 0, 3, 4, 2, 3]);
+    let run = |device: &Device, select: fn(&Tensor, &[u32]) -> Result<Tensor>| -> Result<Vec<Tensor>> {
+        let x = Var::from_tensor(&x.to_device(device)?)?;
+        let y = select(&x, &rows)?;
+        let grads = (&y * draw("projection", y.dims()).to_device(device)?)?.sum_all()?.backward()?;
+        Ok(vec![y.detach(), grads.get(&x).unwrap().clone()])
+    };
+    let want = run(&Device::Cpu, select_rows).unwrap();
+    let mut others = vec![run(&Device::Cpu, super::composed::select_rows).unwrap()];
+    others.extend(cuda("chosen rows on CUDA").map(|device| run(&device, select_rows).unwrap()));
     for got in others {
         assert!(got.iter().zip(&want).all(|(got, want)| difference(got, want) < SAME_DEVICE));
     }

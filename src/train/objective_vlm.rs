@@ -19,7 +19,7 @@ use crate::{
     },
     rig::prompts,
     scene::tabletop::{split::Split, world::SIDE},
-    tensor::{Mask, Precision, cross_entropy, rng::Stream},
+    tensor::{Mask, Precision, cross_entropy, rng::Stream, select_rows},
     vlm::{
         Vlm,
         chat::Chat,
@@ -235,8 +235,10 @@ struct Lessons {
 const DECISIVE: f32 = 4.0;
 /// About how many tokens are answered of a picture: it keeps the loss of the order of 1.
 const TOKENS: f32 = 64.0;
-/// Rows whose lengths differ by less than this are padded to one length.
+/// Rows whose lengths differ by less than this are padded to one length. Padding costs the CPU time, while other devices
+/// would wait for the many operations of small groups.
 const BUCKET: usize = 10;
+const BUCKET_ELSEWHERE: usize = 64;
 
 /// The questions of one batch that are asked together: one row each.
 #[derive(Default)]
@@ -354,10 +356,11 @@ impl VlmObjective {
             Ok(([rest, &self.vlm.reply(&row.answer)?].concat(), rest.len(), decides))
         };
         let ids = rows.par_iter().map(read).collect::<Result<Vec<_>>>()?;
+        let bucket = if self.vlm.model.decoder.device().is_cpu() { BUCKET } else { BUCKET_ELSEWHERE };
         let mut groups: BTreeMap<(bool, usize), Group> = BTreeMap::new();
         for ((picture, row), (ids, begins, decides)) in rows.into_iter().zip(ids) {
             let seen = row.task != Task::Parse;
-            let group = groups.entry((seen, ids.len() / BUCKET)).or_default();
+            let group = groups.entry((seen, ids.len() / bucket)).or_default();
             group.seen = seen;
             group.pictures.push(picture);
             group.begins.push(begins);
@@ -385,8 +388,7 @@ impl Group {
             }
         }
         let device = states.device();
-        let places = Tensor::new(places, device)?;
-        let logits = vlm.model.head.forward(&states.flatten(0, 1)?.index_select(&places, 0)?)?;
+        let logits = vlm.model.head.forward(&select_rows(&states.flatten(0, 1)?, &places)?)?;
         let losses = cross_entropy(&logits, &Tensor::new(targets.as_slice(), device)?)?;
 
         let mut tallies: BTreeMap<&'static str, Tally> = BTreeMap::new();

@@ -7,7 +7,7 @@
 use crate::{
     models::qwen3_vl::rope_positions,
     rig::{prompts, vlm_roles::EDIT},
-    tensor::{Mask, cross_entropy, rng::Stream},
+    tensor::{Mask, cross_entropy, rng::Stream, select_rows},
     vlm::{
         Vlm,
         decode::{Answer, Sampling},
@@ -122,8 +122,7 @@ pub fn replay(vlm: &Vlm, pictures: &[&RgbImage], asked: &[Asked]) -> Result<Repl
             spread[row * width + column] = targets.len() as u32;
         }
     }
-    let places = Tensor::new(places, device)?;
-    let logits = model.head.forward(&states.flatten(0, 1)?.index_select(&places, 0)?)?.to_dtype(DType::F32)?;
+    let logits = model.head.forward(&select_rows(&states.flatten(0, 1)?, &places)?)?.to_dtype(DType::F32)?;
     let log_probs = cross_entropy(&logits, &Tensor::new(targets, device)?)?.neg()?;
     let padded = Tensor::cat(&[&Tensor::zeros(1, DType::F32, device)?, &log_probs], 0)?;
     let log_probs = padded.index_select(&Tensor::new(spread, device)?, 0)?.reshape((asked.len(), width))?; // (B, C)

@@ -5,7 +5,10 @@ use super::{node3, norm::widen};
 #[cfg(feature = "cuda")]
 use crate::tensor::cuda;
 use crate::tensor::{Mask, attention::Dims};
-use candle_core::{D, DType, Device, Result, Tensor};
+#[cfg(feature = "flash-attn")]
+use candle_core::DType;
+use candle_core::{D, Device, Result, Tensor};
+use std::ops::Range;
 
 /// Attention weights that exist at once, at most: a quarter of a GiB in half precision. Tests are small, and have several
 /// blocks too.
@@ -20,6 +23,10 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tens
 /// The attention of tensors without a graph.
 pub(super) fn value(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
     let shape = Dims::new(q.dims(), k.dims(), v.dims())?;
+    #[cfg(feature = "cuda")]
+    if let Some(value) = cuda::attention(q, k, v, mask)? {
+        return Ok(value);
+    }
     let bias = shape.bias(mask, q.device())?;
     #[cfg(feature = "flash-attn")]
     if let Some(value) = shape.flash(q, k, v, mask, bias.is_some())? {
@@ -114,29 +121,37 @@ impl Dims {
         candle_nn::ops::softmax_last_dim(&scores)
     }
 
-    /// What is added to the scores, `(B, 1, 1, Tq, Tk)`: 0 for keys that are seen, minus infinity for others; nothing if all
-    /// are seen. A query that sees no key sees all of them, so that no padding row holds NaN.
+    /// What is added to the scores, `(B or 1, 1, 1, Tq, Tk)`: 0 for keys that are seen, minus infinity for others; nothing if
+    /// all are seen. A query that sees no key sees all of them, so that no padding row holds NaN.
     ///
-    /// Made on the device, of the first and last keys of each query.
+    /// Made on the device, of the first and last keys of each row of the batch.
     fn bias(&self, mask: &Mask, device: &Device) -> Result<Option<Tensor>> {
         let Self { b, tq, tk, .. } = *self;
-        let (mut starts, mut ends) = (Vec::with_capacity(b * tq), Vec::with_capacity(b * tq));
-        for row in 0..b {
-            for query in 0..tq {
-                let seen = mask.visible(row, query, tq, tk);
-                let seen = if seen.is_empty() { 0..tk } else { seen };
-                starts.push(seen.start as u32);
-                ends.push(seen.end as u32);
-            }
-        }
-        if starts.iter().all(|start| *start == 0) && ends.iter().all(|end| *end as usize >= tk) {
+        let all = [0..tk];
+        let keys = mask.keys.as_deref().unwrap_or(&all);
+        let causal = mask.causal && tq > 1;
+        if !causal && keys.iter().all(|keys| keys.start == 0 && keys.end >= tk) {
             return Ok(None);
         }
-        let column = |values| Tensor::from_vec(values, (b, 1, 1, tq, 1), device);
-        let keys = Tensor::arange(0, tk as u32, device)?;
-        let seen = (keys.broadcast_ge(&column(starts)?)? * keys.broadcast_lt(&column(ends)?)?)?;
-        let number = |x: f32| Tensor::full(x, 1, device)?.broadcast_as(seen.shape());
-        Ok(Some(seen.where_cond(&number(0.0)?, &number(f32::NEG_INFINITY)?)?.to_dtype(DType::F32)?))
+        let rows = keys.len();
+        let column = |end: fn(&Range<usize>) -> usize| {
+            Tensor::from_vec(keys.iter().map(|keys| end(keys) as f32).collect::<Vec<_>>(), (rows, 1), device)
+        };
+        let (mut starts, mut ends) = (column(|keys| keys.start)?, column(|keys| keys.end)?);
+        if mask.causal {
+            let first = tk as f32 - tq as f32 + 1.0;
+            let seen = Tensor::arange(first, first + tq as f32, device)?.unsqueeze(0)?;
+            (starts, ends) = (starts.broadcast_as((rows, tq))?, ends.broadcast_minimum(&seen)?);
+        }
+        let sees = starts.lt(&ends)?; // (rows, Tq or 1)
+        starts = sees.where_cond(&starts.contiguous()?, &starts.zeros_like()?)?;
+        ends = sees.where_cond(&ends, &Tensor::full(tk as f32, ends.shape(), device)?)?;
+        let keys = Tensor::arange(0f32, tk as f32, device)?;
+        let seen = (keys.broadcast_ge(&starts.unsqueeze(2)?)? * keys.broadcast_lt(&ends.unsqueeze(2)?)?)?;
+        let number = |x: f32| Tensor::full(x, seen.shape(), device);
+        let bias = seen.where_cond(&number(0.0)?, &number(f32::NEG_INFINITY)?)?;
+        debug_assert!(rows == 1 || rows == b);
+        bias.unsqueeze(1)?.unsqueeze(1)?.broadcast_as((rows, 1, 1, tq, tk)).map(Some)
     }
 }
 

@@ -50,7 +50,7 @@ impl Cut {
     }
 
     fn turned(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        rope::turn(&norm::rms_value(x, weight, self.eps)?, &self.cos, &self.sin, self.rotation)
+        rope::norm_turn(x, weight, self.eps, &self.cos, &self.sin, self.rotation)
     }
 
     fn gradients(&self, [x, q_norm, k_norm]: [&Tensor; 3], value: &Tensor, grad: &Tensor) -> Result<[Tensor; 3]> {
@@ -60,7 +60,7 @@ impl Cut {
         let (y, to_y) = (self.part(value, 0)?, self.part(grad, 0)?);
         let [to_q, to_k, to_v] = attention::gradients([&turned_q, &turned_k, &v], &y, &to_y, &Mask::default())?;
         let back = |x: &Tensor, weight: &Tensor, grad: &Tensor| {
-            let grad = rope::turn(grad, &self.cos, &self.sin.neg()?, self.rotation)?;
+            let grad = rope::turn_back(grad, &self.cos, &self.sin, self.rotation)?;
             norm::rms_gradients(x, weight, self.eps, &grad)
         };
         let ([to_q, to_q_norm], [to_k, to_k_norm]) = (back(&q, q_norm, &to_q)?, back(&k, k_norm, &to_k)?);

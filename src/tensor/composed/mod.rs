@@ -17,7 +17,7 @@ mod rope;
 
 pub(super) use attention::attention;
 pub(super) use block::attention_swiglu;
-pub(super) use embedding::embedding;
+pub(super) use embedding::{embedding, select_rows};
 pub(super) use linear::linear;
 pub(super) use mlp::{gate_residual, gelu_tanh, swiglu};
 pub(super) use norm::{layer_norm, layer_norm_modulate, rms_norm, widen};

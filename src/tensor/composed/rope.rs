@@ -1,16 +1,18 @@
 //! Rotary position embedding: a rotation, whose gradient is turned back by the same angles.
 
 use super::{
-    node1,
-    norm::{rms_norm, widen},
+    node1, node2,
+    norm::{rms_gradients, rms_value, widen},
 };
 use crate::tensor::Rotation;
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda;
 use candle_core::{Result, Tensor};
 
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
     let (cos, sin) = (cos.detach(), sin.detach());
     let value = turn(&x.detach(), &cos, &sin, rotation)?;
-    node1(x, value, move |_, _, grad| Ok([turn(grad, &cos, &sin.neg()?, rotation)?]))
+    node1(x, value, move |_, _, grad| Ok([turn_back(grad, &cos, &sin, rotation)?]))
 }
 
 pub fn norm_rope(
@@ -21,14 +23,47 @@ pub fn norm_rope(
     sin: &Tensor,
     rotation: Rotation,
 ) -> Result<Tensor> {
-    rope(&rms_norm(x, weight, eps)?, cos, sin, rotation)
+    let (cos, sin) = (cos.detach(), sin.detach());
+    let value = norm_turn(&x.detach(), &weight.detach(), eps, &cos, &sin, rotation)?;
+    node2([x, weight], value, move |[x, weight], _, grad| {
+        rms_gradients(x, weight, eps, &turn_back(grad, &cos, &sin, rotation)?)
+    })
+}
+
+/// [`norm_rope`] without a graph.
+pub(super) fn norm_turn(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    cos: &Tensor,
+    sin: &Tensor,
+    rotation: Rotation,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = cuda::rotate(x, Some((weight, eps)), [cos, sin], rotation, false)? {
+        return Ok(value);
+    }
+    turn(&rms_value(x, weight, eps)?, cos, sin, rotation)
+}
+
+/// Turns by the angles, the other way.
+pub(super) fn turn_back(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = cuda::rotate(x, None, [cos, sin], rotation, true)? {
+        return Ok(value);
+    }
+    turn(x, cos, &sin.neg()?, rotation)
 }
 
 /// In f32 where `x` is in half precision, as the reference implementations rotate.
 ///
 /// Candle's kernel rotates `(B, heads, tokens, D)`; with the heads of a token counted as tokens of the same angles, it
 /// rotates `(B, T, H, D)` as it is.
-pub(super) fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
+fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = cuda::rotate(x, None, [cos, sin], rotation, false)? {
+        return Ok(value);
+    }
     let (b, t, h, d) = x.dims4()?;
     let wide = widen(x)?.contiguous()?.reshape((b, 1, t * h, d))?;
     let angle = |a: &Tensor| -> Result<Tensor> {

@@ -1,11 +1,43 @@
-// The operations of a transformer block that candle composes of many kernels, in f32.
+// The operations of a transformer block that candle composes of many kernels: those of training in f32, those of a forward
+// pass in bf16 too, computed in f32.
 //
-// A row is one warp's where it is reduced: its numbers stay in registers, so each is read once. Everything else is
-// element by element. All results are the same from run to run: nothing is added atomically.
+// A row is one warp's or one block's where it is reduced: its numbers stay in registers, so each is read once. Everything
+// else is element by element. All results are the same from run to run: nothing is added atomically.
+
+#include <cuda_bf16.h>
+
+typedef __nv_bfloat16 bf16;
 
 #define WARP 32
 // Numbers of a row that a lane holds at most.
 #define HELD 8
+
+__device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ float wide(bf16 x) { return __bfloat162float(x); }
+
+template <typename T> __device__ __forceinline__ T number(float x);
+template <> __device__ __forceinline__ float number(float x) { return x; }
+template <> __device__ __forceinline__ bf16 number(float x) { return __float2bfloat16(x); }
+
+// Numbers that are read and written at once.
+template <typename T> struct __align__(4 * sizeof(T)) Four {
+    T v[4];
+};
+
+template <typename T> __device__ __forceinline__ Four<T> four(const T *from) {
+    return *reinterpret_cast<const Four<T> *>(from);
+}
+
+// The kernels `name_f32` and `name_bf16` of one template; `T` is the number format in `parameters`.
+#define IN_BOTH(name, parameters, arguments)                                                       \
+    namespace in_f32 {                                                                             \
+    typedef float T;                                                                               \
+    extern "C" __global__ void name##_f32 parameters { name<T> arguments; }                        \
+    }                                                                                              \
+    namespace in_bf16 {                                                                            \
+    typedef bf16 T;                                                                                \
+    extern "C" __global__ void name##_bf16 parameters { name<T> arguments; }                       \
+    }
 
 __device__ __forceinline__ float warp_sum(float x) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
@@ -56,12 +88,13 @@ extern "C" __global__ void rms_backward(const float *x, const float *weight, con
 }
 
 // Reads a row of `d` numbers from `x` on into `v`, without their mean; the reciprocal of their deviation.
-__device__ __forceinline__ float centre(const float *x, unsigned d, unsigned lane, float eps, float v[HELD]) {
+template <typename T>
+__device__ __forceinline__ float centre(const T *x, unsigned d, unsigned lane, float eps, float v[HELD]) {
     float sum = 0.f, squares = 0.f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const unsigned c = lane + WARP * i;
-        v[i] = c < d ? x[c] : 0.f;
+        v[i] = c < d ? wide(x[c]) : 0.f;
         sum += v[i];
     }
     const float mean = warp_sum(sum) / d;
@@ -74,8 +107,9 @@ __device__ __forceinline__ float centre(const float *x, unsigned d, unsigned lan
 }
 
 // n (1 + scale) + shift, where n is a row of x without its mean, over its deviation; a batch row has t tokens.
-extern "C" __global__ void modulate_forward(const float *x, const float *shift, const float *scale, float *y,
-                                            unsigned rows, unsigned t, unsigned d, float eps) {
+template <typename T>
+__device__ void modulate_forward(const T *x, const T *shift, const T *scale, T *y, unsigned rows, unsigned t, unsigned d,
+                                 float eps) {
     const unsigned lane = threadIdx.x % WARP;
     EACH_ROW(row, rows) {
         const size_t start = (size_t)row * d, of = (size_t)(row / t) * d;
@@ -84,10 +118,63 @@ extern "C" __global__ void modulate_forward(const float *x, const float *shift, 
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             const unsigned c = lane + WARP * i;
-            if (c < d) y[start + c] = v[i] * r * (1.f + scale[of + c]) + shift[of + c];
+            if (c < d) y[start + c] = number<T>(v[i] * r * (1.f + wide(scale[of + c])) + wide(shift[of + c]));
         }
     }
 }
+
+IN_BOTH(modulate_forward,
+        (const T *x, const T *shift, const T *scale, T *y, unsigned rows, unsigned t, unsigned d, float eps),
+        (x, shift, scale, y, rows, t, d, eps))
+
+// The sum over a block of 256 threads; `parts` is free again after the next synchronisation.
+__device__ __forceinline__ float block_sum(float x, float parts[WARP]) {
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? parts[threadIdx.x % WARP] : 0.f);
+}
+
+// The same of rows of up to 4096 numbers, a multiple of four: a block for each.
+#define FOURS 4
+template <typename T>
+__device__ void modulate_wide(const T *x, const T *shift, const T *scale, T *y, unsigned t, unsigned d, float eps) {
+    __shared__ float parts[2][WARP];
+    const size_t start = (size_t)blockIdx.x * d, of = (size_t)(blockIdx.x / t) * d;
+    float v[FOURS][4], sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+        const unsigned c = 4 * (threadIdx.x + blockDim.x * i);
+        if (c >= d) continue;
+        const Four<T> some = four(x + start + c);
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum += v[i][k] = wide(some.v[k]);
+    }
+    const float mean = block_sum(sum, parts[0]) / d;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+        if (4 * (threadIdx.x + blockDim.x * i) >= d) continue;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            v[i][k] -= mean;
+            squares += v[i][k] * v[i][k];
+        }
+    }
+    const float r = 1.f / sqrtf(block_sum(squares, parts[1]) / d + eps);
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+        const unsigned c = 4 * (threadIdx.x + blockDim.x * i);
+        if (c >= d) continue;
+        const Four<T> by = four(scale + of + c), to = four(shift + of + c);
+        Four<T> result;
+#pragma unroll
+        for (int k = 0; k < 4; k++) result.v[k] = number<T>(v[i][k] * r * (1.f + wide(by.v[k])) + wide(to.v[k]));
+        *reinterpret_cast<Four<T> *>(y + start + c) = result;
+    }
+}
+
+IN_BOTH(modulate_wide, (const T *x, const T *shift, const T *scale, T *y, unsigned t, unsigned d, float eps),
+        (x, shift, scale, y, t, d, eps))
 
 // Its gradient, and grad * n, whose sum over the tokens is the scale's.
 extern "C" __global__ void modulate_backward(const float *x, const float *scale, const float *grad, float *to_x,
@@ -117,15 +204,24 @@ extern "C" __global__ void modulate_backward(const float *x, const float *scale,
     }
 }
 
-// silu(gate) up, both side by side in columns `from..from + 2 f` of rows of `width`.
-extern "C" __global__ void swiglu_forward(const float *x, float *y, unsigned rows, unsigned f, unsigned width,
-                                          unsigned from) {
-    const unsigned long long i = thread_index();
+// silu(gate) up, both side by side in columns `from..from + 2 f` of rows of `width`; all are multiples of four.
+template <typename T>
+__device__ void swiglu_forward(const T *x, T *y, unsigned rows, unsigned f, unsigned width, unsigned from) {
+    const unsigned long long i = 4 * thread_index();
     if (i >= (unsigned long long)rows * f) return;
     const size_t at = (size_t)(i / f) * width + from + i % f;
-    const float gate = x[at];
-    y[i] = gate / (1.f + expf(-gate)) * x[at + f];
+    const Four<T> gate = four(x + at), up = four(x + at + f);
+    Four<T> result;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const float g = wide(gate.v[k]);
+        result.v[k] = number<T>(g / (1.f + expf(-g)) * wide(up.v[k]));
+    }
+    *reinterpret_cast<Four<T> *>(y + i) = result;
 }
+
+IN_BOTH(swiglu_forward, (const T *x, T *y, unsigned rows, unsigned f, unsigned width, unsigned from),
+        (x, y, rows, f, width, from))
 
 // Its gradient, in rows of 2 f; `grad` is in columns `skip..skip + f` of rows of `skip + f`.
 extern "C" __global__ void swiglu_backward(const float *x, const float *grad, float *to_x, unsigned rows, unsigned f,
@@ -139,11 +235,69 @@ extern "C" __global__ void swiglu_backward(const float *x, const float *grad, fl
     to_x[row * 2 * f + f + c] = g * silu;
 }
 
-// x + gate y; a batch row has `n` = t d numbers, and a gate d.
-extern "C" __global__ void gate_forward(const float *x, const float *gate, const float *y, float *out,
-                                        unsigned long long all, unsigned n, unsigned d) {
+// x + gate y; a batch row has `n` = t d numbers, and a gate d, a multiple of four.
+template <typename T>
+__device__ void gate_forward(const T *x, const T *gate, const T *y, T *out, unsigned long long all, unsigned n,
+                             unsigned d) {
+    const unsigned long long i = 4 * thread_index();
+    if (i >= all) return;
+    const Four<T> base = four(x + i), by = four(gate + i / n * d + i % d), more = four(y + i);
+    Four<T> result;
+#pragma unroll
+    for (int k = 0; k < 4; k++) result.v[k] = number<T>(wide(base.v[k]) + wide(by.v[k]) * wide(more.v[k]));
+    *reinterpret_cast<Four<T> *>(out + i) = result;
+}
+
+IN_BOTH(gate_forward,
+        (const T *x, const T *gate, const T *y, T *out, unsigned long long all, unsigned n, unsigned d),
+        (x, gate, y, out, all, n, d))
+
+// Rotates rows of `d` numbers, `heads` of which have the same angles, after an RMS norm where `normed`. Row r turns by the
+// angles number r / heads % n, of d / 2 each; numbers 2 i and 2 i + 1 are turned together, or i and i + d / 2 where `half`.
+template <typename T>
+__device__ void rotate(const T *x, const T *weight, const float *cosine, const float *sine, T *y, unsigned rows,
+                       unsigned heads, unsigned n, unsigned d, unsigned half, unsigned normed, unsigned back, float eps) {
+    const unsigned lane = threadIdx.x % WARP, pairs = d / 2;
+    EACH_ROW(row, rows) {
+        const size_t start = (size_t)row * d, turn = (size_t)(row / heads % n) * pairs;
+        float a[HELD / 2], b[HELD / 2], squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < HELD / 2; i++) {
+            const unsigned p = lane + WARP * i, first = half ? p : 2 * p, second = half ? p + pairs : 2 * p + 1;
+            a[i] = p < pairs ? wide(x[start + first]) : 0.f;
+            b[i] = p < pairs ? wide(x[start + second]) : 0.f;
+            squares += a[i] * a[i] + b[i] * b[i];
+        }
+        const float r = normed ? 1.f / sqrtf(warp_sum(squares) / d + eps) : 1.f;
+#pragma unroll
+        for (int i = 0; i < HELD / 2; i++) {
+            const unsigned p = lane + WARP * i, first = half ? p : 2 * p, second = half ? p + pairs : 2 * p + 1;
+            if (p >= pairs) continue;
+            if (normed) {
+                a[i] *= r * wide(weight[first]);
+                b[i] *= r * wide(weight[second]);
+            }
+            const float c = cosine[turn + p], s = back ? -sine[turn + p] : sine[turn + p];
+            y[start + first] = number<T>(a[i] * c - b[i] * s);
+            y[start + second] = number<T>(b[i] * c + a[i] * s);
+        }
+    }
+}
+
+IN_BOTH(rotate,
+        (const T *x, const T *weight, const float *cosine, const float *sine, T *y, unsigned rows, unsigned heads,
+         unsigned n, unsigned d, unsigned half, unsigned normed, unsigned back, float eps),
+        (x, weight, cosine, sine, y, rows, heads, n, d, half, normed, back, eps))
+
+// Row i of `out` is the sum of the rows `order[starts[i]]..order[starts[i + 1]]` of `grad`, of d numbers each.
+extern "C" __global__ void select_backward(const float *grad, const unsigned *starts, const unsigned *order, float *out,
+                                           unsigned long long all, unsigned d) {
     const unsigned long long i = thread_index();
-    if (i < all) out[i] = x[i] + gate[i / n * d + i % d] * y[i];
+    if (i >= all) return;
+    const size_t row = i / d, c = i % d;
+    float sum = 0.f;
+    for (unsigned k = starts[row]; k < starts[row + 1]; k++) sum += grad[(size_t)order[k] * d + c];
+    out[i] = sum;
 }
 
 // The gradient of y, and grad * y, whose sum over the tokens is the gate's.

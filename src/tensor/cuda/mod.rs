@@ -1,53 +1,80 @@
-//! CUDA kernels for what candle composes of many: f32, as training computes. Each returns nothing where it does not apply,
-//! and the caller composes.
+//! CUDA kernels for what candle composes of many: f32, as training computes, and forward passes in bf16 too. Each returns
+//! nothing where it does not apply, and the caller composes.
 
-use super::linear::with_last;
+use super::{Mask, Rotation, linear::with_last};
 use candle_core::{
-    CudaDevice, CudaStorage, D, DType, Device, Result, Shape, Storage, Tensor,
+    CudaDevice, CudaStorage, D, DType, Device, Result, Shape, Storage, Tensor, bail,
     cuda_backend::{
-        WrapErr,
-        cudarc::driver::{LaunchConfig, PushKernelArg},
+        CudaStorageSlice, WrapErr,
+        cudarc::driver::{CudaView, LaunchConfig, PushKernelArg},
     },
     op::BackpropOp,
 };
+use half::bf16;
 
-const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+/// Modules of kernels: their names and what the driver compiles.
+const BLOCKWISE: Module = ("rlrig", include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx")));
+const ATTENTION: Module = ("rlrig attention", include_str!(concat!(env!("OUT_DIR"), "/attention.ptx")));
+
+type Module = (&'static str, &'static str);
+
 const WARP: usize = 32;
 /// Threads of a block.
 const BLOCK: usize = 256;
-/// The longest row that a warp holds.
+/// The longest row that a warp holds, and a block.
 const LONGEST: usize = 8 * WARP;
+const WIDEST: usize = 16 * BLOCK;
 /// Blocks that rows are shared among, at most.
 const BLOCKS: usize = 1024;
+/// Numbers that are read at once.
+const FOUR: usize = 4;
 
-/// A kernel with its arguments, in this order: inputs, outputs, whole numbers, `eps`.
+/// A kernel with its arguments, in this order: inputs, outputs, whole numbers, a factor or a small number.
 struct Kernel<'a> {
-    name: &'static str,
+    module: Module,
+    name: String,
     inputs: &'a [&'a Tensor],
     outputs: &'a [&'a [usize]],
+    /// The number format of the outputs.
+    dtype: DType,
     /// The number of elements, where it can be more than 32 bits tell.
     all: Option<u64>,
     numbers: &'a [usize],
-    eps: Option<f64>,
+    real: Option<f64>,
     blocks: usize,
 }
 
+/// An input on the device.
+enum View<'a> {
+    F32(CudaView<'a, f32>),
+    Bf16(CudaView<'a, bf16>),
+    U32(CudaView<'a, u32>),
+}
+
 impl<'a> Kernel<'a> {
-    fn new(name: &'static str, inputs: &'a [&'a Tensor], outputs: &'a [&'a [usize]], numbers: &'a [usize]) -> Self {
-        Self { name, inputs, outputs, all: None, numbers, eps: None, blocks: 1 }
+    fn new(name: &str, inputs: &'a [&'a Tensor], outputs: &'a [&'a [usize]], numbers: &'a [usize]) -> Self {
+        let (name, dtype) = (name.to_owned(), DType::F32);
+        Self { module: BLOCKWISE, name, inputs, outputs, dtype, all: None, numbers, real: None, blocks: 1 }
+    }
+
+    /// The kernel of this name for the number format of its first input, which its outputs have too.
+    fn typed(name: &str, inputs: &'a [&'a Tensor], outputs: &'a [&'a [usize]], numbers: &'a [usize]) -> Self {
+        let dtype = inputs[0].dtype();
+        let name = format!("{name}_{}", if dtype == DType::BF16 { "bf16" } else { "f32" });
+        Self { dtype, ..Self::new(&name, inputs, outputs, numbers) }
     }
 
     fn blocks(self, blocks: usize) -> Self {
         Self { blocks, ..self }
     }
 
-    fn eps(self, eps: f64) -> Self {
-        Self { eps: Some(eps), ..self }
+    fn real(self, real: f64) -> Self {
+        Self { real: Some(real), ..self }
     }
 
     /// A warp for each of so many rows, or for several of them.
     fn rows(self, rows: usize, eps: f64) -> Self {
-        self.blocks(row_blocks(rows)).eps(eps)
+        self.blocks(row_blocks(rows)).real(eps)
     }
 
     /// A thread for each of so many elements.
@@ -61,30 +88,50 @@ impl<'a> Kernel<'a> {
     }
 
     fn launch(&self, device: &CudaDevice) -> Result<Vec<Tensor>> {
-        let kernel = device.get_or_load_custom_func(self.name, "rlrig", KERNELS)?;
-        let inputs = self.inputs.iter().map(|x| x.contiguous()).collect::<Result<Vec<_>>>()?;
+        let kernel = device.get_or_load_custom_func(&self.name, self.module.0, self.module.1)?;
+        let inputs = self.inputs.iter().map(|x| aligned(x)).collect::<Result<Vec<_>>>()?;
         let storages: Vec<_> = inputs.iter().map(|x| x.storage_and_layout()).collect();
         let mut views = Vec::with_capacity(storages.len());
         for (storage, layout) in &storages {
-            let Storage::Cuda(storage) = &**storage else { candle_core::bail!("{} on another device", self.name) };
-            let start = layout.start_offset();
-            views.push(storage.as_cuda_slice::<f32>()?.slice(start..start + layout.shape().elem_count()));
+            let Storage::Cuda(storage) = &**storage else { bail!("{} on another device", self.name) };
+            let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+            views.push(match &storage.slice {
+                CudaStorageSlice::F32(slice) => View::F32(slice.slice(range)),
+                CudaStorageSlice::BF16(slice) => View::Bf16(slice.slice(range)),
+                CudaStorageSlice::U32(slice) => View::U32(slice.slice(range)),
+                _ => bail!("{} of another number format", self.name),
+            });
         }
         let mut outputs = Vec::with_capacity(self.outputs.len());
         for shape in self.outputs {
+            let n = shape.iter().product();
             // SAFETY: every kernel writes all its outputs before they are read.
-            outputs.push(unsafe { device.alloc::<f32>(shape.iter().product())? });
+            let storage = unsafe {
+                match self.dtype {
+                    DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<bf16>(n)?, device.clone()),
+                    _ => CudaStorage::wrap_cuda_slice(device.alloc::<f32>(n)?, device.clone()),
+                }
+            };
+            outputs.push(storage);
         }
         let number = |n: usize| u32::try_from(n).map_err(candle_core::Error::wrap);
         let numbers = self.numbers.iter().map(|n| number(*n)).collect::<Result<Vec<u32>>>()?;
-        let eps = self.eps.unwrap_or_default() as f32;
+        let real = self.real.unwrap_or_default() as f32;
         let all = self.all.unwrap_or_default();
         let mut arguments = kernel.builder();
         for view in &views {
-            arguments.arg(view);
+            match view {
+                View::F32(view) => arguments.arg(view),
+                View::Bf16(view) => arguments.arg(view),
+                View::U32(view) => arguments.arg(view),
+            };
         }
         for output in &outputs {
-            arguments.arg(output);
+            match &output.slice {
+                CudaStorageSlice::BF16(slice) => arguments.arg(slice),
+                CudaStorageSlice::F32(slice) => arguments.arg(slice),
+                _ => bail!("{} has an output of another number format", self.name),
+            };
         }
         if self.all.is_some() {
             arguments.arg(&all);
@@ -92,17 +139,16 @@ impl<'a> Kernel<'a> {
         for number in &numbers {
             arguments.arg(number);
         }
-        if self.eps.is_some() {
-            arguments.arg(&eps);
+        if self.real.is_some() {
+            arguments.arg(&real);
         }
         let blocks = number(self.blocks.max(1))?;
         let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (BLOCK as u32, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: the arguments are those of the kernel's signature, and inputs and outputs have the sizes that it is told.
         unsafe { arguments.launch(config) }.w()?;
         drop(storages);
-        let made = outputs.into_iter().zip(self.outputs).map(|(slice, shape)| {
-            let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
-            Tensor::from_storage(storage, Shape::from(*shape), BackpropOp::none(), false)
+        let made = outputs.into_iter().zip(self.outputs).map(|(storage, shape)| {
+            Tensor::from_storage(Storage::Cuda(storage), Shape::from(*shape), BackpropOp::none(), false)
         });
         Ok(made.collect())
     }
@@ -116,11 +162,34 @@ impl<'a> Kernel<'a> {
     }
 }
 
+/// `x` without gaps, from where four numbers can be read at once.
+fn aligned(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let begins = x.storage_and_layout().1.start_offset();
+    if begins.is_multiple_of(FOUR) { Ok(x) } else { x.force_contiguous() }
+}
+
+/// Whether all are multiples of four.
+fn by_four(sizes: &[usize]) -> bool {
+    sizes.iter().all(|n| n.is_multiple_of(FOUR))
+}
+
 /// The device, if all tensors are in f32 on it and none is empty.
 fn device<'a>(tensors: &[&'a Tensor]) -> Option<&'a CudaDevice> {
+    forward_device(tensors).filter(|_| tensors[0].dtype() == DType::F32)
+}
+
+/// The device, if all tensors are in f32 or all in bf16 on it, and none is empty.
+fn forward_device<'a>(tensors: &[&'a Tensor]) -> Option<&'a CudaDevice> {
     let first = tensors.first()?;
+    let dtype = first.dtype();
     match first.device() {
-        Device::Cuda(device) if tensors.iter().all(|x| x.dtype() == DType::F32 && x.elem_count() > 0) => Some(device),
+        Device::Cuda(device)
+            if matches!(dtype, DType::F32 | DType::BF16)
+                && tensors.iter().all(|x| x.dtype() == dtype && x.elem_count() > 0) =>
+        {
+            Some(device)
+        }
         _ => None,
     }
 }
@@ -145,11 +214,17 @@ pub fn rms_backward(x: &Tensor, weight: &Tensor, eps: f64, grad: &Tensor) -> Res
 /// `norm(x) * (1 + scale) + shift`.
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Option<Tensor>> {
     let (b, t, d) = x.dims3()?;
-    let Some(device) = device(&[x, shift, scale]).filter(|_| d <= LONGEST) else { return Ok(None) };
-    Kernel::new("modulate_forward", &[x, shift, scale], &[x.dims()], &[b * t, t, d])
-        .rows(b * t, eps)
-        .one(device)
-        .map(Some)
+    let Some(device) = forward_device(&[x, shift, scale]) else { return Ok(None) };
+    let inputs = [x, shift, scale];
+    if d <= LONGEST {
+        let kernel =
+            Kernel::typed("modulate_forward", &inputs, &[x.dims()], &[b * t, t, d]).rows(b * t, eps).one(device);
+        return kernel.map(Some);
+    }
+    if d > WIDEST || !by_four(&[d]) {
+        return Ok(None);
+    }
+    Kernel::typed("modulate_wide", &inputs, &[x.dims()], &[t, d]).blocks(b * t).real(eps).one(device).map(Some)
 }
 
 /// The gradient of its `x`, and what the scale's is the sum of over the tokens, both `(B, T, D)`.
@@ -164,11 +239,15 @@ pub fn modulate_backward(x: &Tensor, scale: &Tensor, eps: f64, grad: &Tensor) ->
 
 /// `silu(gate) * up` of the last columns of `x`, from column `from` on.
 pub fn swiglu(x: &Tensor, from: usize) -> Result<Option<Tensor>> {
-    let Some(device) = device(&[x]) else { return Ok(None) };
     let width = x.dim(D::Minus1)?;
-    let (rows, f) = (x.elem_count() / width, (width - from) / 2);
+    let f = (width - from) / 2;
+    let Some(device) = forward_device(&[x]).filter(|_| by_four(&[width, from, f])) else { return Ok(None) };
+    let rows = x.elem_count() / width;
     let shape = with_last(x.dims(), f);
-    Kernel::new("swiglu_forward", &[x], &[&shape], &[rows, f, width, from]).each(rows * f).one(device).map(Some)
+    Kernel::typed("swiglu_forward", &[x], &[&shape], &[rows, f, width, from])
+        .each(rows * f / FOUR)
+        .one(device)
+        .map(Some)
 }
 
 /// The gradient of those columns, where `grad` has further ones before those of the result.
@@ -186,10 +265,14 @@ pub fn swiglu_backward(x: &Tensor, from: usize, grad: &Tensor) -> Result<Option<
 
 /// `x + gate * y`.
 pub fn gate(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
-    let Some(device) = device(&[x, gate, y]) else { return Ok(None) };
     let (_, t, d) = x.dims3()?;
+    let Some(device) = forward_device(&[x, gate, y]).filter(|_| by_four(&[d])) else { return Ok(None) };
     let all = x.elem_count();
-    Kernel::new("gate_forward", &[x, gate, y], &[x.dims()], &[t * d, d]).all(all).one(device).map(Some)
+    Kernel::typed("gate_forward", &[x, gate, y], &[x.dims()], &[t * d, d])
+        .all(all)
+        .each(all / FOUR)
+        .one(device)
+        .map(Some)
 }
 
 /// The gradient of its `y`, and what the gate's is the sum of over the tokens.
@@ -198,6 +281,71 @@ pub fn gate_backward(gate: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<
     let (_, t, d) = y.dims3()?;
     let all = y.elem_count();
     Kernel::new("gate_backward", &[gate, y, grad], &[y.dims(), y.dims()], &[t * d, d]).all(all).two(device).map(Some)
+}
+
+/// Turns the heads of `x (B, T, H, D)` by the angles `(T, D/2)` or `(B, T, D/2)`, or `back`; before that normalises them by
+/// their root mean square, where there is a weight.
+pub fn rotate(
+    x: &Tensor,
+    norm: Option<(&Tensor, f64)>,
+    [cos, sin]: [&Tensor; 2],
+    rotation: Rotation,
+    back: bool,
+) -> Result<Option<Tensor>> {
+    let (_, t, h, d) = x.dims4()?;
+    let (weight, eps) = norm.unwrap_or((x, 0.0));
+    let fits = d <= LONGEST && d.is_multiple_of(2) && cos.elem_count() / (d / 2) >= t;
+    let Some(device) = forward_device(&[x, weight]).filter(|_| fits) else { return Ok(None) };
+    let [cos, sin] = [cos.to_dtype(DType::F32)?, sin.to_dtype(DType::F32)?];
+    let (rows, n) = (x.elem_count() / d, cos.elem_count() / (d / 2));
+    let [half, normed, back] = [rotation == Rotation::Half, norm.is_some(), back].map(usize::from);
+    Kernel::typed("rotate", &[x, weight, &cos, &sin], &[x.dims()], &[rows, h, n, d, half, normed, back])
+        .rows(rows, eps)
+        .one(device)
+        .map(Some)
+}
+
+/// Attention in bf16, without a graph: see [`super::attention`].
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Option<Tensor>> {
+    let ((b, tq, h, d), (_, tk, hkv, _)) = (q.dims4()?, k.dims4()?);
+    let Some(device) = forward_device(&[q, k, v]) else { return Ok(None) };
+    if q.dtype() != DType::BF16 || ![32, 64, 128].contains(&d) {
+        return Ok(None);
+    }
+    let seen = |row: usize| mask.keys.as_ref().map_or(0..tk, |keys| keys[row].clone());
+    let column = |end: &dyn Fn(usize) -> usize| -> Result<Tensor> {
+        let ends: Vec<u32> = (0..b).map(|row| end(row).min(tk) as u32).collect();
+        Tensor::from_vec(ends, b, q.device())
+    };
+    let (first, last) = (column(&|row| seen(row).start)?, column(&|row| seen(row).end)?);
+    let inputs = [q, k, v, &first, &last];
+    let shape = [q.dims()];
+    let numbers = [h, hkv, tq, tk, usize::from(mask.causal)];
+    let kernel = Kernel::new(&format!("attention_{d}"), &inputs, &shape, &numbers);
+    let kernel = Kernel { module: ATTENTION, dtype: DType::BF16, ..kernel };
+    kernel.blocks(tq.div_ceil(QUERIES) * h * b).real((d as f64).powf(-0.5)).one(device).map(Some)
+}
+
+/// Queries of a block.
+const QUERIES: usize = 128;
+
+/// The gradient of a table `(N, D)` of which the rows `rows` were taken.
+pub fn select_backward(grad: &Tensor, rows: &[u32], n: usize) -> Result<Option<Tensor>> {
+    let Some(device) = device(&[grad]) else { return Ok(None) };
+    let d = grad.elem_count() / rows.len();
+    // The places of each row, by a counting sort.
+    let mut starts = vec![0u32; n + 1];
+    rows.iter().for_each(|row| starts[*row as usize + 1] += 1);
+    (0..n).for_each(|i| starts[i + 1] += starts[i]);
+    let mut next = starts.clone();
+    let mut order = vec![0u32; rows.len()];
+    for (place, row) in rows.iter().enumerate() {
+        order[next[*row as usize] as usize] = place as u32;
+        next[*row as usize] += 1;
+    }
+    let (starts, order) = (Tensor::new(starts, grad.device())?, Tensor::new(order, grad.device())?);
+    let shape = [n, d];
+    Kernel::new("select_backward", &[grad, &starts, &order], &[&shape], &[d]).all(n * d).one(device).map(Some)
 }
 
 /// `weights * (grad - level)`, where `level` has one number for each row.
@@ -226,7 +374,7 @@ pub fn group_norm(
     }
     Kernel::new("group_norm", &[x, weight, bias], &[x.dims()], &[groups, c / groups, h * w, usize::from(silu)])
         .blocks(b * groups)
-        .eps(eps)
+        .real(eps)
         .one(device)
         .map(Some)
 }
