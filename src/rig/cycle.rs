@@ -201,12 +201,11 @@ pub fn run(
 struct State {
     job: usize,
     turns: Vec<Turn>,
-    edits: Vec<String>,
 }
 
 impl State {
     fn new(job: usize) -> Self {
-        Self { job, turns: Vec::new(), edits: Vec::new() }
+        Self { job, turns: Vec::new() }
     }
 
     /// Whether the next round draws.
@@ -217,6 +216,15 @@ impl State {
     /// The turn to build on.
     fn source(&self) -> Option<(usize, &Turn)> {
         best(&self.turns).map(|best| (best, &self.turns[best]))
+    }
+
+    /// The edits of turn `turn` that were made, none of which became a better picture if it still is the best.
+    fn edits_of(&self, turn: usize) -> Vec<&str> {
+        let of = |made| match made {
+            &Action::Edit { source, ref instruction, .. } if source == turn => Some(instruction.as_str()),
+            _ => None,
+        };
+        self.turns.iter().filter_map(|turn| of(&turn.action)).collect()
     }
 
     fn ending(&self, options: &Options, stopped: bool) -> Option<Ending> {
@@ -257,9 +265,6 @@ impl Cycle<'_> {
         let Some(turns) = self.check(active, made)? else { return Ok(false) };
         for (state, turn) in active.iter_mut().zip(turns) {
             (self.observe)(Event::Turn { job: state.job, round: state.turns.len() + 1, turn: &turn })?;
-            if let Action::Edit { instruction, .. } = &turn.action {
-                state.edits.push(instruction.clone());
-            }
             state.turns.push(turn);
         }
         Ok(true)
@@ -304,14 +309,16 @@ impl Cycle<'_> {
         }
         let start = Instant::now();
         let sources: Vec<(usize, &Turn)> = states.iter().filter_map(|s| s.source()).collect();
+        let earlier: Vec<Vec<&str>> = states.iter().zip(&sources).map(|(s, (source, _))| s.edits_of(*source)).collect();
         let situations: Vec<Situation> = states
             .iter()
             .zip(&sources)
-            .map(|(s, (_, turn))| Situation {
+            .zip(&earlier)
+            .map(|((s, (_, turn)), earlier)| Situation {
                 target: &self.jobs[s.job].target,
                 picture: &turn.picture,
                 verdicts: &turn.verdicts,
-                earlier: &s.edits,
+                earlier,
                 seed: self.jobs[s.job].seed,
                 round: s.turns.len(),
             })

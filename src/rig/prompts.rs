@@ -51,7 +51,7 @@ pub fn check_schema() -> Value {
 }
 
 /// The question for the next edit: the prompt, what the Checker found wrong, and the edits made so far.
-pub fn reflect(prompt: &str, verdicts: &[Verdict], earlier: &[String]) -> String {
+pub fn reflect(prompt: &str, verdicts: &[Verdict], earlier: &[&str]) -> String {
     let mut text = format!("The picture should show: {}\nWrong:", prompt.trim());
     for verdict in verdicts.iter().filter(|v| !v.yes) {
         text += &format!("\n- {}", verdict.claim);
@@ -147,7 +147,7 @@ mod tests {
             Verdict { claim: Claim::Object("large red ball".into()), yes: true, p_yes: 0.9, reflection: String::new() },
             Verdict { claim: relation(), yes: false, p_yes: 0.1, reflection: "it is right of it".into() },
         ];
-        let text = reflect("a prompt ", &verdicts, &["move it".into()]);
+        let text = reflect("a prompt ", &verdicts, &["move it"]);
         assert_eq!(
             text,
             "The picture should show: a prompt\nWrong:\n- large red ball left of small blue cube (it is right of it)\n\

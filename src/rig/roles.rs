@@ -160,8 +160,8 @@ pub struct Situation<'a> {
     pub target: &'a Target,
     pub picture: &'a Picture,
     pub verdicts: &'a [Verdict],
-    /// The edits made so far, oldest first.
-    pub earlier: &'a [String],
+    /// The edits of this picture that were made and did not help, oldest first.
+    pub earlier: &'a [&'a str],
     pub seed: u64,
     pub round: usize,
 }

@@ -11,7 +11,11 @@ use super::{
 use crate::{
     scene::graph::{Object, Relation, SceneGraph},
     tensor::rng::Stream,
-    vlm::{Vlm, decode::Sampling, prefix::Question},
+    vlm::{
+        Vlm,
+        decode::{self, Sampling},
+        prefix::Question,
+    },
 };
 use anyhow::{Context, Result};
 use image::RgbImage;
@@ -20,7 +24,8 @@ use std::{ops::Range, sync::Arc};
 
 /// Questions that are answered together at most; it bounds the memory that their keys and values take.
 const ROWS: usize = 64;
-/// The temperature of an Actor whose first edit did not help: the same words again would not help either.
+/// An Actor whose edit did not help writes so many others at this temperature: the same words again would not help either.
+const CANDIDATES: usize = 8;
 const TEMPERATURE: f64 = 0.7;
 /// Tokens at most of a verdict with its reflection, of an edit with its own, and of a scene graph.
 pub const VERDICT: usize = 56;
@@ -104,6 +109,17 @@ fn agree(verdicts: &mut [Verdict]) {
     }
 }
 
+/// The reflection whose edit was written most often and is not among `earlier`, the first of them where several are; the
+/// first of all if there is nothing new.
+fn most_wanted(written: Vec<Reflection>, earlier: &[&str]) -> Option<Reflection> {
+    let rank = |i: usize| {
+        let edit = &written[i].edit;
+        (!earlier.contains(&edit.as_str()), written.iter().filter(|other| other.edit == *edit).count())
+    };
+    let best = (0..written.len()).reduce(|best, i| if rank(i) > rank(best) { i } else { best })?;
+    written.into_iter().nth(best)
+}
+
 fn read<T: DeserializeOwned>(answer: &str) -> Result<T> {
     serde_json::from_str(answer).with_context(|| format!("the VLM's answer is not what was asked for: {answer}"))
 }
@@ -149,20 +165,28 @@ impl Actor for Critic {
         let schema = prompts::reflect_schema();
         let mut edits = Vec::with_capacity(jobs.len());
         let warm = |job: &Situation| !job.earlier.is_empty();
-        for batch in jobs.chunk_by(|a, b| warm(a) == warm(b)).flat_map(|same| same.chunks(ROWS / 4)) {
+        for batch in jobs.chunk_by(|a, b| warm(a) == warm(b)).flat_map(|same| same.chunks(ROWS / CANDIDATES)) {
+            let (candidates, temperature) = if warm(&batch[0]) { (CANDIDATES, TEMPERATURE) } else { (1, 0.0) };
             let pictures: Vec<&RgbImage> = batch.iter().map(|job| job.picture.pixels()).collect::<Result<_>>()?;
             let text = |job: &Situation| prompts::reflect(&job.target.prompt, job.verdicts, job.earlier);
             let texts: Vec<String> = batch.iter().map(text).collect();
-            let questions: Vec<Question> =
-                texts.iter().enumerate().map(|(i, text)| Question { picture: Some(i), text }).collect();
-            let stream = |job: &Situation| Stream::new(job.seed, "reflect", job.round as u64);
-            let streams: Vec<Stream> = batch.iter().map(stream).collect();
-            let temperature = if warm(&batch[0]) { TEMPERATURE } else { 0.0 };
+            let all = || (0..batch.len()).flat_map(|i| (0..candidates).map(move |k| (i, k)));
+            let questions: Vec<Question> = all().map(|(i, _)| Question { picture: Some(i), text: &texts[i] }).collect();
+            let stream = |(i, k): (usize, usize)| {
+                let job: &Situation = &batch[i];
+                Stream::new(job.seed, &format!("reflect {k}"), job.round as u64)
+            };
+            let streams: Vec<Stream> = all().map(stream).collect();
             let sampling = Sampling { temperature, max_tokens: EDIT };
             let looked = self.actor.look(&pictures)?;
-            for written in self.actor.answer(&looked, &questions, &schema, sampling, &streams)? {
-                let Answer { reflection: thought, edit } = read(&self.actor.chat.decode(&written.ids)?)?;
-                edits.push(Reflection { thought, edit });
+            let written = self.actor.answer(&looked, &questions, &schema, sampling, &streams)?;
+            for (job, written) in batch.iter().zip(written.chunks(candidates)) {
+                let reflection = |answer: &decode::Answer| -> Result<Reflection> {
+                    let Answer { reflection: thought, edit } = read(&self.actor.chat.decode(&answer.ids)?)?;
+                    Ok(Reflection { thought, edit })
+                };
+                let written = written.iter().map(reflection).collect::<Result<Vec<_>>>()?;
+                edits.extend(most_wanted(written, job.earlier));
             }
         }
         Ok(edits)
@@ -216,6 +240,19 @@ mod tests {
         ];
         agree(&mut verdicts);
         assert_eq!(verdicts.each_ref().map(|v| (v.p_yes, v.yes))[2..], [(0.2, false), (0.8, true)]);
+    }
+
+    #[test]
+    fn an_edit_that_did_not_help_is_not_asked_for_again() {
+        let wanted = |edits: &[&str], earlier: &[&str]| {
+            let written = edits.iter().map(|edit| Reflection { thought: String::new(), edit: (*edit).into() });
+            most_wanted(written.collect(), earlier).map(|reflection| reflection.edit)
+        };
+        assert_eq!(wanted(&["a", "b", "c", "b", "a", "a"], &["a"]), Some("b".into()));
+        assert_eq!(wanted(&["a", "c", "b"], &["a"]), Some("c".into()));
+        assert_eq!(wanted(&["a", "b", "b"], &["a", "b"]), Some("b".into()));
+        assert_eq!(wanted(&["a"], &[]), Some("a".into()));
+        assert_eq!(wanted(&[], &["a"]), None);
     }
 
     #[test]

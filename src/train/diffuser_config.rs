@@ -26,6 +26,11 @@ pub struct DiffuserConfig {
     pub shift: f64,
     /// Noise added to the reference's latents, as generated pictures are not perfect.
     pub reference_noise: f64,
+    /// A run of `rlrig eval` on the world's train split, whose pictures are edited too ([`super::drawn`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drawn: Option<PathBuf>,
+    /// Their share of the pictures that are edited.
+    pub drawn_share: f64,
     /// Weight of the loss that tells the transformer's middle what lies where ([`super::layout`]).
     pub layout: f64,
     pub precision: Precision,
@@ -78,6 +83,8 @@ impl Default for DiffuserConfig {
             dropout: 0.1,
             shift: 2.5,
             reference_noise: 0.1,
+            drawn: None,
+            drawn_share: 0.5,
             layout: 0.2,
             precision: Precision::Bf16,
             stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4 }],
@@ -127,6 +134,9 @@ impl DiffuserConfig {
         }
         if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {
             crate::usage!("[diffuser] dropout is a share, shift is positive and layout is not negative");
+        }
+        if !(0.0..=1.0).contains(&self.drawn_share) {
+            crate::usage!("[diffuser] drawn_share is a share, not {}", self.drawn_share);
         }
         Ok(())
     }

@@ -134,7 +134,9 @@ struct State<'a> {
     problem: &'a Problem,
     best: Picture,
     verdicts: Vec<Verdict>,
-    edits: Vec<String>,
+    /// Edits of the best picture that did not help.
+    failed: Vec<String>,
+    turns: usize,
     idle: usize,
 }
 
@@ -194,8 +196,10 @@ impl Joint {
         } else {
             (rows.iter().map(|r| states[*r].best.clone()).collect(), (0..rows.len()).collect())
         };
-        let ask =
-            |r: &usize| prompts::reflect(&states[*r].problem.target.prompt, &states[*r].verdicts, &states[*r].edits);
+        let ask = |r: &usize| {
+            let State { problem, verdicts, failed, .. } = &states[*r];
+            prompts::reflect(&problem.target.prompt, verdicts, &failed.iter().map(String::as_str).collect::<Vec<_>>())
+        };
         let questions: Vec<String> = rows.iter().map(ask).collect();
         let asked: Vec<(usize, &str)> = source_of.iter().copied().zip(questions.iter().map(String::as_str)).collect();
         let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
@@ -247,10 +251,13 @@ impl Joint {
         for (((r, picture), after), instruction) in rows.iter().zip(&pictures).zip(after).zip(instructions) {
             let state = &mut states[*r];
             state.idle += usize::from(still(state.best.pixels()?, picture.pixels()?));
-            state.edits.push(instruction);
+            state.turns += 1;
             let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
             if rank(&after) > rank(&state.verdicts) {
                 (state.best, state.verdicts) = (picture.clone(), after);
+                state.failed.clear();
+            } else {
+                state.failed.push(instruction);
             }
         }
         let none = Tensor::zeros(rows.len(), DType::F32, klein.device())?;
@@ -265,7 +272,7 @@ impl Joint {
         let GrpoConfig { joint, group, .. } = &self.config;
         let better = |s: &State| score(&s.verdicts).unwrap_or(1.0) - score(&s.problem.verdicts).unwrap_or(1.0);
         let success = |s: &State| f64::from(u8::from(s.passes()));
-        let idle = |s: &State| s.idle as f64 / s.edits.len().max(1) as f64;
+        let idle = |s: &State| s.idle as f64 / s.turns.max(1) as f64;
         let worth = |s: &State| joint.improvement * better(s) + joint.success * success(s) + joint.idle * idle(s);
         let worths: Vec<f64> = states.iter().map(worth).collect();
         let found = advantages(&worths, &group.numbers(states.len()), group.scale)?;
@@ -277,7 +284,7 @@ impl Joint {
             ("trajectory/improvement", mean(&better)),
             ("trajectory/success", mean(&success)),
             ("trajectory/idle", mean(&idle)),
-            ("trajectory/turns", mean(&|s| s.edits.len() as f64)),
+            ("trajectory/turns", mean(&|s| s.turns as f64)),
         ];
         Ok((found.values, metrics.map(|(name, value)| (name.to_owned(), value)).into()))
     }
@@ -368,7 +375,8 @@ impl Objective for Joint {
                 best: problem.picture.clone(),
                 verdicts: problem.verdicts.clone(),
                 problem,
-                edits: Vec::new(),
+                failed: Vec::new(),
+                turns: 0,
                 idle: 0,
             })
             .collect();

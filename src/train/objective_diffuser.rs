@@ -10,6 +10,7 @@ use super::{
     ahead::Ahead,
     checkpoint::write_model,
     diffuser_config::{DiffuserConfig, Evaluation, Stage, TextConfig},
+    drawn,
     layout::{Labels, LayoutHead},
 };
 use crate::{
@@ -46,7 +47,14 @@ use std::{
 struct Example {
     prompt: String,
     target: Scene,
-    source: Option<Scene>,
+    source: Option<Source>,
+}
+
+/// A picture to be edited.
+struct Source {
+    scene: Scene,
+    /// Which of the drawn pictures it is, if it is no render of the scene.
+    drawn: Option<usize>,
 }
 
 /// Rendered pictures.
@@ -82,6 +90,8 @@ pub struct Diffuser {
     /// The layout head's, which is not a part of the saved model.
     head: Params,
     tokenizer: vocabulary::Vocabulary,
+    /// Drawn pictures to be edited.
+    drawn: Vec<drawn::Drawn>,
     ahead: Ahead<Vec<Part>>,
 }
 
@@ -148,8 +158,9 @@ impl Diffuser {
         let head = Params::fresh(seed ^ 2, DType::F32, device).trained();
         let token = SIDE as usize / klein.tokens(SIDE, SIDE)?.0;
         let layout = LayoutHead::new(sizes.dim(), token, &head)?;
+        let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?.0;
         let (config, ahead) = (config.clone(), Ahead::default());
-        Ok(Self { config, seed, klein, transformer, text, layout, head, tokenizer, ahead })
+        Ok(Self { config, seed, klein, transformer, text, layout, head, tokenizer, drawn, ahead })
     }
 
     /// Sample `index` of the endless sequence.
@@ -158,9 +169,13 @@ impl Diffuser {
         let edit = rng.chance(stage.edits);
         let dropped = rng.chance(self.config.dropout);
         let (min, max) = (stage.min_objects, stage.max_objects);
-        let mut example = if edit {
+        let at_hand = if edit { self.edit_of_drawn(&mut rng, index) } else { None };
+        let mut example = if let Some(example) = at_hand {
+            example
+        } else if edit {
             let sample = tasks::edit(self.seed, Split::Train, index, min, max);
-            Example { prompt: sample.instruction, target: sample.target, source: Some(sample.source) }
+            let source = Source { scene: sample.source, drawn: None };
+            Example { prompt: sample.instruction, target: sample.target, source: Some(source) }
         } else {
             let sample = tasks::text_to_image(self.seed, Split::Train, index, min, max);
             Example { prompt: sample.prompt, target: sample.scene, source: None }
@@ -169,6 +184,19 @@ impl Diffuser {
             example.prompt.clear();
         }
         example
+    }
+
+    /// An edit of a drawn picture, if it is the turn of one: what it shows, as the oracle reads it, is to be kept, and what
+    /// is broken in it is to be mended.
+    fn edit_of_drawn(&self, rng: &mut Stream, index: u64) -> Option<Example> {
+        if self.drawn.is_empty() || !rng.chance(self.config.drawn_share) {
+            return None;
+        }
+        let place = rng.below(self.drawn.len());
+        let drawn = &self.drawn[place];
+        let scene = &drawn.reading.scene;
+        let (prompt, target) = tasks::edit_of(self.seed, index, scene, &drawn.graph)?;
+        Some(Example { prompt, target, source: Some(Source { scene: scene.clone(), drawn: Some(place) }) })
     }
 
     /// The samples of a batch: those that draw, and those that edit.
@@ -184,11 +212,14 @@ impl Diffuser {
     fn part(&self, name: &'static str, examples: &[(u64, Example)], batch: usize) -> Result<Part> {
         let (h, w) = self.klein.tokens(SIDE, SIDE)?;
         let numbers = h * w * self.klein.autoencoder.config.token_channels();
-        let scenes = |of: &dyn Fn(&Example) -> Option<&Scene>| {
-            let scenes: Vec<&Scene> = examples.iter().filter_map(|(_, e)| of(e)).collect();
-            let pixels: Vec<Vec<f32>> = scenes.par_iter().map(|scene| planes(&render(scene))).collect();
-            let rendered = || Rendered { pixels: pixels.concat(), labels: self.layout.labels(&scenes) };
-            (scenes.len() == examples.len()).then(rendered)
+        let rendered = |scenes: &[(&Scene, Option<usize>)]| {
+            let picture = |(scene, drawn): &(&Scene, Option<usize>)| match drawn {
+                Some(place) => planes(&self.drawn[*place].picture),
+                None => planes(&render(scene)),
+            };
+            let pixels: Vec<Vec<f32>> = scenes.par_iter().map(picture).collect();
+            let scenes: Vec<&Scene> = scenes.iter().map(|(scene, _)| *scene).collect();
+            Rendered { pixels: pixels.concat(), labels: self.layout.labels(&scenes) }
         };
         // Of each sample's stream a uniform number, then noise for a picture.
         let draw = |purpose: &str| -> (Vec<f64>, Vec<Vec<f32>>) {
@@ -205,13 +236,15 @@ impl Diffuser {
             (self.config.shift * u / (1.0 + (self.config.shift - 1.0) * u)) as f32
         };
         let (levels, noise) = (examples.iter().zip(uniform).map(level).collect(), noise.concat());
-        let sources = scenes(&|e| e.source.as_ref()).map(|pictures| {
+        let sources: Option<Vec<_>> =
+            examples.iter().map(|(_, e)| e.source.as_ref().map(|source| (&source.scene, source.drawn))).collect();
+        let sources = sources.map(|sources| {
             let (uniform, mut blur) = draw("diffuser reference");
             for (row, uniform) in blur.iter_mut().zip(uniform) {
                 let strength = (self.config.reference_noise * uniform) as f32;
                 row.iter_mut().for_each(|x| *x *= strength);
             }
-            (pictures, blur.concat())
+            (rendered(&sources), blur.concat())
         });
         let max_length = self.klein.prompt_embedding.max_length;
         let ids = |(_, e): &(u64, Example)| self.klein.text.prompt_ids(&e.prompt, max_length);
@@ -220,7 +253,7 @@ impl Diffuser {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
         let full = Stream::new(self.seed, "diffuser padding", examples[0].0).chance(0.25);
         let length = if full { max_length } else { longest.next_multiple_of(8).min(max_length) };
-        let targets = scenes(&|e| Some(&e.target)).context("every sample has a target")?;
+        let targets = rendered(&examples.iter().map(|(_, e)| (&e.target, None)).collect::<Vec<_>>());
         Ok(Part { name, targets, sources, noise, levels, prompts, length })
     }
 

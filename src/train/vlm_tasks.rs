@@ -83,12 +83,12 @@ pub fn phrases() -> Vec<String> {
     const MARK: &str = "\u{1}";
     let object = || Claim::Object(MARK.into());
     let failed = Verdict { claim: object(), yes: false, p_yes: 0.0, reflection: String::new() };
-    let reflect = |earlier: &[String]| prompts::reflect(MARK, &[failed.clone(), failed.clone()], earlier);
+    let reflect = |earlier: &[&str]| prompts::reflect(MARK, &[failed.clone(), failed.clone()], earlier);
     let texts = [
         prompts::check(&object()),
         prompts::verdict(MARK, true).replace("yes", MARK),
         reflect(&[]),
-        reflect(&[MARK.into(), MARK.into()]),
+        reflect(&[MARK, MARK]),
         prompts::edit(MARK, MARK),
         prompts::parse(MARK),
         spaced(&json!({ "objects": [MARK, MARK] })),
@@ -306,6 +306,7 @@ pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Repair {
     let earlier: Vec<String> = (0..rng.below(5).saturating_sub(2))
         .map(|i| tasks::edit(seed ^ 0xed17, Split::Train, index * 2 + i as u64, 2, 3).instruction)
         .collect();
+    let earlier: Vec<&str> = earlier.iter().map(String::as_str).collect();
     let question = prompts::reflect(&sample.prompt, &verdicts, &earlier);
     Repair { sample, verdicts, question }
 }

@@ -127,6 +127,28 @@ pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> Edit
     }
 }
 
+/// An edit of a scene that is at hand, for training: often one that brings it nearer to what `graph` asks for, else any. Its
+/// instruction, and the scene after it; nothing if no edit was found.
+pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Option<(String, Scene)> {
+    let rng = &mut stream("edit of", seed, Split::Train, index);
+    let view = scene.view();
+    for _ in 0..16 {
+        let helpful = rng.chance(0.7).then(|| plan::edits(&view, graph)).filter(|edits| !edits.is_empty());
+        let edit = match helpful {
+            Some(edits) => Some(rng.choose(&edits).clone()),
+            None => {
+                let kind = *rng.choose(&Kind::ALL);
+                propose(rng, scene, kind)
+            }
+        };
+        let Some(edit) = edit.filter(|edit| !novel(edit)) else { continue };
+        if let Some(target) = edit.apply(rng, scene).filter(sample::trainable) {
+            return Some((edit.instruction(rng), target));
+        }
+    }
+    None
+}
+
 /// Whether the instruction itself names a relation that training never names.
 pub fn novel(edit: &Edit) -> bool {
     match edit {

@@ -127,8 +127,8 @@ impl Dims {
     /// Made on the device, of the first and last keys of each row of the batch.
     fn bias(&self, mask: &Mask, device: &Device) -> Result<Option<Tensor>> {
         let Self { b, tq, tk, .. } = *self;
-        let all = [0..tk];
-        let keys = mask.keys.as_deref().unwrap_or(&all);
+        let all = 0..tk;
+        let keys = mask.keys.as_deref().unwrap_or(std::slice::from_ref(&all));
         let causal = mask.causal && tq > 1;
         if !causal && keys.iter().all(|keys| keys.start == 0 && keys.end >= tk) {
             return Ok(None);

@@ -175,3 +175,16 @@ fn an_actors_edit_mends_something() {
     }
     assert_eq!(kinds.len(), 7, "{kinds:?}");
 }
+
+#[test]
+fn edits_of_a_scene_at_hand_often_help_and_change_it() {
+    let (mut found, mut helped) = (0, 0);
+    for index in 0..100 {
+        let sample = act(3, Split::Train, index, 3);
+        let Some((instruction, target)) = edit_of(3, index, &sample.scene, &sample.graph) else { continue };
+        found += 1;
+        assert!(!instruction.is_empty() && target != sample.scene && sample::trainable(&target));
+        helped += usize::from(target.view().judge(&sample.graph).better_than(&sample.truth));
+    }
+    assert!(found >= 95 && (50..95).contains(&helped), "{helped} of {found} helped");
+}
