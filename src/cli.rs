@@ -81,12 +81,17 @@ pub struct Generate {
     #[arg(short = 'n', long, value_name = "K", help_heading = "What to draw")]
     pub count: Option<usize>,
 
-    /// Rounds at most: round 1 draws, every later round edits [default: 4]
+    /// Rounds at most: round 1 draws, a later one edits the best picture so far, or draws anew [default: 4]
     #[arg(long, value_name = "R", help_heading = "The loop")]
     pub rounds: Option<usize>,
     /// How many of the rounds draw before one edits the best picture so far [default: 1]
     #[arg(long, value_name = "D", help_heading = "The loop")]
     pub draws: Option<usize>,
+    /// Draw anew after an edit that did not help, instead of editing again; `=false` edits in every later round, as the paper
+    /// does [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "The loop")]
+    pub redraw: Option<bool>,
     /// Accept a picture when the Checker gives every claim at least this probability [default: 0.5]
     #[arg(long, value_name = "P", help_heading = "The loop")]
     pub accept: Option<f64>,
@@ -430,6 +435,18 @@ pub struct EvalRun {
     /// How many of the rounds draw before one edits the best picture so far
     #[arg(long, value_name = "D", default_value_t = 1, help_heading = "Modes")]
     pub draws: usize,
+    /// Draw anew after an edit that did not help, instead of editing again; `=false` edits in every round, as the paper does
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t = true,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set,
+        help_heading = "Modes"
+    )]
+    pub redraw: bool,
     /// Accept a picture when the Checker gives every claim at least this probability
     #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
     pub accept: f64,

@@ -194,7 +194,8 @@ fn the_best_picture_wins_when_edits_spoil_it() {
 
 #[test]
 fn a_strict_threshold_is_never_met() {
-    let outcomes = play(&Row::default(), &jobs(4), &Options { accept: 0.99, rounds: 2, draws: 1, width: 2 });
+    let outcomes =
+        play(&Row::default(), &jobs(4), &Options { accept: 0.99, rounds: 2, width: 2, ..Options::default() });
     assert!(outcomes.iter().all(|o| o.ending == Ending::Spent && o.turns.len() == 2));
 }
 
@@ -225,6 +226,22 @@ fn the_first_rounds_draw_anew_and_the_best_drawing_is_edited() {
         |o: &Outcome| o.turns.iter().take(2).map(|t| t.picture.pixels().unwrap().clone()).collect::<Vec<_>>();
     assert!(outcomes.iter().map(pictures).filter(|p| p.len() > 1).all(|p| p[0] != p[1]));
     assert!(outcomes.iter().any(|o| o.turns.len() > 3) && outcomes.iter().any(|o| o.ending == Ending::Accepted));
+}
+
+#[test]
+fn a_new_drawing_follows_an_edit_that_did_not_help() {
+    let options = Options { redraw: true, rounds: 6, ..Options::default() };
+    let outcomes = play(&Row::default(), &jobs(40), &options);
+    let (mut redrawn, mut edited_again) = (0, 0);
+    for Outcome { turns, .. } in &outcomes {
+        for i in 1..turns.len() {
+            let failed = turns[i - 1].action != Action::Draw && rlrig::rig::cycle::best(&turns[..i]) != Some(i - 1);
+            assert_eq!(turns[i].action == Action::Draw, failed);
+            redrawn += usize::from(failed);
+            edited_again += usize::from(!failed && turns[i - 1].action != Action::Draw);
+        }
+    }
+    assert!(redrawn > 0 && edited_again > 0, "{redrawn} drawn anew, {edited_again} edited again");
 }
 
 #[test]

@@ -232,7 +232,7 @@ impl Models {
             "data": args.data, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
-            "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "accept": args.accept,
+            "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "redraw": args.redraw, "accept": args.accept,
             "only": only(args),
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
@@ -267,7 +267,13 @@ impl Models {
             judge: self.judge.as_ref().map(|judge| judge as _),
             evaluations: &|| self.klein.evaluations(),
             cancelled: &|| stop.load(Ordering::Relaxed),
-            options: Options { rounds: args.rounds, draws: args.draws, accept: args.accept, width: args.batch },
+            options: Options {
+                rounds: args.rounds,
+                draws: args.draws,
+                redraw: args.redraw,
+                accept: args.accept,
+                width: args.batch,
+            },
             seed,
             only: only(args),
         };

@@ -37,6 +37,7 @@ pub fn run(args: Generate) -> Result<()> {
     let options = cycle::Options {
         rounds: args.rounds.unwrap_or(4),
         draws: args.draws.unwrap_or(1),
+        redraw: args.redraw.unwrap_or(true),
         accept: args.accept.unwrap_or(0.5),
         width: args.batch,
     };
@@ -82,6 +83,7 @@ pub fn run(args: Generate) -> Result<()> {
         seed: 0,
         rounds: options.rounds,
         draws: options.draws,
+        redraw: options.redraw,
         accept: options.accept,
         steps: painting.steps,
         guidance: painting.guidance,
@@ -199,6 +201,7 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     }
     args.rounds = args.rounds.or(Some(recipe.rounds));
     args.draws = args.draws.or(Some(recipe.draws));
+    args.redraw = args.redraw.or(Some(recipe.redraw));
     args.accept = args.accept.or(Some(recipe.accept));
     args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));

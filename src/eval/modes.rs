@@ -62,7 +62,7 @@ impl Mode {
         match self {
             Self::Diffuser => Options { rounds: 1, ..of_loop },
             Self::BestOfN => Options { draws: of_loop.rounds, ..of_loop },
-            Self::Rewrite => Options { draws: 1, ..of_loop },
+            Self::Rewrite => Options { draws: 1, redraw: false, ..of_loop },
             Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop => of_loop,
         }
     }

@@ -37,6 +37,8 @@ pub struct Options {
     pub rounds: usize,
     /// The rounds of these that draw before one edits. As many as there are rounds make it best-of-n.
     pub draws: usize,
+    /// Whether an edit that did not help is followed by a new drawing rather than by another edit.
+    pub redraw: bool,
     /// The probability from which on a claim counts as held.
     pub accept: f64,
     /// Jobs worked on at once.
@@ -45,7 +47,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rounds: 4, draws: 1, accept: 0.5, width: 8 }
+        Self { rounds: 4, draws: 1, redraw: false, accept: 0.5, width: 8 }
     }
 }
 
@@ -210,7 +212,10 @@ impl State {
 
     /// Whether the next round draws.
     fn draws(&self, options: &Options) -> bool {
-        self.turns.len() < options.draws
+        let failed = |(source, _): (usize, &Turn)| {
+            source + 1 < self.turns.len() && self.turns.last().is_some_and(|turn| turn.action != Action::Draw)
+        };
+        self.turns.len() < options.draws || options.redraw && self.source().is_some_and(failed)
     }
 
     /// The turn to build on.

@@ -35,6 +35,8 @@ pub struct Recipe {
     pub rounds: usize,
     #[serde(default = "one")]
     pub draws: usize,
+    #[serde(default)]
+    pub redraw: bool,
     pub accept: f64,
     pub steps: usize,
     pub guidance: f64,
@@ -251,6 +253,7 @@ mod tests {
                 seed: u64::MAX,
                 rounds: 4,
                 draws: 1,
+                redraw: false,
                 accept: 0.5,
                 steps: 20,
                 guidance: 3.0,
