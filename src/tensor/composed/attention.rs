@@ -23,15 +23,15 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tens
 /// The attention of tensors without a graph.
 pub(super) fn value(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
     let shape = Dims::new(q.dims(), k.dims(), v.dims())?;
+    #[cfg(feature = "flash-attn")]
+    if let Some(value) = shape.flash(q, k, v, mask)? {
+        return Ok(value);
+    }
     #[cfg(feature = "cuda")]
     if let Some(value) = cuda::attention(q, k, v, mask)? {
         return Ok(value);
     }
     let bias = shape.bias(mask, q.device())?;
-    #[cfg(feature = "flash-attn")]
-    if let Some(value) = shape.flash(q, k, v, mask, bias.is_some())? {
-        return Ok(value);
-    }
     let (q, k, v) = (shape.scaled(q)?, heads(k)?, heads(v)?);
     let mut parts = Vec::new();
     for block in shape.blocks() {
@@ -158,13 +158,13 @@ impl Dims {
 #[cfg(feature = "flash-attn")]
 impl Dims {
     /// FlashAttention's own kernel, where it knows the device, the format and the mask.
-    fn flash(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask, masked: bool) -> Result<Option<Tensor>> {
+    fn flash(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Option<Tensor>> {
         let padded = mask.keys.as_ref().is_some_and(|keys| keys.iter().any(|keys| *keys != (0..self.tk)));
         let half = matches!(q.dtype(), DType::F16 | DType::BF16);
         if !q.device().is_cuda() || !half || padded || self.d > 256 || !self.d.is_multiple_of(8) {
             return Ok(None);
         }
         let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-        candle_flash_attn::flash_attn(&q, &k, &v, self.scale() as f32, masked).map(Some)
+        candle_flash_attn::flash_attn(&q, &k, &v, self.scale() as f32, mask.causal).map(Some)
     }
 }
