@@ -167,14 +167,16 @@ fn differ(a: &HashMap<String, Tensor>, b: &HashMap<String, Tensor>) -> bool {
 #[test]
 fn the_ratio_is_clipped_from_the_second_update_of_a_batch_on() {
     let (narrow, wide) = (["actor.eps_low=1e-4", "actor.eps_high=1e-4"], ["actor.eps_low=0.99", "actor.eps_high=99.0"]);
-    let run = |more: &[&str], range: &[&str]| several_updates(ACTOR, &[more, range].concat());
+    // Enough prompts with enough in them that the Actor is not of one mind about all.
+    let asked = ["train.batch=4", "group.size=8", "actor.max_objects=3"];
+    let run = |more: &[&str], range: &[&str]| several_updates(ACTOR, &[&asked, more, range].concat());
     // One update: the ratio is 1, and no range clips it.
     let ((clipped, one), (free, other)) = (run(&[], &narrow), run(&[], &wide));
     assert_eq!((clipped, free, differ(&one, &other)), (0.0, 0.0, false));
     // Several: it is not 1 any more, and what is clipped moves nothing.
     let more = ["group.epochs=2", "group.minibatches=2"];
     let ((clipped, many), (free, other)) = (run(&more, &narrow), run(&more, &wide));
-    assert!(clipped > 0.05 && free < clipped, "{clipped} {free}");
+    assert!(clipped > 0.01 && free < clipped, "{clipped} {free}");
     assert!(differ(&many, &other) && differ(&many, &one));
     // The same for a flow.
     let flow = EDITOR.replace("LOSS", "grpo");
