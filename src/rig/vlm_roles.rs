@@ -109,8 +109,8 @@ fn agree(verdicts: &mut [Verdict]) {
     }
 }
 
-/// The reflection whose edit was written most often and is not among `earlier`, the first of them where several are; the
-/// first of all if there is nothing new.
+/// The reflection whose edit was written most often of those that are not among `earlier`, or of all if none is new; the
+/// first of equals.
 fn most_wanted(written: Vec<Reflection>, earlier: &[&str]) -> Option<Reflection> {
     let rank = |i: usize| {
         let edit = &written[i].edit;

@@ -251,11 +251,16 @@ fn embeddings_agree_wherever_they_are_computed() {
         let grads = (&y * draw("projection", y.dims()).to_device(device)?)?.sum_all()?.backward()?;
         Ok(vec![y.detach(), grads.get(&table).unwrap().clone()])
     };
-    let want = run(&Device::Cpu, embedding).unwrap();
-    let mut others = vec![run(&Device::Cpu, super::composed::embedding).unwrap()];
-    others.extend(cuda("embeddings on CUDA").map(|device| run(&device, embedding).unwrap()));
+    let mut others = vec![run(&Device::Cpu, super::composed::embedding)];
+    others.extend(cuda("embeddings on CUDA").map(|device| run(&device, embedding)));
+    all_agree(others, run(&Device::Cpu, embedding));
+}
+
+/// Whether a value and its gradient are the same wherever they were computed.
+fn all_agree(others: Vec<Result<Vec<Tensor>>>, want: Result<Vec<Tensor>>) {
+    let want = want.unwrap();
     for got in others {
-        assert!(got.iter().zip(&want).all(|(got, want)| difference(got, want) < SAME_DEVICE));
+        assert!(got.unwrap().iter().zip(&want).all(|(got, want)| difference(got, want) < SAME_DEVICE));
     }
 }
 
@@ -269,12 +274,9 @@ fn chosen_rows_agree_wherever_they_are_computed() {
         let grads = (&y * draw("projection", y.dims()).to_device(device)?)?.sum_all()?.backward()?;
         Ok(vec![y.detach(), grads.get(&x).unwrap().clone()])
     };
-    let want = run(&Device::Cpu, select_rows).unwrap();
-    let mut others = vec![run(&Device::Cpu, super::composed::select_rows).unwrap()];
-    others.extend(cuda("chosen rows on CUDA").map(|device| run(&device, select_rows).unwrap()));
-    for got in others {
-        assert!(got.iter().zip(&want).all(|(got, want)| difference(got, want) < SAME_DEVICE));
-    }
+    let mut others = vec![run(&Device::Cpu, super::composed::select_rows)];
+    others.extend(cuda("chosen rows on CUDA").map(|device| run(&device, select_rows)));
+    all_agree(others, run(&Device::Cpu, select_rows));
 }
 
 #[test]

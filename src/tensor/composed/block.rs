@@ -1,6 +1,6 @@
 //! Attention and SwiGLU side by side, cut out of one projection and joined again; so are the gradients, once.
 
-use super::{attention, mlp, node3, norm, rope};
+use super::{attention, mlp, node3, norm, rope::Turn};
 use crate::tensor::{Mask, Rotation};
 use candle_core::{D, Result, Tensor};
 
@@ -21,7 +21,7 @@ pub fn attention_swiglu(
     if width < 3 * inner || !(width - 3 * inner).is_multiple_of(2) {
         candle_core::bail!("{heads} heads of {d} do not fit into {:?}", x.dims());
     }
-    let cut = Cut { b, t, heads, d, eps, cos: cos.detach(), sin: sin.detach(), rotation };
+    let cut = Cut { b, t, heads, d, eps, turn: Turn::new(cos, sin, rotation) };
     let value = {
         let x = x.detach();
         let [q, k] = [(0, q_norm), (1, k_norm)].map(|(i, weight)| cut.turned(&cut.part(&x, i)?, &weight.detach()));
@@ -37,9 +37,7 @@ struct Cut {
     heads: usize,
     d: usize,
     eps: f64,
-    cos: Tensor,
-    sin: Tensor,
-    rotation: Rotation,
+    turn: Turn,
 }
 
 impl Cut {
@@ -50,7 +48,7 @@ impl Cut {
     }
 
     fn turned(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        rope::norm_turn(x, weight, self.eps, &self.cos, &self.sin, self.rotation)
+        self.turn.of_norm(x, weight, self.eps)
     }
 
     fn gradients(&self, [x, q_norm, k_norm]: [&Tensor; 3], value: &Tensor, grad: &Tensor) -> Result<[Tensor; 3]> {
@@ -60,8 +58,7 @@ impl Cut {
         let (y, to_y) = (self.part(value, 0)?, self.part(grad, 0)?);
         let [to_q, to_k, to_v] = attention::gradients([&turned_q, &turned_k, &v], &y, &to_y, &Mask::default())?;
         let back = |x: &Tensor, weight: &Tensor, grad: &Tensor| {
-            let grad = rope::turn_back(grad, &self.cos, &self.sin, self.rotation)?;
-            norm::rms_gradients(x, weight, self.eps, &grad)
+            norm::rms_gradients(x, weight, self.eps, &self.turn.back(grad)?)
         };
         let ([to_q, to_q_norm], [to_k, to_k_norm]) = (back(&q, q_norm, &to_q)?, back(&k, k_norm, &to_k)?);
         let to_rest = mlp::gradient(x, 3 * inner, grad)?;

@@ -10,9 +10,9 @@ use crate::tensor::cuda;
 use candle_core::{Result, Tensor};
 
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
-    let (cos, sin) = (cos.detach(), sin.detach());
-    let value = turn(&x.detach(), &cos, &sin, rotation)?;
-    node1(x, value, move |_, _, grad| Ok([turn_back(grad, &cos, &sin, rotation)?]))
+    let turn = Turn::new(cos, sin, rotation);
+    let value = turn.of(&x.detach())?;
+    node1(x, value, move |_, _, grad| Ok([turn.back(grad)?]))
 }
 
 pub fn norm_rope(
@@ -23,36 +23,48 @@ pub fn norm_rope(
     sin: &Tensor,
     rotation: Rotation,
 ) -> Result<Tensor> {
-    let (cos, sin) = (cos.detach(), sin.detach());
-    let value = norm_turn(&x.detach(), &weight.detach(), eps, &cos, &sin, rotation)?;
-    node2([x, weight], value, move |[x, weight], _, grad| {
-        rms_gradients(x, weight, eps, &turn_back(grad, &cos, &sin, rotation)?)
-    })
+    let turn = Turn::new(cos, sin, rotation);
+    let value = turn.of_norm(&x.detach(), &weight.detach(), eps)?;
+    node2([x, weight], value, move |[x, weight], _, grad| rms_gradients(x, weight, eps, &turn.back(grad)?))
 }
 
-/// [`norm_rope`] without a graph.
-pub(super) fn norm_turn(
-    x: &Tensor,
-    weight: &Tensor,
-    eps: f64,
-    cos: &Tensor,
-    sin: &Tensor,
+/// Rotation by the same angles, of tensors without a graph.
+pub(super) struct Turn {
+    cos: Tensor,
+    sin: Tensor,
     rotation: Rotation,
-) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if let Some(value) = cuda::rotate(x, Some((weight, eps)), [cos, sin], rotation, false)? {
-        return Ok(value);
-    }
-    turn(&rms_value(x, weight, eps)?, cos, sin, rotation)
 }
 
-/// Turns by the angles, the other way.
-pub(super) fn turn_back(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if let Some(value) = cuda::rotate(x, None, [cos, sin], rotation, true)? {
-        return Ok(value);
+impl Turn {
+    pub(super) fn new(cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Self {
+        Self { cos: cos.detach(), sin: sin.detach(), rotation }
     }
-    turn(x, cos, &sin.neg()?, rotation)
+
+    fn of(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(value) = cuda::rotate(x, None, [&self.cos, &self.sin], self.rotation, false)? {
+            return Ok(value);
+        }
+        turn(x, &self.cos, &self.sin, self.rotation)
+    }
+
+    /// Of the heads after an RMS norm.
+    pub(super) fn of_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(value) = cuda::rotate(x, Some((weight, eps)), [&self.cos, &self.sin], self.rotation, false)? {
+            return Ok(value);
+        }
+        self.of(&rms_value(x, weight, eps)?)
+    }
+
+    /// The other way.
+    pub(super) fn back(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(value) = cuda::rotate(x, None, [&self.cos, &self.sin], self.rotation, true)? {
+            return Ok(value);
+        }
+        turn(x, &self.cos, &self.sin.neg()?, self.rotation)
+    }
 }
 
 /// In f32 where `x` is in half precision, as the reference implementations rotate.
@@ -60,10 +72,6 @@ pub(super) fn turn_back(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotati
 /// Candle's kernel rotates `(B, heads, tokens, D)`; with the heads of a token counted as tokens of the same angles, it
 /// rotates `(B, T, H, D)` as it is.
 fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, rotation: Rotation) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if let Some(value) = cuda::rotate(x, None, [cos, sin], rotation, false)? {
-        return Ok(value);
-    }
     let (b, t, h, d) = x.dims4()?;
     let wide = widen(x)?.contiguous()?.reshape((b, 1, t * h, d))?;
     let angle = |a: &Tensor| -> Result<Tensor> {

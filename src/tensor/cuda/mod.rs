@@ -292,9 +292,9 @@ pub fn rotate(
     rotation: Rotation,
     back: bool,
 ) -> Result<Option<Tensor>> {
-    let (_, t, h, d) = x.dims4()?;
+    let (b, t, h, d) = x.dims4()?;
     let (weight, eps) = norm.unwrap_or((x, 0.0));
-    let fits = d <= LONGEST && d.is_multiple_of(2) && cos.elem_count() / (d / 2) >= t;
+    let fits = d <= LONGEST && d.is_multiple_of(2) && [t, b * t].map(|n| n * (d / 2)).contains(&cos.elem_count());
     let Some(device) = forward_device(&[x, weight]).filter(|_| fits) else { return Ok(None) };
     let [cos, sin] = [cos.to_dtype(DType::F32)?, sin.to_dtype(DType::F32)?];
     let (rows, n) = (x.elem_count() / d, cos.elem_count() / (d / 2));
