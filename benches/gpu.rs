@@ -99,7 +99,8 @@ fn tabletop(device: &Device) -> Result<()> {
         println!("pretraining {}: {seconds}", precision.rsplit('=').next().unwrap_or_default());
     }
     for learner in ["editor", "actor"] {
-        let seconds = train::<GrpoConfig>(&format!("configs/tabletop/grpo-{learner}.toml"), set(&[]), device)?;
+        let config = format!("configs/tabletop/grpo-{learner}.toml");
+        let seconds = train::<GrpoConfig>(&config, set(&["editor.drawn=0"]), device)?;
         println!("grpo {learner}: {seconds}");
     }
     Ok(())

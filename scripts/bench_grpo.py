@@ -42,6 +42,7 @@ def rlrig():
             "train.evaluate_every": 0,
             "train.samples_every": 0,
             "train.checkpoint_every": 0,
+            "editor.drawn": 0,
             "editor.evaluation": 1,
             "editor.min_objects": 2,
             "editor.max_objects": 2,

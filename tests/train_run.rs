@@ -247,9 +247,9 @@ fn a_run_folder_holds_what_it_says() {
     });
     assert_eq!(end.unwrap(), End::Done);
     // The error falls at every evaluation, so each of them is saved beside the regular checkpoints.
-    assert_eq!(saved, [3, 4, 6, 8, 9, 12, 14]);
+    assert_eq!(saved, [0, 3, 4, 6, 8, 9, 12, 14]);
     assert_eq!(checkpoint::steps(&dir.path().join("checkpoints")).unwrap(), [12, 14]);
-    for file in ["samples/00000007/blank.png", "samples/00000014/blank.png", "model/model.safetensors"] {
+    for file in ["samples/00000000/blank.png", "samples/00000014/blank.png", "model/model.safetensors"] {
         assert!(dir.path().join(file).is_file(), "{file}");
     }
     let events = fs::read_dir(dir.path()).unwrap().filter_map(|e| e.unwrap().file_name().into_string().ok());
@@ -257,7 +257,7 @@ fn a_run_folder_holds_what_it_says() {
     let (_, _, tensors, lines) = outcome(dir.path());
     let evaluations: Vec<_> =
         lines.iter().filter(|l| l["eval/error"].is_number()).map(|l| l["step"].as_u64()).collect();
-    assert_eq!(evaluations, [3, 6, 9, 12, 14].map(Some));
+    assert_eq!(evaluations, [0, 3, 6, 9, 12, 14].map(Some));
     let model = candle_core::safetensors::load(dir.path().join("model/model.safetensors"), &Device::Cpu).unwrap();
     assert_eq!(model["out.bias"].dtype(), DType::F16);
     // The model is the moving average, not the last variables.
@@ -273,20 +273,25 @@ fn a_run_folder_holds_what_it_says() {
 #[test]
 fn a_run_that_gets_no_better_ends_and_keeps_its_best() {
     let dir = tempfile::tempdir().unwrap();
-    // By this measure the first evaluation, at step 3, is the best.
+    // By this measure what the run starts from is the best.
     let config = TrainConfig { best_is_lowest: false, patience: 2, ..config() };
     let model = |name: &str| fs::read(dir.path().join(name).join("model.safetensors")).unwrap();
     for _ in 0..2 {
-        assert_eq!(train(dir.path(), &config, &mut |_, _| ()).unwrap(), End::NoBetter(9));
+        assert_eq!(train(dir.path(), &config, &mut |_, _| ()).unwrap(), End::NoBetter(6));
         assert_ne!(model("best"), model("model"));
     }
-    assert_eq!(checkpoint::steps(&dir.path().join("checkpoints")).unwrap(), [3, 8, 9]);
+    assert_eq!(checkpoint::steps(&dir.path().join("checkpoints")).unwrap(), [0, 4, 6]);
 }
 
 #[test]
 fn a_best_metric_that_does_not_exist_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let config = TrainConfig { best: Some("eval/none".into()), checkpoint_every: 0, ..config() };
+    let early = TrainConfig { best: Some("eval/none".into()), checkpoint_every: 0, ..config() };
+    let before = dir.path().join("early");
+    let error = train(&before, &early, &mut |_, event| assert!(!matches!(event, Event::Step(..)))).unwrap_err();
+    assert!(format!("{error:#}").contains("eval/none"), "{error:#}");
+    // Where the first evaluation is the last.
+    let config = TrainConfig { evaluate_every: 0, ..early };
     let error = train(dir.path(), &config, &mut |_, _| {}).unwrap_err();
     assert!(format!("{error:#}").contains("eval/none"), "{error:#}");
     let kept = fs::read_dir(dir.path().join("checkpoints")).unwrap().count();

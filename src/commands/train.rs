@@ -103,8 +103,8 @@ impl Progress {
                 if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {per_sec} {eta} left {msg}") {
                     self.bar.set_style(style);
                 }
-                self.bar.reset_eta();
-                (self.start, self.first) = (Instant::now(), plan.done);
+                self.first = plan.done;
+                self.begin();
             }
             Event::Step(step, metrics) => {
                 if step == self.first + 1 {
@@ -126,8 +126,19 @@ impl Progress {
                 self.line(&format!("step {step} skipped: the gradient's norm {norm:.3} is a spike"));
             }
             Event::Skipped(step, _, _) => self.line(&format!("step {step} skipped: the gradient is not finite")),
-            Event::Saved(step) => self.line(&format!("step {step} saved")),
+            Event::Saved(step) => {
+                self.line(&format!("step {step} saved"));
+                if step == self.first {
+                    self.begin();
+                }
+            }
         }
+    }
+
+    /// Steps are timed from here on.
+    fn begin(&mut self) {
+        self.start = Instant::now();
+        self.bar.reset_eta();
     }
 
     fn line(&self, text: &str) {

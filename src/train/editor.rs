@@ -12,7 +12,10 @@
 //! velocity is fitted to good pictures and away from bad ones at any noise level.
 //!
 //! Trained is a low-rank adapter on the transformer; the reference of the divergence is the transformer without it.
-//! Removals are not trained: no claim of a graph says that something is gone.
+//!
+//! The edits are the world's own, on renders, or, as in the loop, what the Actor asks for on pictures of the Diffuser that
+//! miss their prompts. The latter are worth what they do for the whole prompt: where the Actor asks for the wrong thing, the
+//! best edit is the one that does the least harm.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
@@ -21,27 +24,20 @@ use super::{
     grpo_config::{GroupConfig, GrpoConfig},
     objective_diffuser::tiled,
     pixels::preserved,
+    pose::{self, Poser, Source, TOGETHER},
     rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
 };
 use crate::{
     flow::{
-        KlForm, Klein, Policy,
+        KlForm, Policy,
         field::{pack, unpack},
         sampler::{Velocity, euler},
     },
     models::{Adapter, built_in, peft},
-    rig::{
-        roles::{Checker, Decode, Picture, Target, Verdict, score},
-        vlm_roles::Critic,
-    },
+    rig::roles::{Actor as _, Checker, Picture, Reflection, Situation, Target, Verdict, score},
     scene::{
         graph::SceneGraph,
-        tabletop::{
-            oracle,
-            render::render,
-            split::Split,
-            tasks::{self, EditSample},
-        },
+        tabletop::{render::render, split::Split, tasks},
     },
     tensor::rng::Stream,
     usage,
@@ -70,7 +66,9 @@ pub enum LossKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EditorConfig {
-    /// Objects of a source picture at least and at most.
+    /// The share of edits that the Actor asks for on pictures of the Diffuser; the others are the world's own, on renders.
+    pub drawn: f64,
+    /// Objects of a source picture, or of its prompt, at least and at most.
     pub min_objects: usize,
     pub max_objects: usize,
     pub loss: LossKind,
@@ -97,6 +95,7 @@ pub struct EditorConfig {
 impl Default for EditorConfig {
     fn default() -> Self {
         Self {
+            drawn: 0.0,
             min_objects: 1,
             max_objects: 3,
             loss: LossKind::Grpo,
@@ -128,18 +127,17 @@ pub const TARGETS: &[&str] = &[
     "to_qkv_mlp_proj",
     "to_out",
 ];
-/// Edits that run through the transformer together in an evaluation.
-const TOGETHER: usize = 32;
 /// Edits on a sample sheet.
 const SHOWN: usize = 16;
 /// The seed of held-out edits.
 const HELD_OUT: u64 = 1;
 
-/// A picture, how it is to be edited, and what it should show afterwards.
+/// A picture, how it is to be edited, and what it should show in the end.
 struct Problem {
-    sample: EditSample,
-    target: Target,
     source: Picture,
+    instruction: String,
+    target: Target,
+    graph: SceneGraph,
 }
 
 /// What the updates of a step are computed from.
@@ -160,12 +158,8 @@ pub struct Editor {
     config: EditorConfig,
     group: GroupConfig,
     seed: u64,
-    /// With the frozen transformer, the reference.
-    klein: Arc<Klein>,
-    decode: Decode,
-    /// Width and height of pictures.
-    size: (u32, u32),
-    critic: Critic,
+    /// The frozen models: its transformer is the reference.
+    poser: Poser,
     judges: Judges,
     learned: Learned,
     adapter: Adapter,
@@ -181,6 +175,9 @@ impl EditorConfig {
     /// Refuses what cannot be learned from.
     pub fn check(&self, seed: u64) -> Result<()> {
         self.policy.check()?;
+        if !(0.0..=1.0).contains(&self.drawn) {
+            usage!("[editor] drawn is a share, from 0 to 1, not {}", self.drawn);
+        }
         if self.min_objects == 0 || self.min_objects > self.max_objects {
             usage!("[editor] objects are from 1 on and in order");
         }
@@ -204,7 +201,9 @@ impl Editor {
         group.check(&["preserve"])?;
         editor.check(*seed)?;
         let at = (models.dtype.dtype(), device);
-        let (critic, _) = rollout::vlm(&models.vlm()?, at, None)?;
+        let actor = models.adapter(built_in::ACTOR)?.map(|peft| peft.adapter(1.0));
+        let (critic, adapted) = rollout::vlm(&models.vlm()?, at, actor.as_ref())?;
+        let critic = critic.with_actor(adapted.map(Arc::new));
         let nft = editor.loss == LossKind::DiffusionNft;
         if nft && group.rows != 0 {
             usage!("group.rows is for the losses over stochastic steps, not for diffusion-nft");
@@ -214,14 +213,13 @@ impl Editor {
         let (klein, learned) = rollout::learners(&models.pipeline()?, at, &adapters)?;
         let mut both = learned.into_iter().zip(adapters);
         let (learned, adapter) = both.next().context("the Editor has an adapter")?;
+        let EditorConfig { min_objects, max_objects, steps, guidance, .. } = *editor;
+        let (objects, size) = ([min_objects, max_objects], models.size(&klein));
         Ok(Self {
             config: editor.clone(),
             group: group.clone(),
             seed: *seed,
-            decode: rollout::decoder(&klein),
-            size: models.size(&klein),
-            klein,
-            critic,
+            poser: Poser::new((klein, None), critic, Source::Draw, objects, (steps, guidance), size)?,
             judges: Judges::open(config, device)?,
             learned,
             adapter,
@@ -233,16 +231,48 @@ impl Editor {
         })
     }
 
-    fn problems(&self, split: Split, seed: u64, indices: impl Iterator<Item = u64>) -> Result<Vec<Problem>> {
+    /// Problems by number.
+    fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
+        let drawn = |index: &u64| Stream::new(seed, "editor problems", *index).chance(self.config.drawn);
+        let asked: Vec<u64> = indices.iter().copied().filter(drawn).collect();
+        let mut asked = self.asked(split, seed, &asked)?.into_iter();
+        let problem = |index: &u64| match drawn(index) {
+            true => asked.next().context("a problem for each number"),
+            false => self.given(split, seed, *index),
+        };
+        indices.iter().map(problem).collect()
+    }
+
+    /// One of the world's own edits, on a render.
+    fn given(&self, split: Split, seed: u64, index: u64) -> Result<Problem> {
         let EditorConfig { min_objects, max_objects, .. } = self.config;
-        indices
-            .map(|index| {
-                let sample = tasks::edit(seed, split, index, min_objects, max_objects);
-                let source = through_latents(&self.klein, &self.decode, &render(&sample.source), self.size)?;
-                let target = Target::new(sample.after.triple_text(), &sample.after).and_nothing_else();
-                Ok(Problem { target, source, sample })
+        let Poser { klein, decode, size, .. } = &self.poser;
+        let sample = tasks::edit(seed, split, index, min_objects, max_objects);
+        let source = through_latents(klein, decode, &render(&sample.source), *size)?;
+        let target = Target::new(sample.after.triple_text(), &sample.after).and_nothing_else();
+        Ok(Problem { source, instruction: sample.instruction, target, graph: sample.after })
+    }
+
+    /// What the Actor asks for first on pictures that miss their prompts.
+    fn asked(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
+        let missed = self.poser.problems(split, seed, indices)?;
+        let situations: Vec<Situation> = missed
+            .iter()
+            .map(|pose::Problem { target, picture, verdicts, seed, .. }| Situation {
+                target,
+                picture,
+                verdicts,
+                earlier: &[],
+                seed: *seed,
+                round: 1,
             })
-            .collect()
+            .collect();
+        let edits = self.poser.critic.reflect(&situations)?;
+        let problem = |(missed, Reflection { edit, .. }): (pose::Problem, Reflection)| {
+            let pose::Problem { picture, target, graph, .. } = missed;
+            Problem { source: picture, instruction: edit, target, graph }
+        };
+        Ok(missed.into_iter().zip(edits).map(problem).collect())
     }
 
     /// `size` edits of each problem.
@@ -250,14 +280,14 @@ impl Editor {
         let rows = problems.iter().flat_map(|problem| std::iter::repeat_n(problem, size));
         let source = |p: &Problem| p.source.latents().cloned().context("a source without latents");
         Ok(Edits {
-            instructions: rows.clone().map(|p| p.sample.instruction.clone()).collect(),
+            instructions: rows.clone().map(|p| p.instruction.clone()).collect(),
             sources: rows.map(source).collect::<Result<_>>()?,
         })
     }
 
     /// Pictures of final states `(B, h w, C)`.
     fn pictures(&self, states: &Tensor, (h, w): (usize, usize)) -> Result<Vec<Picture>> {
-        let picture = |r: usize| Ok(Picture::from_latents(unpack(&states.get(r)?, h, w)?, self.decode.clone()));
+        let picture = |r: usize| Ok(Picture::from_latents(unpack(&states.get(r)?, h, w)?, self.poser.decode.clone()));
         let pictures: Vec<Picture> = (0..states.dim(0)?).map(picture).collect::<Result<_>>()?;
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
         Ok(pictures)
@@ -268,9 +298,9 @@ impl Editor {
         let size = self.group.size;
         let target = |r: usize| &problems[r / size].target;
         let sources: Vec<(&Picture, &Target)> = problems.iter().map(|p| (&p.source, &p.target)).collect();
-        let before = self.critic.check(&sources)?;
+        let before = self.poser.critic.check(&sources)?;
         let asked: Vec<(&Picture, &Target)> = pictures.iter().enumerate().map(|(r, p)| (p, target(r))).collect();
-        let after = self.critic.check(&asked)?;
+        let after = self.poser.critic.check(&asked)?;
         let before: Vec<&[Verdict]> = (0..pictures.len()).map(|r| before[r / size].as_slice()).collect();
         let mut rewards: Vec<Reward> = rollout::by_verdicts(&self.group, &before, &after)?;
         if self.group.asks("preserve") {
@@ -279,7 +309,7 @@ impl Editor {
             rewards.push(("preserve".to_owned(), pictures.iter().enumerate().map(kept).collect::<Result<_>>()?));
         }
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
-            pictures.iter().enumerate().map(|(r, p)| (p, target(r), &problems[r / size].sample.after)).collect();
+            pictures.iter().enumerate().map(|(r, p)| (p, target(r), &problems[r / size].graph)).collect();
         rewards.extend(self.judges.rewards(&self.group, &judged)?);
         judge(&self.group, &rewards, &self.group.numbers(pictures.len()))
     }
@@ -289,7 +319,7 @@ impl Editor {
         let EditorConfig { steps, beta, kl, guidance, .. } = self.config;
         let (old, _) = self.old.as_ref().context("DiffusionNFT has an old policy")?;
         let (h, w) = edits.shape()?;
-        let sigmas = self.klein.schedule.sigmas(steps, h * w);
+        let sigmas = self.poser.klein.schedule.sigmas(steps, h * w);
         let mut order: Vec<usize> = (0..steps).collect();
         // Every update has levels and noise of its own.
         let update = if batch.update == 0 { String::new() } else { format!(" of update {}", batch.update) };
@@ -305,13 +335,14 @@ impl Editor {
         let noise = Tensor::from_vec(noise, x0.dims(), x0.device())?;
         let x_t = ((x0 * (1.0 - t))? + (noise * t)?)?;
         let Learned { policy, still } = &self.learned;
-        let mirror = edits.field(&self.klein, &old.still, guidance)?.velocity(&x_t, t, index)?;
-        let v = edits.field(&self.klein, policy, guidance)?.apart(still).velocity(&x_t, t, index)?;
+        let mirror = edits.field(&self.poser.klein, &old.still, guidance)?.velocity(&x_t, t, index)?;
+        let v = edits.field(&self.poser.klein, policy, guidance)?.apart(still).velocity(&x_t, t, index)?;
         let levels_of = Tensor::full(t as f32, advantages.dims(), x0.device())?;
         let pair = NftBatch { v: &v, old: &mirror, x_t: &x_t, x0, t: &levels_of, advantages };
         let (mut loss, mut divergence) = (nft_loss(&pair, beta)?, 0.0);
         if kl != 0.0 {
-            let reference = edits.field(&self.klein, &self.klein.transformer, guidance)?.velocity(&x_t, t, index)?;
+            let reference =
+                edits.field(&self.poser.klein, &self.poser.klein.transformer, guidance)?.velocity(&x_t, t, index)?;
             let kept = velocity_kl(&v, &reference, 1.0)?;
             divergence = f64::from(kept.to_scalar::<f32>()?);
             loss = (loss + (kept * kl)?)?;
@@ -323,7 +354,7 @@ impl Editor {
     fn noise(&self, batch: &Batch, shape: (usize, usize)) -> Result<Tensor> {
         let size = self.group.size as u64;
         let shared = self.config.shared_noise && self.config.loss != LossKind::DiffusionNft;
-        let row = |r: u64| pack(&self.klein.noise(self.seed, if shared { r / size * size } else { r }, shape)?);
+        let row = |r: u64| pack(&self.poser.klein.noise(self.seed, if shared { r / size * size } else { r }, shape)?);
         let indices = batch.indices();
         let rows = (indices.start * size..indices.end * size).map(row);
         Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
@@ -332,17 +363,18 @@ impl Editor {
     /// The first held-out problems' edits, without stochastic steps.
     fn held_out(&mut self, count: usize) -> Result<Vec<Picture>> {
         if self.held_out.is_empty() {
-            self.held_out = self.problems(Split::Val, HELD_OUT, 0..self.config.evaluation as u64)?;
+            let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
+            self.held_out = self.problems(Split::Val, HELD_OUT, &indices)?;
         }
         let problems = &self.held_out[..count.min(self.held_out.len())];
         let mut pictures = Vec::with_capacity(problems.len());
         for (first, some) in (0..).step_by(TOGETHER).zip(problems.chunks(TOGETHER)) {
             let edits = self.edits(some, 1)?;
             let shape = edits.shape()?;
-            let sigmas = self.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
-            let rows = (first..first + some.len() as u64).map(|i| pack(&self.klein.noise(HELD_OUT, i, shape)?));
+            let sigmas = self.poser.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
+            let rows = (first..first + some.len() as u64).map(|i| pack(&self.poser.klein.noise(HELD_OUT, i, shape)?));
             let noise = Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-            let field = edits.field(&self.klein, &self.learned.still, self.config.guidance)?;
+            let field = edits.field(&self.poser.klein, &self.learned.still, self.config.guidance)?;
             let states = euler(&field, &noise, &sigmas)?;
             pictures.extend(self.pictures(&states, shape)?);
         }
@@ -361,7 +393,7 @@ impl Objective for Editor {
 
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let start = Instant::now();
-        let problems = self.problems(Split::Train, self.seed, batch.indices())?;
+        let problems = self.problems(Split::Train, self.seed, &batch.indices().collect::<Vec<_>>())?;
         let edits = self.edits(&problems, self.group.size)?;
         let shape = edits.shape()?;
         let noise = self.noise(batch, shape)?;
@@ -369,18 +401,18 @@ impl Objective for Editor {
             None => {
                 let first = batch.indices().start * self.group.size as u64;
                 let (models, window) =
-                    ((&*self.klein, &*self.learned.still), window_of(&self.config, self.seed, batch.step)?);
+                    ((&*self.poser.klein, &*self.learned.still), window_of(&self.config, self.seed, batch.step)?);
                 let noise_of = (self.seed, "editor", first);
                 let mut carried = carry_out(&self.config, models, edits, &noise, window, noise_of)?;
-                if self.group.updates() > 1 && self.klein.dtype() != DType::F32 {
+                if self.group.updates() > 1 && self.poser.klein.dtype() != DType::F32 {
                     carried.reread(models, self.pieces, self.config.guidance)?;
                 }
                 let states = carried.states.clone();
                 (Drawn::Steps(carried), states)
             }
             Some((old, _)) => {
-                let sigmas = self.klein.schedule.sigmas(self.config.steps, shape.0 * shape.1);
-                let x0 = euler(&edits.field(&self.klein, &old.still, self.config.guidance)?, &noise, &sigmas)?;
+                let sigmas = self.poser.klein.schedule.sigmas(self.config.steps, shape.0 * shape.1);
+                let x0 = euler(&edits.field(&self.poser.klein, &old.still, self.config.guidance)?, &noise, &sigmas)?;
                 (Drawn::Pictures { edits, x0: x0.clone() }, x0)
             }
         };
@@ -404,7 +436,7 @@ impl Objective for Editor {
         let Rollouts { drawn, advantages } = &*rollouts;
         match drawn {
             Drawn::Steps(carried) => {
-                let (models, piece) = ((&*self.klein, &self.learned), (self.pieces, batch.piece));
+                let (models, piece) = ((&*self.poser.klein, &self.learned), (self.pieces, batch.piece));
                 carried.loss(&self.config, models, piece, advantages, batch.update == 0)
             }
             Drawn::Pictures { edits, x0 } => self.at_level(batch, batch.piece, edits, x0, advantages),
@@ -429,21 +461,18 @@ impl Objective for Editor {
         let pictures = self.held_out(self.config.evaluation)?;
         let asked: Vec<(&Picture, &Target)> =
             pictures.iter().zip(&self.held_out).map(|(p, h)| (p, &h.target)).collect();
-        let verdicts = self.critic.check(&asked)?;
-        let judged = pictures.par_iter().zip(&self.held_out).map(|(picture, problem)| {
-            let kept = preserved(problem.source.pixels()?, picture.pixels()?);
-            Ok((oracle::judge(picture.pixels()?, &problem.sample.after), kept))
-        });
-        let judged: Vec<_> = judged.collect::<Result<_>>()?;
+        let verdicts = self.poser.critic.check(&asked)?;
+        let pairs = pictures.par_iter().zip(&self.held_out).map(|(after, p)| (&p.source, after, &p.graph));
+        let mut metrics = rollout::before_and_after(pairs)?;
+        let kept = |(picture, problem): (&Picture, &Problem)| {
+            anyhow::Ok(preserved(problem.source.pixels()?, picture.pixels()?))
+        };
+        let kept: Vec<f64> = pictures.iter().zip(&self.held_out).map(kept).collect::<Result<_>>()?;
         let n = pictures.len().max(1) as f64;
-        let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
-        let named = [
-            ("eval/oracle", mean(&mut judged.iter().map(|(judged, _)| judged.score()))),
-            ("eval/perfect", mean(&mut judged.iter().map(|(judged, _)| f64::from(u8::from(judged.perfect()))))),
-            ("eval/preserve", mean(&mut judged.iter().map(|(_, kept)| *kept))),
-            ("eval/checker", mean(&mut verdicts.iter().filter_map(|v| score(v)))),
-        ];
-        Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
+        let checked: f64 = verdicts.iter().filter_map(|v| score(v)).sum();
+        metrics.push(("eval/preserve".to_owned(), kept.iter().sum::<f64>() / n));
+        metrics.push(("eval/checker".to_owned(), checked / n));
+        Ok(metrics)
     }
 
     /// Pictures before and after the edits, side by side, with the instructions.
@@ -452,7 +481,7 @@ impl Objective for Editor {
         let (mut pictures, mut words) = (Vec::new(), String::new());
         for (problem, picture) in self.held_out.iter().zip(&edited) {
             pictures.extend([problem.source.pixels()?.clone(), picture.pixels()?.clone()]);
-            words += &format!("{}\n", problem.sample.instruction);
+            words += &format!("{}\n", problem.instruction);
         }
         tiled(&pictures, 8).save(folder.join("edits.png"))?;
         Ok(fs::write(folder.join("edits.txt"), words)?)

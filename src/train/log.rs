@@ -19,13 +19,14 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the logs in `folder` for a run that has done `step` steps: what they hold of later steps is dropped.
-    pub fn open(folder: &Path, step: u64) -> Result<Self> {
+    /// Opens the logs in `folder` for a run that has done `step` steps, or that begins: what they hold of later steps is
+    /// dropped.
+    pub fn open(folder: &Path, step: Option<u64>) -> Result<Self> {
         let path = folder.join(METRICS);
-        truncate(&path, step).with_context(|| format!("cannot cut {} back to step {step}", path.display()))?;
+        truncate(&path, step).with_context(|| format!("cannot cut {} back", path.display()))?;
         let metrics = OpenOptions::new().create(true).append(true).open(&path);
         let metrics = metrics.with_context(|| format!("cannot open {}", path.display()))?;
-        Ok(Self { metrics, events: EventWriter::create(folder, step + 1)? })
+        Ok(Self { metrics, events: EventWriter::create(folder, step.map_or(0, |step| step + 1))? })
     }
 
     /// Appends one line to `metrics.jsonl` and its numbers to the event file. JSON has no NaN: such a value is `null`.
@@ -53,8 +54,8 @@ impl Log {
     }
 }
 
-/// Keeps the whole lines of steps up to `step`.
-fn truncate(path: &Path, step: u64) -> Result<()> {
+/// Keeps the whole lines of steps up to `step`, or none.
+fn truncate(path: &Path, step: Option<u64>) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
@@ -63,7 +64,7 @@ fn truncate(path: &Path, step: u64) -> Result<()> {
     for line in text.split_inclusive('\n') {
         let parsed: Option<Value> = line.strip_suffix('\n').and_then(|line| serde_json::from_str(line).ok());
         match parsed.and_then(|line| line.get("step")?.as_u64()) {
-            Some(at) if at <= step => length += line.len() as u64,
+            Some(at) if Some(at) <= step => length += line.len() as u64,
             _ => break,
         }
     }
@@ -86,7 +87,7 @@ mod tests {
     #[test]
     fn a_resumed_log_forgets_later_steps_and_torn_lines() {
         let dir = tempfile::tempdir().unwrap();
-        let mut log = Log::open(dir.path(), 0).unwrap();
+        let mut log = Log::open(dir.path(), None).unwrap();
         for step in 1..=5 {
             log.metrics(step, &vec![("loss".into(), 1.0 / step as f64), ("bad".into(), f64::NAN)]).unwrap();
         }
@@ -95,9 +96,9 @@ mod tests {
         let lines: Vec<_> = whole.split_inclusive('\n').collect();
         assert_eq!(lines[1], "{\"step\":2,\"loss\":0.5,\"bad\":null}\n");
         fs::write(&path, format!("{whole}{{\"step\":6,\"lo")).unwrap();
-        Log::open(dir.path(), 7).unwrap();
+        Log::open(dir.path(), Some(7)).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), whole);
-        let mut log = Log::open(dir.path(), 3).unwrap();
+        let mut log = Log::open(dir.path(), Some(3)).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), lines[..3].concat());
         log.metrics(4, &vec![("loss".into(), 0.25), ("bad".into(), f64::INFINITY)]).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), lines[..4].concat());

@@ -1,4 +1,4 @@
-//! Prompts with pictures that miss them: what the Actor, and the whole loop, are trained on.
+//! Prompts with pictures that miss them: what the Actor, the Editor and the whole loop are trained on.
 
 use super::rollout::{decoder, through_latents};
 use crate::{
@@ -25,13 +25,16 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// The Diffuser draws it; where it gets everything right, a render that does not stands in.
+    /// The Diffuser draws it; where it gets prompt after prompt right, a render that does not stands in.
     Draw,
     Render,
 }
 
-/// Pictures tried for a prompt until the Checker finds something wrong with one.
-const ATTEMPTS: u64 = 4;
+/// Prompts tried for a problem until the Checker finds something wrong with a picture: so many pictures are drawn, and then so
+/// many rendered.
+const DRAWN: u64 = 3;
+const RENDERED: u64 = 3;
+const ATTEMPTS: u64 = DRAWN + RENDERED;
 /// Pictures that run through a network together.
 pub const TOGETHER: usize = 32;
 
@@ -65,7 +68,7 @@ pub struct Poser {
     steps: usize,
     guidance: f64,
     /// Width and height of pictures.
-    size: (u32, u32),
+    pub size: (u32, u32),
 }
 
 impl Poser {
@@ -93,14 +96,14 @@ impl Poser {
     /// Problems by number. What the Checker finds nothing wrong with is replaced as long as [`ATTEMPTS`] last.
     pub fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
         let mut problems: Vec<Problem> = Vec::with_capacity(indices.len());
-        for attempt in 0..ATTEMPTS {
+        let first = if self.source == Source::Draw { 0 } else { DRAWN };
+        for attempt in first..ATTEMPTS {
             let solved = |i: &usize| problems.get(*i).is_none_or(|p| p.verdicts.iter().all(|v| v.yes));
             let open: Vec<usize> = (0..indices.len()).filter(solved).collect();
             if open.is_empty() {
                 break;
             }
-            let drawn = attempt == 0 && self.source == Source::Draw;
-            let new = self.pose(split, seed, &open.iter().map(|i| indices[*i]).collect::<Vec<_>>(), attempt, drawn)?;
+            let new = self.pose(split, seed, &open.iter().map(|i| indices[*i]).collect::<Vec<_>>(), attempt)?;
             for (i, problem) in open.into_iter().zip(new) {
                 match problems.get_mut(i) {
                     Some(old) => *old = problem,
@@ -111,20 +114,20 @@ impl Poser {
         Ok(problems)
     }
 
-    fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64, drawn: bool) -> Result<Vec<Problem>> {
-        let [min, max] = self.objects;
-        let noise = |index: u64| Stream::new(seed, "actor pictures", index).next_u64();
+    fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64) -> Result<Vec<Problem>> {
+        let ([min, max], drawn) = (self.objects, attempt < DRAWN);
+        let noise = |number: u64| Stream::new(seed, "actor pictures", number).next_u64();
         let (mut problems, mut pictures) = (Vec::with_capacity(indices.len()), Vec::with_capacity(indices.len()));
-        for index in indices {
+        for number in indices.iter().map(|index| index * ATTEMPTS + attempt) {
             let (prompt, graph) = if drawn {
-                let sample = tasks::text_to_image(seed, split, *index, min, max);
+                let sample = tasks::text_to_image(seed, split, number, min, max);
                 (sample.prompt, sample.graph)
             } else {
-                let sample = tasks::act(seed, split, index * ATTEMPTS + attempt, max);
+                let sample = tasks::act(seed, split, number, max);
                 pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
                 (sample.prompt, sample.graph)
             };
-            problems.push((Target::new(prompt, &graph).and_nothing_else(), graph, noise(*index)));
+            problems.push((Target::new(prompt, &graph).and_nothing_else(), graph, noise(number)));
         }
         if drawn {
             let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();

@@ -66,7 +66,8 @@ pub struct TrainConfig {
     pub tf32: bool,
     /// Decay of the moving average.
     pub ema: f64,
-    /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end.
+    /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end. Where there
+    /// are evaluations, what is trained is evaluated and saved as step 0, and is the first best.
     pub log_every: u64,
     pub evaluate_every: u64,
     pub samples_every: u64,
@@ -177,12 +178,24 @@ pub fn train(
     if lock.try_lock().is_err() {
         bail!("another process trains in {}", folder.display());
     }
-    if let Some(path) = checkpoint::last(&checkpoints)? {
-        run.restore(Checkpoint::read(&path)?).with_context(|| format!("cannot resume from {}", path.display()))?;
+    let last = checkpoint::last(&checkpoints)?;
+    if let Some(path) = &last {
+        run.restore(Checkpoint::read(path)?).with_context(|| format!("cannot resume from {}", path.display()))?;
     }
     let resumed = run.step;
-    let mut log = Log::open(folder, run.step)?;
+    let mut log = Log::open(folder, last.is_some().then_some(resumed))?;
     (hooks.report)(Event::Plan(&run.plan()));
+    // What training starts from is what it has to better.
+    if last.is_none() && config.evaluate_every > 0 && !hooks.stop.load(Ordering::Relaxed) {
+        let due = (true, config.samples_every > 0);
+        let metrics = run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?;
+        if run.judge(metrics)? {
+            run.export(folder, "best")?;
+        }
+        log.sync()?;
+        run.save(folder, &checkpoints)?;
+        (hooks.report)(Event::Saved(run.step));
+    }
     while run.step < config.steps && !run.exhausted() && !hooks.stop.load(Ordering::Relaxed) {
         let start = Instant::now();
         let (mut metrics, norm, outcome) = run.advance()?;
@@ -195,34 +208,20 @@ pub fn train(
         if outcome != Outcome::Updated {
             (hooks.report)(Event::Skipped(run.step, outcome, norm));
         }
-        let (evaluate, samples, save) =
-            (due(config.evaluate_every), due(config.samples_every), due(config.checkpoint_every));
-        let mut improved = false;
-        if evaluate || samples {
-            run.ema.swap(&run.vars)?;
-            if evaluate {
-                let metrics = run.objective.evaluate(run.step)?;
-                log.metrics(run.step, &metrics)?;
-                (hooks.report)(Event::Evaluated(run.step, &metrics));
-                improved = match run.judge(&metrics) {
-                    Ok(improved) => improved,
-                    Err(error) => {
-                        // A wrong name in the config is no reason to lose what was learned.
-                        run.ema.swap(&run.vars)?;
-                        log.sync()?;
-                        run.save(folder, &checkpoints)?;
-                        return Err(error);
-                    }
-                };
+        let (due, save) = ((due(config.evaluate_every), due(config.samples_every)), due(config.checkpoint_every));
+        let metrics = match due {
+            (false, false) => None,
+            _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?,
+        };
+        let improved = match run.judge(metrics) {
+            Ok(improved) => improved,
+            Err(error) => {
+                // A wrong name in the config is no reason to lose what was learned.
+                log.sync()?;
+                run.save(folder, &checkpoints)?;
+                return Err(error);
             }
-            if samples {
-                let folder = folder.join("samples").join(format!("{:08}", run.step));
-                fs::create_dir_all(&folder)?;
-                run.objective.samples(run.step, &folder)?;
-                log.pictures(run.step, &folder)?;
-            }
-            run.ema.swap(&run.vars)?;
-        }
+        };
         if improved {
             // Before the checkpoint that knows of it: what is killed in between finds the same best again.
             run.export(folder, "best")?;
@@ -445,9 +444,40 @@ impl<'a> Run<'a> {
         Ok((metrics, told.0, told.1))
     }
 
-    /// Whether an evaluation is the best so far.
-    fn judge(&mut self, metrics: &Metrics) -> Result<bool> {
-        let Some(name) = &self.config.best else { return Ok(false) };
+    /// Does `work` with the moving average in place of the variables.
+    fn averaged<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.ema.swap(&self.vars)?;
+        let done = work(self);
+        self.ema.swap(&self.vars)?;
+        done
+    }
+
+    /// Has sample pictures made and evaluates, as far as they are due; what was measured.
+    fn look(
+        &mut self,
+        (evaluate, samples): (bool, bool),
+        folder: &Path,
+        log: &mut Log,
+        report: &mut dyn FnMut(Event),
+    ) -> Result<Option<Metrics>> {
+        if samples {
+            let folder = folder.join("samples").join(format!("{:08}", self.step));
+            fs::create_dir_all(&folder)?;
+            self.objective.samples(self.step, &folder)?;
+            log.pictures(self.step, &folder)?;
+        }
+        if !evaluate {
+            return Ok(None);
+        }
+        let metrics = self.objective.evaluate(self.step)?;
+        log.metrics(self.step, &metrics)?;
+        report(Event::Evaluated(self.step, &metrics));
+        Ok(Some(metrics))
+    }
+
+    /// Whether an evaluation, if there was one, is the best so far.
+    fn judge(&mut self, metrics: Option<Metrics>) -> Result<bool> {
+        let (Some(name), Some(metrics)) = (&self.config.best, metrics) else { return Ok(false) };
         let Some((_, value)) = metrics.iter().find(|(known, _)| known == name) else {
             let known: Vec<_> = metrics.iter().map(|(name, _)| name.as_str()).collect();
             usage!("train.best = {name:?} is no metric of the evaluation; it has {}", known.join(", "));
@@ -490,10 +520,7 @@ impl<'a> Run<'a> {
 
     /// Writes the moving average as a model of this name.
     fn export(&mut self, folder: &Path, name: &str) -> Result<()> {
-        self.ema.swap(&self.vars)?;
-        let exported = export(self.objective, folder, name, self.config.precision);
-        self.ema.swap(&self.vars)?;
-        exported
+        self.averaged(|run| export(run.objective, folder, name, run.config.precision))
     }
 
     fn restore(&mut self, mut checkpoint: Checkpoint) -> Result<()> {

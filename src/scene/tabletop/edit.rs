@@ -1,11 +1,13 @@
 //! Edits of a scene: what an Actor may ask for, in words and carried out.
 //!
-//! An edit names objects as one would say them ("the red ball"); it can be written as an instruction, parsed back, and
-//! applied to a scene. Applying leaves the background and every object that the edit does not name as they are.
+//! An edit names objects as one would say them ("the red ball", and of two alike "the left red ball"); it can be written as
+//! an instruction, parsed back, and applied to a scene. Applying leaves the background and every object that the edit does
+//! not name as they are.
 
 use super::{
     caption::indefinite,
     sample,
+    view::View,
     world::{Colour, Item, Scene, Shape, Size},
 };
 use crate::scene::{
@@ -47,7 +49,70 @@ impl Kind {
     }
 }
 
-/// One edit. Objects are references: a label and as many attributes as it takes to tell them apart.
+/// Which of several alike things is meant: the one that lies farthest to this side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Left,
+    Right,
+    Upper,
+    Lower,
+}
+
+impl Side {
+    pub const ALL: [Self; 4] = [Self::Left, Self::Right, Self::Upper, Self::Lower];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Right => "right",
+            Self::Upper => "upper",
+            Self::Lower => "lower",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|side| side.name() == name)
+    }
+
+    /// How far object `i` of `view` lies to this side.
+    fn reach(self, view: &View, i: usize) -> f32 {
+        let (x, y) = view.objects[i].bounds.centre();
+        match self {
+            Self::Left => -x,
+            Self::Right => x,
+            Self::Upper => -y,
+            Self::Lower => y,
+        }
+    }
+
+    /// The side to which `i` lies farthest from the others of `alike`, if it is the first of them in any.
+    fn of(view: &View, alike: &[usize], i: usize) -> Option<Self> {
+        let lead = |side: Self| {
+            let others = alike.iter().filter(|&&j| j != i).map(|&j| side.reach(view, j));
+            side.reach(view, i) - others.fold(f32::NEG_INFINITY, f32::max)
+        };
+        Self::ALL.into_iter().filter(|side| lead(*side) > 0.0).max_by(|a, b| lead(*a).total_cmp(&lead(*b)))
+    }
+}
+
+/// A name for object `i` of `view`: colour and shape, the size where another one has both, and where others are the same in
+/// all, the side to which it lies. `None` for what lies in the middle of these.
+pub fn name(view: &View, i: usize) -> Option<Object> {
+    let seen = &view.objects[i];
+    let alike = |j: &usize| (view.objects[*j].shape, view.objects[*j].colour) == (seen.shape, seen.colour);
+    let alike: Vec<usize> = (0..view.objects.len()).filter(alike).collect();
+    let same: Vec<usize> = alike.iter().copied().filter(|j| view.objects[*j].size == seen.size).collect();
+    let mut name = seen.object();
+    if alike.len() == 1 {
+        name.attributes.retain(|a| Size::from_name(a).is_none());
+    } else if same.len() > 1 {
+        name.attributes.insert(0, Side::of(view, &same, i)?.name().to_owned());
+    }
+    Some(name)
+}
+
+/// One edit. Objects are references: a label and as many attributes as it takes to tell them apart, of which the first may be
+/// a [`Side`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Edit {
     Move { what: Object, relation: Spatial, anchor: Object },
@@ -124,16 +189,16 @@ impl Edit {
 
     fn parse_verb(cursor: &mut Cursor) -> Result<Self, ParseError> {
         if cursor.skip(&["move", "put", "place", "shift"]) {
-            let what = cursor.mention()?.object;
+            let what = known(cursor)?;
             let (relation, anchor) = place(cursor)?.ok_or_else(|| missing(cursor, "a relation"))?;
             return Ok(Self::Move { what, relation, anchor });
         }
         if cursor.skip(&["swap", "exchange", "switch"]) {
-            let first = cursor.mention()?.object;
+            let first = known(cursor)?;
             if !cursor.skip(&["and", "with"]) {
                 return Err(missing(cursor, "\"and\""));
             }
-            return Ok(Self::Swap { first, second: cursor.mention()?.object });
+            return Ok(Self::Swap { first, second: known(cursor)? });
         }
         if cursor.skip(&["add", "draw"]) {
             let Mention { article, object: what } = cursor.mention()?;
@@ -143,22 +208,22 @@ impl Edit {
             return Ok(Self::Add { what, place: place(cursor)? });
         }
         if cursor.skip(&["remove", "delete", "erase"]) {
-            return Ok(Self::Remove { what: cursor.mention()?.object });
+            return Ok(Self::Remove { what: known(cursor)? });
         }
         if cursor.skip(&["replace"]) {
-            let what = cursor.mention()?.object;
+            let what = known(cursor)?;
             if !cursor.skip(&["with", "by"]) {
                 return Err(missing(cursor, "\"with\""));
             }
             return Ok(Self::Replace { what, by: cursor.mention()?.object });
         }
         if cursor.eat("change the colour of") || cursor.eat("change the color of") {
-            let what = cursor.mention()?.object;
+            let what = known(cursor)?;
             let colour = cursor.eat("to").then(|| cursor.next().and_then(|w| words::colour(&w))).flatten();
             return colour.map(|colour| Self::Recolour { what, colour }).ok_or_else(|| missing(cursor, "a colour"));
         }
         if cursor.skip(&["make", "paint", "colour"]) {
-            let what = cursor.mention()?.object;
+            let what = known(cursor)?;
             let word = cursor.next().unwrap_or_default();
             let size = match word.as_str() {
                 "larger" | "bigger" => Some(Size::Large),
@@ -179,9 +244,9 @@ impl Edit {
     /// or no place is found. Where the words leave something open it is drawn from `rng`.
     pub fn apply(&self, rng: &mut Stream, scene: &Scene) -> Option<Scene> {
         let mut edited = scene.clone();
-        // The object whose outline changes where it is, if one does.
+        // What has another outline where it is.
         let mut reshaped = None;
-        match self {
+        let changed = match self {
             Self::Move { what, relation, anchor } => {
                 let (i, j) = (find(scene, what)?, find(scene, anchor)?);
                 if i == j || scene.view().holds(i, *relation, j) {
@@ -197,6 +262,7 @@ impl Edit {
                 let (a, b) = (scene.items[i], scene.items[j]);
                 (edited.items[i].x, edited.items[i].y) = (b.x, b.y);
                 (edited.items[j].x, edited.items[j].y) = (a.x, a.y);
+                vec![i, j]
             }
             Self::Add { what, place } => {
                 let (shape, size, colour) = attributes(what)?;
@@ -206,19 +272,21 @@ impl Edit {
                     Some((relation, anchor)) => Some((*relation, find(scene, anchor)?)),
                     None => None,
                 };
-                let depth = scene.top_depth();
+                let (i, depth) = (scene.items.len(), scene.top_depth());
                 edited.items.push(Item { shape, colour, size, x: 0.0, y: 0.0, radius, depth });
-                return put(rng, edited, scene.items.len(), anchor);
+                return if sample::distinct(&edited, i) { put(rng, edited, i, anchor) } else { None };
             }
             Self::Remove { what } => {
                 edited.items.remove(find(scene, what)?);
+                return Some(edited);
             }
             Self::Recolour { what, colour } => {
-                let item = &mut edited.items[find(scene, what)?];
-                if item.colour == *colour {
+                let i = find(scene, what)?;
+                if edited.items[i].colour == *colour {
                     return None;
                 }
-                item.colour = *colour;
+                edited.items[i].colour = *colour;
+                vec![i]
             }
             Self::Resize { what, size } => {
                 let i = find(scene, what)?;
@@ -228,6 +296,7 @@ impl Edit {
                     return None;
                 }
                 (item.size, item.radius) = (*size, sample::radius(rng, *size));
+                vec![i]
             }
             Self::Replace { what, by } => {
                 let i = find(scene, what)?;
@@ -241,9 +310,14 @@ impl Edit {
                     (item.size, item.radius) = (size, sample::radius(rng, size));
                 }
                 (item.shape, item.colour) = (shape, colour?);
+                vec![i]
             }
+        };
+        let renamed = matches!(self, Self::Recolour { .. } | Self::Replace { .. });
+        if renamed && !changed.iter().all(|&i| sample::distinct(&edited, i)) {
+            return None;
         }
-        if sample::valid(&edited) {
+        if sample::valid(&edited, &changed) {
             return Some(edited);
         }
         // Another outline may need a little more room: nudge it.
@@ -252,7 +326,7 @@ impl Edit {
         for _ in 0..24 {
             edited.items[i].x = x + rng.range(-4.0, 4.0) as f32;
             edited.items[i].y = y + rng.range(-4.0, 4.0) as f32;
-            if sample::valid(&edited) {
+            if sample::valid(&edited, &changed) {
                 return Some(edited);
             }
         }
@@ -260,11 +334,32 @@ impl Edit {
     }
 }
 
+/// The scene with a second one of its things, which is what a Diffuser often draws.
+pub fn doubled(rng: &mut Stream, scene: &Scene) -> Option<Scene> {
+    let mut doubled = scene.clone();
+    let item = *rng.choose(&scene.items);
+    let radius = sample::radius(rng, item.size);
+    doubled.items.push(Item { radius, depth: scene.top_depth(), ..item });
+    put(rng, doubled, scene.items.len(), None)
+}
+
 fn place(cursor: &mut Cursor) -> Result<Option<(Spatial, Object)>, ParseError> {
     match cursor.eat_relation() {
-        Some(relation) => Ok(Some((relation, cursor.mention()?.object))),
+        Some(relation) => Ok(Some((relation, known(cursor)?))),
         None => Ok(None),
     }
+}
+
+/// Something that is in the picture.
+fn known(cursor: &mut Cursor) -> Result<Object, ParseError> {
+    cursor.skip(&["the"]);
+    let side = cursor.peek().and_then(Side::from_name);
+    if side.is_some() {
+        cursor.next();
+    }
+    let mut object = cursor.mention()?.object;
+    object.attributes.splice(0..0, side.map(|side| side.name().to_owned()));
+    Ok(object)
 }
 
 fn missing(cursor: &Cursor, what: &str) -> ParseError {
@@ -279,14 +374,23 @@ fn where_to(relation: Spatial) -> &'static str {
     }
 }
 
-/// The one item that the reference fits.
+/// The one item that the reference fits; of several, the one that lies farthest to the side it says.
 pub fn find(scene: &Scene, reference: &Object) -> Option<usize> {
-    let fits = |item: &Item| {
-        let object = item.object();
-        object.label == reference.label && reference.attributes.iter().all(|a| object.attributes.contains(a))
+    let (sides, attributes): (Vec<&String>, Vec<&String>) =
+        reference.attributes.iter().partition(|a| Side::from_name(a).is_some());
+    let fits = |i: &usize| {
+        let object = scene.items[*i].object();
+        object.label == reference.label && attributes.iter().all(|a| object.attributes.contains(a))
     };
-    let mut found = (0..scene.items.len()).filter(|&i| fits(&scene.items[i]));
-    found.next().filter(|_| found.next().is_none())
+    let found: Vec<usize> = (0..scene.items.len()).filter(fits).collect();
+    match (found.as_slice(), sides.first().and_then(|name| Side::from_name(name))) {
+        ([one], _) => Some(*one),
+        (several, Some(side)) => {
+            let view = scene.view();
+            several.iter().copied().max_by(|a, b| side.reach(&view, *a).total_cmp(&side.reach(&view, *b)))
+        }
+        _ => None,
+    }
 }
 
 fn attributes(object: &Object) -> Option<(Shape, Option<Size>, Option<Colour>)> {
@@ -327,7 +431,7 @@ fn put(rng: &mut Stream, mut scene: Scene, i: usize, anchor: Option<(Spatial, us
             Some((r, j)) if r.is_direction() => sample::apart(&scene.items[i], &scene.items[j]),
             _ => true,
         };
-        if apart && anchor.is_none_or(holds) && sample::valid(&scene) {
+        if apart && anchor.is_none_or(holds) && sample::valid(&scene, &[i]) {
             return Some(scene);
         }
     }
@@ -391,6 +495,54 @@ mod tests {
         assert!(apply("move the red ball to the left of the cube").is_none());
         assert!(apply("swap the cube and the cube").is_none());
         assert!(apply("move the red ball inside the cube").is_none());
+    }
+
+    #[test]
+    fn of_two_alike_things_the_side_says_which() {
+        let mut two = table();
+        two.items.push(item(Shape::Ball, Colour::Red, Size::Small, 36.0, 110.0));
+        let left = |text: &str| {
+            let edited = Edit::parse(text).unwrap().apply(&mut Stream::new(1, "edit", 0), &two);
+            edited.map(|edited| edited.items.iter().map(|i| i.y).collect::<Vec<_>>())
+        };
+        assert_eq!(left("remove the red ball"), None);
+        assert_eq!(left("remove the upper red ball"), Some(vec![36.0, 100.0, 110.0]));
+        assert_eq!(left("remove the lower red ball"), Some(vec![30.0, 36.0, 100.0]));
+        // The first lies to the left of the second, but above it much more.
+        let names: Vec<_> = (0..4).map(|i| name(&two.view(), i).unwrap().phrase()).collect();
+        assert_eq!(
+            names,
+            ["upper red ball", "blue cube", "green ball", "lower red ball"].map(|n| n.replace("red", "small red"))
+        );
+        let edit = Edit::parse("move the left small red ball below the right red ball").unwrap();
+        assert_eq!(Edit::parse(&edit.plain()), Ok(edit));
+    }
+
+    #[test]
+    fn what_lies_as_no_world_would_have_it_can_be_edited_elsewhere() {
+        let mut odd = table();
+        // One ball twice, over the edge and across the cube.
+        odd.items.push(item(Shape::Ball, Colour::Red, Size::Small, 2.0, 64.0));
+        odd.items.push(item(Shape::Cone, Colour::Blue, Size::Small, 84.0, 40.0));
+        let apply = |text: &str| Edit::parse(text).unwrap().apply(&mut Stream::new(1, "edit", 0), &odd);
+        assert_eq!(apply("remove the left red ball").unwrap().items.len(), 4);
+        assert_eq!(apply("make the green ball yellow").unwrap().items[2].colour, Colour::Yellow);
+        assert!(apply("make the green ball red").is_none(), "there would be three red balls");
+        assert!(apply("add a small pink star above the green ball").is_some());
+    }
+
+    #[test]
+    fn a_doubled_scene_has_one_thing_twice() {
+        let twice = (0..20).filter_map(|i| doubled(&mut Stream::new(3, "double", i), &table()));
+        let twice: Vec<Scene> = twice.collect();
+        assert!(twice.len() > 10);
+        for scene in twice {
+            let alike: Vec<usize> = (0..4).filter(|i| !sample::distinct(&scene, *i)).collect();
+            assert_eq!((alike.len(), alike[1]), (2, 3));
+            for i in alike {
+                assert_eq!(find(&scene, &name(&scene.view(), i).unwrap()), Some(i));
+            }
+        }
     }
 
     #[test]

@@ -78,18 +78,28 @@ fn on_table(item: &Item) -> bool {
     b.x0 >= EDGE && b.y0 >= EDGE && b.x1 <= side && b.y1 <= side
 }
 
-/// Whether a scene is one that this world could have drawn: all on the table, compatible, and unambiguous.
-pub fn valid(scene: &Scene) -> bool {
+/// Whether the `changed` items of a scene lie as this world could have drawn them: on the table, compatible and unambiguous
+/// with every other, and touching none where others touch already. How the others lie is not asked: a picture that a network
+/// drew is what it is.
+pub fn valid(scene: &Scene, changed: &[usize]) -> bool {
     let items = &scene.items;
     let pairs = || (0..items.len()).flat_map(|a| (0..a).map(move |b| (a, b)));
-    let touching = pairs().filter(|&(a, b)| !apart(&items[a], &items[b])).count();
-    touching <= 1
-        && items.iter().all(on_table)
-        && pairs().all(|(a, b)| {
-            let (a, b) = (&items[a], &items[b]);
-            (a.shape, a.colour) != (b.shape, b.colour) && compatible(a, b)
-        })
-        && scene.view().unambiguous(MARGIN)
+    let is_new = |&(a, b): &(usize, usize)| changed.contains(&a) || changed.contains(&b);
+    let touch = |&(a, b): &(usize, usize)| !apart(&items[a], &items[b]);
+    let lies_well = changed.iter().all(|&i| on_table(&items[i]))
+        && pairs().filter(is_new).all(|(a, b)| compatible(&items[a], &items[b]))
+        && (!pairs().filter(is_new).any(|pair| touch(&pair)) || pairs().filter(touch).count() <= 1);
+    if !lies_well {
+        return false;
+    }
+    let view = scene.view();
+    pairs().filter(is_new).all(|(a, b)| view.unambiguous(a, b, MARGIN))
+}
+
+/// Whether no other item has the shape and the colour of this one.
+pub fn distinct(scene: &Scene, i: usize) -> bool {
+    let name = |item: &Item| (item.shape, item.colour);
+    scene.items.iter().enumerate().all(|(j, other)| j == i || name(other) != name(&scene.items[i]))
 }
 
 pub fn radius(rng: &mut Stream, size: Size) -> f32 {
@@ -185,7 +195,9 @@ fn place(rng: &mut Stream, mut items: Vec<Item>, close: Option<Close>) -> Option
         placed.push(i);
     }
     let scene = Scene { background, items };
-    scene.view().unambiguous(MARGIN).then_some(scene)
+    let view = scene.view();
+    let pairs = || (0..scene.items.len()).flat_map(|a| (0..a).map(move |b| (a, b)));
+    pairs().all(|(a, b)| view.unambiguous(a, b, MARGIN)).then_some(scene)
 }
 
 /// A place for `item` in or in front of `other`.

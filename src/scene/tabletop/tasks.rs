@@ -103,13 +103,19 @@ pub fn text_to_image(seed: u64, split: Split, index: u64, min: usize, max: usize
     TextToImage { prompt: caption(rng, &graph, style), scene, graph }
 }
 
-/// A scene of `min..=max` objects and an edit of it, of a kind drawn evenly.
+/// A scene of `min..=max` objects and an edit of it, of a kind drawn evenly. Often what is removed is there once more.
 pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> EditSample {
     let rng = &mut stream("edit", seed, split, index);
     loop {
         let kind = *rng.choose(&Kind::ALL);
         let least = if matches!(kind, Kind::Move | Kind::Swap) { min.max(2) } else { min };
-        let (source, before) = sample::draw(rng, split, least, max);
+        let (mut source, mut before) = sample::draw(rng, split, least, max);
+        if kind == Kind::Remove && rng.chance(0.5) {
+            let twice = super::edit::doubled(rng, &source).filter(|s| split::part(&s.items) == split.part());
+            let Some(twice) = twice else { continue };
+            before.objects.extend(twice.items.last().map(|item| item.object()));
+            source = twice;
+        }
         for _ in 0..8 {
             let Some(edit) = propose(rng, &source, kind) else { break };
             let Some(target) = edit.apply(rng, &source) else { continue };
@@ -184,7 +190,13 @@ fn propose(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Edit> {
             });
             Edit::Add { what, place }
         }
-        Kind::Remove => Edit::Remove { what },
+        Kind::Remove => {
+            // What is there more than once, if anything is.
+            let alike: Vec<usize> = (0..n).filter(|i| !sample::distinct(scene, *i)).collect();
+            let again = (!alike.is_empty()).then(|| *rng.choose(&alike));
+            let what = again.map_or(Some(what), |i| super::edit::name(&scene.view(), i))?;
+            Edit::Remove { what }
+        }
         Kind::Recolour => {
             let colour = *rng.choose(Colour::ALL);
             Edit::Recolour { what, colour }
@@ -284,13 +296,19 @@ fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene,
             Kind::Swap,
             Kind::Swap,
             Kind::Add,
+            Kind::Add,
+            Kind::Add,
             Kind::Remove,
             Kind::Recolour,
             Kind::Recolour,
             Kind::Resize,
             Kind::Replace,
         ]);
-        let edited = propose(rng, &scene, kind).and_then(|e| e.apply(rng, &scene));
+        let edited = match kind {
+            // As a Diffuser does: what is asked for, once more.
+            Kind::Add if !scene.items.is_empty() && rng.chance(0.7) => super::edit::doubled(rng, &scene),
+            _ => propose(rng, &scene, kind).and_then(|e| e.apply(rng, &scene)),
+        };
         // Where the split belongs to training, so must whatever is shown.
         if let Some(edited) = edited.filter(|s| split != Split::Train || sample::trainable(s)) {
             scene = edited;

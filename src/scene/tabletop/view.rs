@@ -103,10 +103,9 @@ impl View {
         numbers
     }
 
-    /// Whether every direction between any two objects clearly holds or clearly does not.
-    pub fn unambiguous(&self, margin: f32) -> bool {
-        let n = self.objects.len();
-        (0..n).all(|a| (0..a).all(|b| Spatial::DIRECTIONS.iter().all(|&r| self.certainty(a, r, b).abs() >= margin)))
+    /// Whether every direction between these two objects clearly holds or clearly does not.
+    pub fn unambiguous(&self, a: usize, b: usize, margin: f32) -> bool {
+        Spatial::DIRECTIONS.iter().all(|&r| self.certainty(a, r, b).abs() >= margin)
     }
 
     /// The whole truth about the picture as a graph: every object in full, every relation that holds.
