@@ -29,8 +29,8 @@ optim = { lr = 1e-3, schedule = { warmup = 0 } }
 ";
 const ACTOR: &str = "
 objective = 'actor'
-group = { size = 2, rewards = { gain = 1.0, kept = 0.5, format = 0.2, brevity = 1.0, oracle = 0.0 } }
-actor = { source = 'render', max_objects = 2, steps = 1, guidance = 1.0, kl = 0.1, evaluation = 1 }
+group = { size = 8, rewards = { gain = 1.0, kept = 0.5, format = 0.2, brevity = 1.0, oracle = 0.0 } }
+actor = { source = 'render', max_objects = 3, steps = 1, guidance = 1.0, kl = 0.1, evaluation = 1 }
 ";
 const EDITOR: &str = "
 objective = 'editor'
