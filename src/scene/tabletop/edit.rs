@@ -286,6 +286,9 @@ impl Edit {
                     return None;
                 }
                 edited.items[i].colour = *colour;
+                if !sample::distinct(&edited, i) {
+                    return None;
+                }
                 vec![i]
             }
             Self::Resize { what, size } => {
@@ -310,13 +313,12 @@ impl Edit {
                     (item.size, item.radius) = (size, sample::radius(rng, size));
                 }
                 (item.shape, item.colour) = (shape, colour?);
+                if !sample::distinct(&edited, i) {
+                    return None;
+                }
                 vec![i]
             }
         };
-        let renamed = matches!(self, Self::Recolour { .. } | Self::Replace { .. });
-        if renamed && !changed.iter().all(|&i| sample::distinct(&edited, i)) {
-            return None;
-        }
         if sample::valid(&edited, &changed) {
             return Some(edited);
         }
@@ -336,6 +338,7 @@ impl Edit {
 
 /// The scene with a second one of its things, which is what a Diffuser often draws.
 pub fn doubled(rng: &mut Stream, scene: &Scene) -> Option<Scene> {
+    scene.items.first()?;
     let mut doubled = scene.clone();
     let item = *rng.choose(&scene.items);
     let radius = sample::radius(rng, item.size);

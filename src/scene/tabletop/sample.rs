@@ -78,22 +78,27 @@ fn on_table(item: &Item) -> bool {
     b.x0 >= EDGE && b.y0 >= EDGE && b.x1 <= side && b.y1 <= side
 }
 
+/// Every two of so many numbers once.
+fn pairs(n: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..n).flat_map(|a| (0..a).map(move |b| (a, b)))
+}
+
 /// Whether the `changed` items of a scene lie as this world could have drawn them: on the table, compatible and unambiguous
 /// with every other, and touching none where others touch already. How the others lie is not asked: a picture that a network
 /// drew is what it is.
 pub fn valid(scene: &Scene, changed: &[usize]) -> bool {
     let items = &scene.items;
-    let pairs = || (0..items.len()).flat_map(|a| (0..a).map(move |b| (a, b)));
+    let all = || pairs(items.len());
     let is_new = |&(a, b): &(usize, usize)| changed.contains(&a) || changed.contains(&b);
     let touch = |&(a, b): &(usize, usize)| !apart(&items[a], &items[b]);
     let lies_well = changed.iter().all(|&i| on_table(&items[i]))
-        && pairs().filter(is_new).all(|(a, b)| compatible(&items[a], &items[b]))
-        && (!pairs().filter(is_new).any(|pair| touch(&pair)) || pairs().filter(touch).count() <= 1);
+        && all().filter(is_new).all(|(a, b)| compatible(&items[a], &items[b]))
+        && (!all().filter(is_new).any(|pair| touch(&pair)) || all().filter(touch).count() <= 1);
     if !lies_well {
         return false;
     }
     let view = scene.view();
-    pairs().filter(is_new).all(|(a, b)| view.unambiguous(a, b, MARGIN))
+    all().filter(is_new).all(|(a, b)| view.unambiguous(a, b, MARGIN))
 }
 
 /// Whether no other item has the shape and the colour of this one.
@@ -196,8 +201,7 @@ fn place(rng: &mut Stream, mut items: Vec<Item>, close: Option<Close>) -> Option
     }
     let scene = Scene { background, items };
     let view = scene.view();
-    let pairs = || (0..scene.items.len()).flat_map(|a| (0..a).map(move |b| (a, b)));
-    pairs().all(|(a, b)| view.unambiguous(a, b, MARGIN)).then_some(scene)
+    pairs(scene.items.len()).all(|(a, b)| view.unambiguous(a, b, MARGIN)).then_some(scene)
 }
 
 /// A place for `item` in or in front of `other`.

@@ -306,7 +306,7 @@ fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene,
         ]);
         let edited = match kind {
             // As a Diffuser does: what is asked for, once more.
-            Kind::Add if !scene.items.is_empty() && rng.chance(0.7) => super::edit::doubled(rng, &scene),
+            Kind::Add if rng.chance(0.7) => super::edit::doubled(rng, &scene),
             _ => propose(rng, &scene, kind).and_then(|e| e.apply(rng, &scene)),
         };
         // Where the split belongs to training, so must whatever is shown.
