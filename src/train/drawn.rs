@@ -3,6 +3,7 @@
 
 use crate::{
     io,
+    rig::roles::{Checker, Picture, Target, Verdict},
     scene::{
         graph::SceneGraph,
         parse::parse,
@@ -36,6 +37,21 @@ pub struct Drawn {
     pub prompt: String,
     pub graph: SceneGraph,
     pub reading: Reading,
+    /// What a Checker says of it, once [`hear`] has asked one.
+    pub heard: Vec<Verdict>,
+}
+
+/// Asks the Checker about pictures.
+pub fn hear(checker: &dyn Checker, drawn: &mut [Drawn]) -> Result<()> {
+    const AT_ONCE: usize = 32;
+    for drawn in drawn.chunks_mut(AT_ONCE) {
+        let ask =
+            |d: &Drawn| (Picture::from_pixels(d.picture.clone()), Target::new(&d.prompt, &d.graph).and_nothing_else());
+        let asked: Vec<(Picture, Target)> = drawn.iter().map(ask).collect();
+        let verdicts = checker.check(&asked.iter().map(|(picture, target)| (picture, target)).collect::<Vec<_>>())?;
+        drawn.iter_mut().zip(verdicts).for_each(|(drawn, verdicts)| drawn.heard = verdicts);
+    }
+    Ok(())
 }
 
 /// The pictures of a run on the tabletop world, in the order of its lines: those to learn from, and those of every tenth
@@ -67,7 +83,7 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
             let graph = parse(&line.prompt).map_err(|error| anyhow::anyhow!("{}: {error}", line.prompt))?;
             let held_out = ids.binary_search(&line.id.as_str()).is_ok_and(|place| place % 10 == 9);
             let reading = oracle::read(&picture);
-            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading }))
+            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading, heard: Vec::new() }))
         })
         .collect::<Result<_>>()?;
     let (held_out, learned): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|(held_out, _)| *held_out);

@@ -17,7 +17,7 @@ use crate::{
         qwen3::{self, RopeParameters},
         qwen3_vl::{self, Features, Patches, Qwen3VL, VisionConfig, rope_positions},
     },
-    rig::prompts,
+    rig::{prompts, vlm_roles::Critic},
     scene::tabletop::{split::Split, world::SIDE},
     tensor::{Mask, Precision, cross_entropy, rng::Stream, select_rows},
     vlm::{
@@ -36,6 +36,7 @@ use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// The section `vlm` of a pretraining config.
@@ -60,6 +61,9 @@ pub struct VlmConfig {
     pub drawn: Option<PathBuf>,
     /// Their share of all pictures.
     pub drawn_share: f64,
+    /// Tell the Actor of them what the model that is gone on from says as their Checker, instead of what is true: what it
+    /// hears in the loop is not always true either.
+    pub heard: bool,
     /// Pictures of an evaluation.
     pub evaluation: usize,
     /// Precision of the matrix products.
@@ -100,6 +104,7 @@ impl Default for VlmConfig {
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
             drawn: None,
             drawn_share: 0.4,
+            heard: false,
             evaluation: 100,
             multiply: Precision::F32,
             shape: Shape::default(),
@@ -212,7 +217,7 @@ const TEXTS: u64 = 1500;
 
 /// The objective.
 pub struct VlmObjective {
-    pub(super) vlm: Vlm,
+    pub(super) vlm: Arc<Vlm>,
     params: Params,
     files: Files,
     /// To learn from, and held out.
@@ -292,8 +297,12 @@ impl VlmObjective {
         params.finish(|_| false)?;
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
-        let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
-        let (vlm, config, ahead) = (Vlm::new(model, chat, images)?, config.clone(), Ahead::default());
+        let vlm = Arc::new(Vlm::new(model, chat, images)?);
+        let mut drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
+        if config.heard {
+            drawn::hear(&Critic { checker: vlm.clone(), actor: vlm.clone() }, &mut drawn.0)?;
+        }
+        let (config, ahead) = (config.clone(), Ahead::default());
         Ok(Self { vlm, params, files, drawn, config, seed, ahead })
     }
 
@@ -425,7 +434,7 @@ impl Objective for VlmObjective {
     fn loss(&self, batch: &Batch) -> Result<Step> {
         let Lessons { patches, grid, prefix, groups } =
             self.ahead.take(batch).map_or_else(|| self.lessons(batch), Ok)?;
-        let Vlm { model, .. } = &self.vlm;
+        let Vlm { model, .. } = &*self.vlm;
         let pictures = patches.grids.len();
         let values = patches.values.to_device(model.decoder.device())?;
         let features = model.vision.forward(&Patches { values, ..patches })?;

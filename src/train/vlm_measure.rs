@@ -1,13 +1,18 @@
-//! How good the VLM under training is, by the code that the loop runs: verdicts and edits on renders, verdicts on drawn
+//! How good the VLM under training is, by the code that the loop runs: verdicts and edits on renders, and on drawn
 //! pictures.
 
-use super::{Metrics, objective_vlm::VlmObjective, vlm_tasks};
+use super::{
+    Metrics,
+    drawn::{self, Drawn},
+    objective_vlm::VlmObjective,
+    vlm_tasks,
+};
 use crate::{
     rig::{
         calibration::calibration_error,
         prompts,
-        roles::{Claim, Verdict},
-        vlm_roles::{EDIT, VERDICT},
+        roles::{Actor, Claim, Picture, Situation, Target, Verdict},
+        vlm_roles::{Critic, EDIT, VERDICT},
     },
     scene::tabletop::{
         render::render,
@@ -62,15 +67,39 @@ impl VlmObjective {
         Ok(metrics)
     }
 
-    /// Verdicts on what the prompts of held-out drawn pictures claim.
-    pub(super) fn measure_drawn(&self) -> Result<Metrics> {
+    /// Verdicts on what the prompts of held-out drawn pictures claim, and edits of those that miss something, which the Actor
+    /// writes from the model's own verdicts, as in the loop.
+    pub(super) fn measure_drawn(&mut self) -> Result<Metrics> {
         const AT_ONCE: usize = 16;
         let mut tally = Verdicts::default();
         for drawn in self.drawn.1.chunks(AT_ONCE).take(self.config.evaluation.div_ceil(AT_ONCE)) {
             let looked = self.vlm.look(&drawn.iter().map(|d| &d.picture).collect::<Vec<_>>())?;
             tally.ask(&self.vlm, &looked, drawn.iter().map(|d| vlm_tasks::verdicts(&d.reading.view, &d.graph)))?;
         }
-        Ok(if tally.odds.is_empty() { Vec::new() } else { tally.metrics("drawn/") })
+        if tally.odds.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut metrics = tally.metrics("drawn/");
+
+        let count = self.config.evaluation.min(self.drawn.1.len());
+        let critic = Critic { checker: self.vlm.clone(), actor: self.vlm.clone() };
+        drawn::hear(&critic, &mut self.drawn.1[..count])?;
+        let (mut edits, mut helped) = (0.0, 0.0);
+        for drawn in self.drawn.1[..count].iter().filter(|d| d.heard.iter().any(|verdict| !verdict.yes)) {
+            let Drawn { prompt, graph, reading, heard, picture } = drawn;
+            if vlm_tasks::mending(&mut Stream::new(0, "measure", 0), reading, graph).is_empty() {
+                continue;
+            }
+            let target = Target::new(prompt, graph).and_nothing_else();
+            let picture = Picture::from_pixels(picture.clone());
+            let (verdicts, earlier) = (heard.as_slice(), [].as_slice());
+            let asked = Situation { target: &target, picture: &picture, verdicts, earlier, seed: 0, round: 1 };
+            let reflection = critic.reflect(&[asked])?.pop().unwrap_or_default();
+            edits += 1.0;
+            helped += f64::from(u8::from(vlm_tasks::mends(&reflection.edit, &reading.scene, graph).1));
+        }
+        metrics.push(("drawn/mend".to_owned(), helped / f64::max(edits, 1.0)));
+        Ok(metrics)
     }
 }
 

@@ -348,17 +348,23 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     Lesson { scene, rows }
 }
 
-/// What is taught of a picture that was drawn: as of a scene, by what the oracle reads in it.
+/// What is taught of a picture that was drawn: as of a scene, by what the oracle reads in it. The Actor is told what the
+/// Checker says of it, if it was asked and finds anything wrong, as in the loop; else what is true.
 pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let mut rng = Stream::new(seed, "vlm drawn", index);
-    let Drawn { prompt, graph, reading, .. } = drawn;
+    let Drawn { prompt, graph, reading, heard, .. } = drawn;
     let mut checks = verdicts(&reading.view, graph);
-    let edit = if rng.chance(mix.act) { mending(&mut rng, reading, graph) } else { None };
+    let act = rng.chance(mix.act);
+    let helpful = if act { mending(&mut rng, reading, graph) } else { Vec::new() };
+    let helpful: Vec<String> = helpful.iter().map(Edit::plain).collect();
+    // Later rounds know of an edit that did not help.
+    let tried = (helpful.len() > 1 && rng.chance(0.25)).then(|| rng.choose(&helpful).as_str());
     let mut rows = vec![describe_row(&reading.view)];
-    rows.extend(edit.map(|edit| {
-        let question = prompts::reflect(prompt, &checks, &[]);
+    rows.extend(helpful.iter().find(|edit| Some(edit.as_str()) != tried).map(|edit| {
+        let told = if heard.iter().any(|verdict| !verdict.yes) { heard } else { &checks };
+        let question = prompts::reflect(prompt, told, tried.as_slice());
         let reflection = plan::faults(&reading.view, graph);
-        Row { task: Task::Act, question, answer: prompts::edit(&reflection, &edit.plain()) }
+        Row { task: Task::Act, question, answer: prompts::edit(&reflection, edit) }
     }));
     rng.shuffle(&mut checks);
     checks.truncate(mix.claims);
@@ -367,13 +373,15 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     rows
 }
 
-/// An edit that would mend a claim of the graph, as far as the picture can be read.
-fn mending(rng: &mut Stream, reading: &Reading, graph: &SceneGraph) -> Option<Edit> {
+/// The edits each of which would mend something of the graph, as far as the picture can be read; the plainest first.
+pub fn mending(rng: &mut Stream, reading: &Reading, graph: &SceneGraph) -> Vec<Edit> {
     let before = reading.view.judge(graph);
-    plan::edits(&reading.view, graph).into_iter().filter(|edit| !tasks::novel(edit)).find(|edit| {
-        let target = edit.apply(rng, &reading.scene);
+    let mut edits = plan::edits(&reading.view, graph);
+    edits.retain(|edit| {
+        let target = if tasks::novel(edit) { None } else { edit.apply(rng, &reading.scene) };
         target.is_some_and(|target| target.view().judge(graph).better_than(&before))
-    })
+    });
+    edits
 }
 
 /// The picture of a scene, often a little spoilt as drawn pictures are: noise, blur, other light.
@@ -471,7 +479,7 @@ mod tests {
             let picture = render(&sample.scene);
             let reading = oracle::read(&picture);
             let prompt = caption(&mut Stream::new(0, "prompt", index), &sample.graph, Style::Natural);
-            let drawn = Drawn { picture, prompt, graph: sample.graph, reading };
+            let drawn = Drawn { picture, prompt, graph: sample.graph, reading, heard: Vec::new() };
             let rows = drawn_rows(5, index, &drawn, mix);
             let truths = verdicts(&drawn.reading.view, &drawn.graph);
             let claimed = truths.iter().map(check_row).filter(|row| rows.iter().any(|r| r.question == row.question));
@@ -484,10 +492,33 @@ mod tests {
             }
         }
         assert!(acted > 10, "{acted}");
+
+        // The Actor is told what was heard, as long as anything is wrong by it.
+        let sample = tasks::act(5, Split::Train, 0, 3);
+        let (picture, mut heard) = (render(&sample.scene), verdicts(&sample.scene.view(), &sample.graph));
+        for (i, verdict) in heard.iter_mut().enumerate() {
+            (verdict.yes, verdict.reflection) = (i > 0, "misheard".into());
+        }
+        let reading = oracle::read(&picture);
+        let mut drawn = Drawn { picture, prompt: sample.prompt, graph: sample.graph, reading, heard };
+        let told = |drawn: &Drawn| {
+            let rows = drawn_rows(5, 0, drawn, mix);
+            rows.into_iter().find(|row| row.task == Task::Act).unwrap().question.contains("misheard")
+        };
+        assert!(told(&drawn));
+        drawn.heard[0].yes = true;
+        assert!(!told(&drawn));
+
         let blank = RgbImage::from_pixel(SIDE, SIDE, image::Rgb([230, 230, 230]));
         let (reading, graph) =
             (oracle::read(&blank), crate::scene::parse::parse("red ball left of blue cube").unwrap());
-        let drawn = Drawn { picture: blank, prompt: "red ball left of blue cube".to_owned(), graph, reading };
+        let drawn = Drawn {
+            picture: blank,
+            prompt: "red ball left of blue cube".to_owned(),
+            graph,
+            reading,
+            heard: Vec::new(),
+        };
         let rows = drawn_rows(5, 0, &drawn, Mix { act: 0.0, ..MIX });
         // All is missing, and nothing too much.
         let mut checks = rows.iter().filter(|r| r.task == Task::Check);
