@@ -12,7 +12,7 @@ const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome", "c
 
 /// Opens everything that opens in the page and looks at it, in a frame as wide as a phone.
 const PROBE: &str = r"<script>
-page.onload = async () => {
+async function look(page) {
   const inside = page.contentDocument;
   inside.querySelectorAll('details').forEach(d => d.open = true);
   const images = [...inside.images];
@@ -28,7 +28,7 @@ page.onload = async () => {
     paper: style.backgroundColor,
     plots: inside.querySelectorAll('svg').length,
   });
-};
+}
 </script>";
 
 /// The mean of a CSS colour's channels.
@@ -48,7 +48,8 @@ fn the_report_is_readable_on_a_phone_by_day_and_by_night() {
     rig.good("eval", &["--limit", "2", "--rounds", "2", "--accept", "0.99", "--out", "run"]);
     let report = fs::read_to_string(rig.path("run/report.html")).unwrap();
     let page = report.replace('&', "&amp;").replace('"', "&quot;");
-    let framed = format!("<!doctype html><iframe id=page width=390 height=844 srcdoc=\"{page}\"></iframe>{PROBE}");
+    let frame = format!("<iframe width=390 height=844 onload=look(this) srcdoc=\"{page}\"></iframe>");
+    let framed = format!("<!doctype html>{PROBE}{frame}");
     fs::write(rig.path("framed.html"), framed).unwrap();
     let look = |more: &[&str]| -> Value {
         let output = Command::new(browser)
@@ -60,7 +61,10 @@ fn the_report_is_readable_on_a_phone_by_day_and_by_night() {
             .unwrap();
         let dom = String::from_utf8(output.stdout).unwrap();
         let title = dom.split_once("<title>").and_then(|(_, rest)| rest.split_once("</title>"));
-        serde_json::from_str(title.expect("the page was looked at").0).unwrap()
+        let Some((title, _)) = title else {
+            panic!("the browser did not look at the page: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        serde_json::from_str(title).unwrap()
     };
     let (day, night) = (look(&[]), look(&["--force-dark-mode"]));
     for seen in [&day, &night] {
