@@ -11,7 +11,7 @@ use crate::{
     rig::{
         calibration::calibration_error,
         prompts,
-        roles::{Actor, Claim, Picture, Situation, Target, Verdict},
+        roles::{Actor, Claim, Picture, Reflection, Situation, Target, Verdict},
         vlm_roles::{Critic, EDIT, VERDICT},
     },
     scene::tabletop::{
@@ -70,35 +70,36 @@ impl VlmObjective {
     /// Verdicts on what the prompts of held-out drawn pictures claim, and edits of those that miss something, which the Actor
     /// writes from the model's own verdicts, as in the loop.
     pub(super) fn measure_drawn(&mut self) -> Result<Metrics> {
-        const AT_ONCE: usize = 16;
+        let count = self.config.evaluation.min(self.drawn.1.len());
+        let critic = Critic { checker: self.vlm.clone(), actor: self.vlm.clone() };
+        drawn::hear(&critic, &mut self.drawn.1[..count])?;
         let mut tally = Verdicts::default();
-        for drawn in self.drawn.1.chunks(AT_ONCE).take(self.config.evaluation.div_ceil(AT_ONCE)) {
-            let looked = self.vlm.look(&drawn.iter().map(|d| &d.picture).collect::<Vec<_>>())?;
-            tally.ask(&self.vlm, &looked, drawn.iter().map(|d| vlm_tasks::verdicts(&d.reading.view, &d.graph)))?;
+        let mut wrong: Vec<(&Drawn, Target, Picture)> = Vec::new();
+        for drawn in &self.drawn.1[..count] {
+            let Drawn { picture, prompt, graph, reading, heard } = drawn;
+            let truths = vlm_tasks::verdicts(&reading.view, graph);
+            heard.iter().zip(&truths).for_each(|(heard, truth)| tally.add(truth, heard.p_yes));
+            let mended = || !vlm_tasks::mending(&mut Stream::new(0, "measure", 0), reading, graph).is_empty();
+            if heard.iter().any(|verdict| !verdict.yes) && mended() {
+                let target = Target::new(prompt, graph).and_nothing_else();
+                wrong.push((drawn, target, Picture::from_pixels(picture.clone())));
+            }
         }
         if tally.odds.is_empty() {
             return Ok(Vec::new());
         }
+        let asked = wrong.iter().map(|(drawn, target, picture)| {
+            let verdicts = drawn.heard.as_slice();
+            Situation { target, picture, verdicts, earlier: &[], seed: 0, round: 1 }
+        });
+        let asked: Vec<Situation> = asked.collect();
+        let edits = critic.reflect(&asked)?;
+        let helps = |(edit, (d, ..)): &(&Reflection, &(&Drawn, Target, Picture))| {
+            vlm_tasks::mends(&edit.edit, &d.reading.scene, &d.graph).1
+        };
+        let helped = edits.iter().zip(&wrong).filter(helps).count();
         let mut metrics = tally.metrics("drawn/");
-
-        let count = self.config.evaluation.min(self.drawn.1.len());
-        let critic = Critic { checker: self.vlm.clone(), actor: self.vlm.clone() };
-        drawn::hear(&critic, &mut self.drawn.1[..count])?;
-        let (mut edits, mut helped) = (0.0, 0.0);
-        for drawn in self.drawn.1[..count].iter().filter(|d| d.heard.iter().any(|verdict| !verdict.yes)) {
-            let Drawn { prompt, graph, reading, heard, picture } = drawn;
-            if vlm_tasks::mending(&mut Stream::new(0, "measure", 0), reading, graph).is_empty() {
-                continue;
-            }
-            let target = Target::new(prompt, graph).and_nothing_else();
-            let picture = Picture::from_pixels(picture.clone());
-            let (verdicts, earlier) = (heard.as_slice(), [].as_slice());
-            let asked = Situation { target: &target, picture: &picture, verdicts, earlier, seed: 0, round: 1 };
-            let reflection = critic.reflect(&[asked])?.pop().unwrap_or_default();
-            edits += 1.0;
-            helped += f64::from(u8::from(vlm_tasks::mends(&reflection.edit, &reading.scene, graph).1));
-        }
-        metrics.push(("drawn/mend".to_owned(), helped / f64::max(edits, 1.0)));
+        metrics.push(("drawn/mend".to_owned(), helped as f64 / edits.len().max(1) as f64));
         Ok(metrics)
     }
 }
@@ -124,16 +125,20 @@ impl Verdicts {
         let questions: Vec<Question> = asked.iter().map(|(i, text, _)| Question { picture: Some(*i), text }).collect();
         let decisions = vlm.decide(looked, &questions, &prompts::check_schema(), prompts::VERDICTS, VERDICT)?;
         for ((.., truth), decision) in asked.iter().zip(decisions) {
-            let p = decision.probability;
-            let kind = match truth.claim {
-                Claim::Object(_) => &mut self.objects,
-                Claim::Relation { .. } => &mut self.relations,
-                Claim::Only(_) => &mut self.others,
-            };
-            kind.push(f64::from(u8::from((p >= 0.5) == truth.yes)));
-            self.odds.push((p, truth.yes));
+            self.add(truth, decision.probability);
         }
         Ok(())
+    }
+
+    /// Counts a verdict that holds the claim of `truth` for true with probability `p`.
+    fn add(&mut self, truth: &Verdict, p: f64) {
+        let kind = match truth.claim {
+            Claim::Object(_) => &mut self.objects,
+            Claim::Relation { .. } => &mut self.relations,
+            Claim::Only(_) => &mut self.others,
+        };
+        kind.push(f64::from(u8::from((p >= 0.5) == truth.yes)));
+        self.odds.push((p, truth.yes));
     }
 
     fn metrics(&self, prefix: &str) -> Metrics {
