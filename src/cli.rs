@@ -95,6 +95,10 @@ pub struct Generate {
     /// Accept a picture when the Checker gives every claim at least this probability [default: 0.5]
     #[arg(long, value_name = "P", help_heading = "The loop")]
     pub accept: Option<f64>,
+    /// How many times the Checker looks at a picture, 1 to 5, each time moved by some pixels; a verdict is the mean
+    /// [default: 3 with the built-in one, else 1]
+    #[arg(long, value_name = "K", help_heading = "The loop")]
+    pub looks: Option<usize>,
     /// How pictures are edited [default: reference]
     #[arg(long, value_enum, value_name = "E", help_heading = "The loop")]
     pub editor: Option<EditorKind>,
@@ -288,6 +292,10 @@ pub struct Check {
     /// A claim holds from this probability on
     #[arg(long, value_name = "P", default_value_t = 0.5)]
     pub accept: f64,
+    /// How many times the Checker looks at the picture, 1 to 5, each time moved by some pixels; a verdict is the mean
+    /// [default: 3 with the built-in one, else 1]
+    #[arg(long, value_name = "K")]
+    pub looks: Option<usize>,
     /// Whether to ask for nothing else than what the prompt names [default: with the built-in models]
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub only: Option<bool>,
@@ -450,6 +458,10 @@ pub struct EvalRun {
     /// Accept a picture when the Checker gives every claim at least this probability
     #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
     pub accept: f64,
+    /// How many times the Checker looks at a picture, 1 to 5, each time moved by some pixels; a verdict is the mean
+    /// [default: 3 with the built-in one, else 1]
+    #[arg(long, value_name = "K", help_heading = "Modes")]
+    pub looks: Option<usize>,
     /// Whether pictures may show nothing else than what is asked [default: on the tabletop world, whose prompts tell all]
     #[arg(
         long,

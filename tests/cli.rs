@@ -18,7 +18,8 @@ fn recipe(rig: &Rig, file: &str) -> Trajectory {
 #[test]
 fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
     let rig = Rig::new();
-    let args = ["--prompt", PROMPT, "--seed", "7", "--rounds", "3", "--accept", "1", "--out", "a.png"];
+    let more = ["--accept", "1", "--looks", "2", "--out", "a.png"];
+    let args = [&["--prompt", PROMPT, "--seed", "7", "--rounds", "3"], &more[..]].concat();
     let said = rig.run("generate", &[&args[..], &["--trajectory", "turns"]].concat());
     assert!(said.status.success(), "{}", stderr(&said));
     assert_eq!(String::from_utf8_lossy(&said.stdout), "a.png\n");
@@ -166,14 +167,21 @@ fn every_editor_edits() {
 #[test]
 fn check_gives_a_verdict_for_every_claim() {
     let rig = Rig::new();
-    image::RgbImage::from_pixel(50, 40, image::Rgb([200, 30, 30])).save(rig.path("photo.jpg")).unwrap();
-    let result = rig.json("check", &["--image", "photo.jpg", "--prompt", PROMPT]).remove(0);
-    let verdicts = result["verdicts"].as_array().unwrap();
-    assert_eq!(verdicts.len(), 3);
-    for verdict in verdicts {
-        let p = verdict["p_yes"].as_f64().unwrap();
-        assert!((0.0..=1.0).contains(&p) && verdict["yes"].as_bool() == Some(p >= 0.5));
+    let stripes = image::RgbImage::from_fn(50, 40, |x, y| image::Rgb([200, (5 * x) as u8, (6 * y) as u8]));
+    stripes.save(rig.path("photo.jpg")).unwrap();
+    let mut seen = Vec::new();
+    for looks in ["1", "4"] {
+        let result = rig.json("check", &["--image", "photo.jpg", "--prompt", PROMPT, "--looks", looks]).remove(0);
+        assert_eq!(result["looks"].to_string(), looks);
+        seen.push(result["score"].as_f64());
+        let verdicts = result["verdicts"].as_array().unwrap();
+        assert_eq!(verdicts.len(), 3);
+        for verdict in verdicts {
+            let p = verdict["p_yes"].as_f64().unwrap();
+            assert!((0.0..=1.0).contains(&p) && verdict["yes"].as_bool() == Some(p >= 0.5));
+        }
     }
+    assert_ne!(seen[0], seen[1]);
     let text = rig.good("check", &["--image", "photo.jpg", "--prompt", PROMPT, "--accept", "1"]);
     assert_eq!(text.lines().count(), 4);
     assert!(text.contains("small red ball left of large blue cube") && text.ends_with("does not pass\n"));

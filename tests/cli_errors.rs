@@ -69,6 +69,8 @@ fn numbers_out_of_range() {
     bad("--rounds is 1 to 100", &["--rounds", "0"]);
     bad("--accept is a probability", &["--accept", "1.5"]);
     bad("--accept is a probability", &["--accept", "nan"]);
+    bad("--looks is 1 to 5", &["--looks", "0"]);
+    bad("--looks is 1 to 5", &["--looks", "6"]);
     bad("--guidance is 0 to 100", &["--guidance", "nan"]);
     bad("--guidance is 0 to 100", &["--guidance=-3"]);
     let output = rig.command(&["generate", "--prompt", PROMPT, "--steps", "0"]).output().unwrap();

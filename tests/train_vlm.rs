@@ -1,4 +1,4 @@
-//! The VLM's pretraining goes on from the built-in one with drawn pictures that it is first asked about.
+//! The VLM's pretraining goes on from the built-in one with drawn pictures.
 
 #![allow(clippy::unwrap_used)]
 
@@ -44,7 +44,7 @@ fn train(request: &Request, stop_at: Option<u64>) -> (End, HashMap<String, f64>)
 }
 
 #[test]
-fn the_vlm_hears_itself_and_resumes() {
+fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let drawn = dir.path().join("drawn");
     fs::create_dir(&drawn).unwrap();
@@ -54,7 +54,7 @@ fn the_vlm_hears_itself_and_resumes() {
     let text = format!(
         "objective = 'vlm'
          train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1 }}
-         vlm = {{ start = {start:?}, drawn = {drawn:?}, drawn_share = 0.9, heard = true, act = 1.0, evaluation = 2 }}"
+         vlm = {{ start = {start:?}, drawn = {drawn:?}, drawn_share = 0.9, act = 1.0, evaluation = 2 }}"
     );
     fs::write(&config, text).unwrap();
     let run = |name: &str| Request {

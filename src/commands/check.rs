@@ -16,6 +16,7 @@ use serde_json::json;
 
 pub fn run(args: &Check) -> Result<()> {
     open::check_accept(args.accept)?;
+    open::check_looks(args.looks)?;
     let strict = args.models.vlm.as_deref().is_none_or(|m| m == built_in::NAME);
     let ask = ask::understand(&args.prompt, strict)?;
     let picture = Picture::from_pixels(png::read(&args.image)?);
@@ -24,6 +25,7 @@ pub fn run(args: &Check) -> Result<()> {
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
     let critic = open::checker(&found, (&device.0, device.1), &mut adapters)?;
+    let critic = critic.with_looks(open::looks(args.looks, &found));
     adapters.finish()?;
     let target = ask::resolve(ask, &critic, args.only.unwrap_or(strict), &|text| console.say(text))?;
     let mut verdicts = expect_each("the Checker", 1, critic.check(&[(&picture, &target)])?)?.remove(0);
@@ -37,6 +39,7 @@ pub fn run(args: &Check) -> Result<()> {
             "passes": passes,
             "score": score,
             "verdicts": verdicts,
+            "looks": critic.looks,
             "vlm": found.source,
         });
         return Ok(console.result(&document.to_string())?);

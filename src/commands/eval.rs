@@ -41,6 +41,7 @@ pub fn run(args: &Eval) -> Result<()> {
 fn evaluate(args: &EvalRun) -> Result<()> {
     open::check_sampling(&args.sampling)?;
     open::check_accept(args.accept)?;
+    open::check_looks(args.looks)?;
     if args.limit == Some(0) || !(1..=100).contains(&args.rounds) || !(1..=4096).contains(&args.batch) {
         usage!("--limit is 1 or more, --rounds 1 to 100, --batch 1 to 4096");
     }
@@ -181,6 +182,7 @@ impl Models {
         let (pipeline, vlm) = (open::find_pipeline(&args.models)?, open::find_vlm(&args.models)?);
         let (klein, editor) = open::pipeline(&pipeline, at, &mut adapters)?;
         let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
+        let critic = critic.with_looks(open::looks(args.looks, &vlm));
         adapters.finish()?;
         let painting = open::painting(&klein, &pipeline, &args.sampling, (args.editor, args.inversion), args.batch);
         let painter = || Painter::new(klein.clone(), painting.clone(), console.watch(stop));
@@ -189,14 +191,18 @@ impl Models {
         let judge = args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge")).transpose()?;
         let source: Option<&Source> = judge.as_ref().map(|found| &found.source);
         let mut told = json!({
-            "steps": painting.steps, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),
+            "steps": painting.steps, "guidance": painting.guidance, "looks": critic.looks, "editor": format!("{:?}", painting.editing),
         });
         told["model"] = serde_json::to_value(&pipeline.source)?;
         told["vlm"] = serde_json::to_value(&vlm.source)?;
         told["judge"] = serde_json::to_value(source)?;
         told["adapter"] = adapters.told().into();
         told["dtype"] = open::dtype_name(dtype).into();
-        let judge = judge.map(|found| open::checker(&found, at, &mut Adapters::none())).transpose()?;
+        let judge = judge.map(|found| -> Result<Critic> {
+            let critic = open::checker(&found, at, &mut Adapters::none())?;
+            Ok(critic.with_looks(open::looks(args.looks, &found)))
+        });
+        let judge = judge.transpose()?;
         let (painter, critic) = (painter().with_editor(editor), critic.with_actor(actor));
         Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, told })
     }

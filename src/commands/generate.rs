@@ -42,6 +42,7 @@ pub fn run(args: Generate) -> Result<()> {
         width: args.batch,
     };
     open::check_accept(options.accept)?;
+    open::check_looks(args.looks)?;
     if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&options.width) {
         usage!("--rounds is 1 to 100, and --batch 1 to 4096");
     }
@@ -73,7 +74,7 @@ pub fn run(args: Generate) -> Result<()> {
     let mut adapters = Adapters::open(&args.models)?;
     let (klein, editing) = open::pipeline(&pipeline, (&device, dtype), &mut adapters)?;
     let (critic, actor) = open::critic(&vlm, (&device, dtype), &mut adapters)?;
-    let critic = critic.with_actor(actor);
+    let critic = critic.with_actor(actor).with_looks(open::looks(args.looks, &vlm));
     adapters.finish()?;
 
     let editor = args.editor.unwrap_or_default();
@@ -85,6 +86,7 @@ pub fn run(args: Generate) -> Result<()> {
         draws: options.draws,
         redraw: options.redraw,
         accept: options.accept,
+        looks: critic.looks,
         steps: painting.steps,
         guidance: painting.guidance,
         editor: flag(editor),
@@ -203,6 +205,7 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     args.draws = args.draws.or(Some(recipe.draws));
     args.redraw = args.redraw.or(Some(recipe.redraw));
     args.accept = args.accept.or(Some(recipe.accept));
+    args.looks = args.looks.or(Some(recipe.looks));
     args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));
     args.editor = args.editor.or(value(&recipe.editor)?);

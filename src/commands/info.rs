@@ -42,7 +42,7 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
         ("seed", r.seed.to_string()),
         ("sampling", format!("{} steps, guidance {}, {}", r.steps, r.guidance, r.dtype)),
         ("editor", editor),
-        ("loop", format!("at most {} rounds, accepted from {} on", r.rounds, r.accept)),
+        ("loop", format!("at most {} rounds, accepted from {} on in {} looks", r.rounds, r.accept, r.looks)),
         ("model", source(&r.model)),
         ("vlm", source(&r.vlm)),
         ("made by", format!("rlrig {}", t.rlrig)),

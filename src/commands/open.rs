@@ -9,7 +9,7 @@ use crate::{
     rig::{
         klein::{Editing, Painting},
         trajectory::Source,
-        vlm_roles::Critic,
+        vlm_roles::{Critic, LOOKS},
     },
     tensor::device::{Accelerator, best},
     usage,
@@ -23,6 +23,8 @@ use std::sync::Arc;
 /// The built-in model's sampling.
 const BUILT_IN_STEPS: usize = 20;
 const BUILT_IN_GUIDANCE: f64 = 3.0;
+/// How often the built-in Checker looks: it is small, and sure of little at one look.
+const BUILT_IN_LOOKS: usize = 3;
 
 /// A model's folder, and where it came from.
 pub struct Found {
@@ -157,7 +159,7 @@ fn open_vlm(
     let params = params.adapted(both.clone());
     let model = qwen3_vl::Qwen3VL::new(&config, &params)?;
     params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
-    Ok((Critic::new(Vlm::of(model, folder)?), params, both))
+    Ok((Critic::new(Arc::new(Vlm::of(model, folder)?)), params, both))
 }
 
 /// The adapters of the Editor or the Actor alone.
@@ -216,6 +218,19 @@ pub fn check_accept(accept: f64) -> Result<()> {
         usage!("--accept is a probability above 0 and at most 1, not {accept}");
     }
     Ok(())
+}
+
+/// How often the Checker looks at a picture: the flag, or what serves the VLM.
+pub fn looks(given: Option<usize>, found: &Found) -> usize {
+    given.unwrap_or(if found.is_built_in() { BUILT_IN_LOOKS } else { 1 })
+}
+
+/// Checks how often the Checker is to look.
+pub fn check_looks(looks: Option<usize>) -> Result<()> {
+    match looks {
+        Some(looks) if !(1..=LOOKS).contains(&looks) => usage!("--looks is 1 to {LOOKS}, not {looks}"),
+        _ => Ok(()),
+    }
 }
 
 /// Checks how many rounds of all draw.

@@ -5,12 +5,13 @@
 
 use super::{
     dataset::{Sample, TABLETOP},
+    edits::{Review, review},
     metrics::{self, Answer, Metrics, Oracle},
     modes::Mode,
 };
 use crate::{
     rig::{
-        cycle::{Action, Outcome, best},
+        cycle::{Action, Outcome, Turn, best},
         roles::{Claim, Verdict},
     },
     scene::{
@@ -58,6 +59,9 @@ pub struct Line {
 pub struct Edited {
     pub from: usize,
     pub instruction: String,
+    /// Of an edit of a picture that the pixel oracle finds wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub review: Option<Review>,
 }
 
 /// What a picture cost, with its check.
@@ -103,22 +107,22 @@ impl Made<'_> {
         let turns = &self.outcome.turns;
         ensure!(self.evaluations.len() == turns.len(), "the evaluations of {} turns are known", self.evaluations.len());
         let result = |round: usize| best(&turns[..turns.len().min(round)]);
-        (0..turns.len())
-            .map(|i| self.line(i, (1..=self.rounds).filter(|round| result(*round) == Some(i)).collect()))
-            .collect()
+        let read = |turn: &Turn| Ok(Oracle::new(turn.picture.pixels()?, &self.sample.graph));
+        let oracles: Vec<Oracle> = match self.sample.dataset {
+            TABLETOP => turns.iter().map(read).collect::<Result<_>>()?,
+            _ => Vec::new(),
+        };
+        let result_after = |i: usize| (1..=self.rounds).filter(|round| result(*round) == Some(i)).collect();
+        Ok((0..turns.len()).map(|i| self.line(i, &oracles, result_after(i))).collect())
     }
 
-    fn line(&self, i: usize, result_after: Vec<usize>) -> Result<Line> {
+    fn line(&self, i: usize, oracles: &[Oracle], result_after: Vec<usize>) -> Line {
         let Self { sample, mode, outcome, .. } = self;
-        let (turn, graph) = (&outcome.turns[i], &sample.graph);
-        let oracle = match sample.dataset {
-            TABLETOP => Some(Oracle::new(turn.picture.pixels()?, graph)),
-            _ => None,
-        };
+        let (turn, graph, oracle) = (&outcome.turns[i], &sample.graph, oracles.get(i));
         let judge = self.judged.map_or(&turn.verdicts, |judged| &judged[i]);
         let p: Vec<f64> = judge.iter().map(|v| v.p_yes).collect();
         // In the order of a target's claims.
-        let truths = oracle.as_ref().map(|o| {
+        let truths = oracle.map(|o| {
             let Judgement { objects, relations, extra } = &o.judgement;
             objects.iter().chain(relations).copied().chain([*extra == 0])
         });
@@ -133,11 +137,11 @@ impl Made<'_> {
         let confirmed: Vec<bool> = p.iter().map(|p| *p >= 0.5).collect();
         let wrong = |a: &&Answer| !a.oracle.unwrap_or(a.judge >= 0.5) && !matches!(a.claim, Claim::Only(_));
         let mut missed: Vec<String> = claims.iter().filter(wrong).map(|a| a.claim.to_string()).collect();
-        if let Some(extra) = oracle.as_ref().map(|o| o.judgement.extra).filter(|extra| *extra > 0) {
+        if let Some(extra) = oracle.map(|o| o.judgement.extra).filter(|extra| *extra > 0) {
             missed.push(format!("{extra} more than asked for"));
         }
         let file = format!("pictures/{}/{}-{}-{}.png", mode.name(), file_name(&sample.id), self.seed, i + 1);
-        Ok(Line {
+        Line {
             id: sample.id.clone(),
             dataset: sample.dataset.to_owned(),
             split: sample.split.clone(),
@@ -151,14 +155,16 @@ impl Made<'_> {
             edit: match &turn.action {
                 Action::Draw => None,
                 Action::Edit { source, instruction, .. } => {
-                    Some(Edited { from: source + 1, instruction: instruction.clone() })
+                    let reviewed = oracle.zip(oracles.get(*source)).filter(|_| mode.edits());
+                    let review = reviewed.and_then(|(after, before)| review(instruction, before, after, graph));
+                    Some(Edited { from: source + 1, instruction: instruction.clone(), review })
                 }
             },
             filename: file.clone(),
             file,
             reference: Lists::of(graph, iou::label),
             extracted: metrics::extracted(graph, iou::label, &confirmed),
-            metrics: metrics::metrics(graph, &p, oracle.as_ref()),
+            metrics: metrics::metrics(graph, &p, oracle),
             claims,
             cost: Cost {
                 evaluations: self.evaluations[i],
@@ -167,7 +173,7 @@ impl Made<'_> {
             tag: if graph.relations.is_empty() { "object" } else { "position" }.to_owned(),
             correct: missed.is_empty(),
             reason: missed.join("; "),
-        })
+        }
     }
 }
 
@@ -181,7 +187,7 @@ pub mod tests {
     use super::*;
     use crate::{
         rig::{
-            cycle::{Ending, Seconds, Turn},
+            cycle::{Ending, Seconds},
             roles::{Picture, Target, score},
         },
         scene::tabletop::{render::render, split::Split, tasks},
@@ -242,7 +248,8 @@ pub mod tests {
         assert_eq!((drawn.metrics["oracle_mean"], mended.metrics["oracle_mean"]), (0.0, 1.0));
         assert!(!drawn.correct && drawn.reason.contains(" "));
         assert!(mended.correct && mended.reason.is_empty(), "{}", mended.reason);
-        assert_eq!(mended.edit, Some(Edited { from: 1, instruction: "add all".into() }));
+        let review = Review { mendable: true, helpful: false, better: true, worse: false };
+        assert_eq!(mended.edit, Some(Edited { from: 1, instruction: "add all".into(), review: Some(review) }));
         assert_eq!(mended.cost, Cost { evaluations: 40, seconds: 1.0 });
         assert_eq!(mended.file, "pictures/loop/test-3-0-2.png");
         for line in &lines {

@@ -19,7 +19,10 @@ use crate::{
         graph::{Object, SceneGraph},
         iou::{self, Iou, Lists},
         relation::Spatial,
-        tabletop::{oracle, view::Judgement},
+        tabletop::{
+            oracle::{self, Reading},
+            view::Judgement,
+        },
     },
 };
 use image::RgbImage;
@@ -49,13 +52,14 @@ pub struct Oracle {
     pub present: Vec<bool>,
     /// Distance from the nearest render, in 0..=1.
     pub distance: f64,
+    pub reading: Reading,
 }
 
 impl Oracle {
     pub fn new(image: &RgbImage, graph: &SceneGraph) -> Self {
         let reading = oracle::read(image);
         let present = reading.view.matching(graph).iter().map(Option::is_some).collect();
-        Self { judgement: reading.judge(graph), present, distance: reading.render_distance(image) }
+        Self { judgement: reading.judge(graph), present, distance: reading.render_distance(image), reading }
     }
 }
 
@@ -84,7 +88,7 @@ pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Me
     put(&mut metrics, "judge_all", all(triples.iter().map(|p| *p >= 0.5)));
     put(&mut metrics, "judge_no_others", others.first().copied());
 
-    let Some(Oracle { judgement, present, distance }) = oracle else { return metrics };
+    let Some(Oracle { judgement, present, distance, .. }) = oracle else { return metrics };
     let truths: Vec<bool> = judgement.objects.iter().chain(&judgement.relations).copied().collect();
     add(&mut metrics, "oracle_", "", iou::strict(&extracted(graph, iou::label, &truths), &wanted));
     put(&mut metrics, "oracle_mean", share(judgement.relations.iter().copied()));
@@ -142,6 +146,12 @@ mod tests {
         parse("red ball left of blue cube; green ball inside blue ring").unwrap()
     }
 
+    /// What the metrics take of an oracle, with a reading that none of them looks at.
+    fn oracle(judgement: Judgement, present: bool, distance: f64) -> Oracle {
+        let reading = oracle::read(&RgbImage::new(8, 8));
+        Oracle { judgement, present: vec![present; 4], distance, reading }
+    }
+
     #[test]
     fn a_judges_answers_give_the_numbers_worked_out_by_hand() {
         let graph = graph();
@@ -160,8 +170,7 @@ mod tests {
     #[test]
     fn the_oracles_findings_give_the_numbers_worked_out_by_hand() {
         let judgement = Judgement { objects: vec![true, true, false, false], relations: vec![true, false], extra: 1 };
-        let oracle = Oracle { judgement, present: vec![true, true, true, true], distance: 0.25 };
-        let m = metrics(&graph(), &[0.0; 6], Some(&oracle));
+        let m = metrics(&graph(), &[0.0; 6], Some(&oracle(judgement, true, 0.25)));
         assert_eq!((m["sg_iou"], m["judge_all"]), (0.0, 0.0));
         assert_eq!((m["oracle_mean"], m["oracle_all"], m["oracle_objects"]), (0.5, 0.0, 0.5));
         assert_eq!((m["no_others"], m["oracle_perfect"], m["oracle_sg_iou"]), (0.0, 0.0, 0.5));
@@ -174,7 +183,7 @@ mod tests {
     #[test]
     fn what_is_not_defined_is_absent() {
         let judgement = Judgement { objects: vec![false; 4], relations: vec![false; 2], extra: 0 };
-        let m = metrics(&graph(), &[1.0; 6], Some(&Oracle { judgement, present: vec![false; 4], distance: 0.0 }));
+        let m = metrics(&graph(), &[1.0; 6], Some(&oracle(judgement, false, 0.0)));
         assert!(!m.contains_key("visor_conditional"));
         assert_eq!((m["sg_iou"], m["judge_all"], m["no_others"]), (1.0, 1.0, 1.0));
         let closed = metrics(&graph(), &[1.0, 1.0, 1.0, 1.0, 0.25, 0.75, 0.125], None);

@@ -8,6 +8,7 @@ pub mod agreement;
 pub mod bootstrap;
 pub mod compare;
 pub mod dataset;
+pub mod edits;
 pub mod folder;
 pub mod line;
 pub mod metrics;

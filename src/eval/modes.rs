@@ -57,6 +57,11 @@ impl Mode {
         (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
     }
 
+    /// Whether the mode edits pictures; its rivals draw anew instead.
+    pub fn edits(self) -> bool {
+        matches!(self, Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop)
+    }
+
     /// How the mode runs where the loop has these options.
     pub fn options(self, of_loop: Options) -> Options {
         match self {

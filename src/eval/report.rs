@@ -2,6 +2,7 @@
 //! pictures open the story of how they came about.
 
 use super::{
+    edits::Review,
     line::{Key, Line},
     modes::Mode,
     plot::{Series, plot},
@@ -69,6 +70,7 @@ pub fn page(results: &Results, lines: &[Line], folder: &Path) -> Result<String> 
     html += &plot(&by_round(results, metric), "rounds", name);
     html += &plot(&by_cost(results, metric), "network evaluations of a prompt", name);
     html += "</div>\n";
+    html += &edits(results);
     // The loop is what the galleries are about, or else what comes last.
     if let Some(mode) = results.modes.keys().next_back() {
         html += &galleries(*mode, metric, lines, folder)?;
@@ -114,6 +116,23 @@ fn table(results: &Results) -> String {
         html += "</tr>\n";
     }
     html + "</table></div>\n<p class=\"faint\">Means over prompts with their 95% bootstrap intervals.</p>\n"
+}
+
+/// What became of the edits of pictures that were wrong, by mode.
+fn edits(results: &Results) -> String {
+    let rows = results.modes.iter().filter(|(_, found)| !found.edits.is_empty()).map(|(mode, found)| {
+        let cells: String = Review::NAMES.iter().map(|name| cell(&found.edits, name, 3)).collect();
+        format!("<tr><td>{}</td>{cells}</tr>\n", mode.name())
+    });
+    let rows: String = rows.collect();
+    if rows.is_empty() {
+        return rows;
+    }
+    let heads: String = Review::NAMES.iter().map(|name| format!("<th>{name}</th>")).collect();
+    format!(
+        "<h2>Edits of wrong pictures</h2>\n<div class=\"wide\"><table>\n<tr><th>mode</th>{heads}</tr>\n{rows}</table></div>\n\
+         <p class=\"faint\">By the oracle: an edit could help; the one asked for would; the picture got better; worse.</p>\n"
+    )
 }
 
 fn cell(estimates: &Estimates, name: &str, decimals: usize) -> String {

@@ -40,6 +40,8 @@ pub struct ModeResults {
     /// For each predicate the share of its triples that hold, by `judge` and `oracle`.
     pub by_relation: BTreeMap<String, Estimates>,
     pub by_split: BTreeMap<String, Estimates>,
+    /// Of the edits of pictures that the oracle finds wrong: see [`super::edits::Review`].
+    pub edits: Estimates,
     /// By the number of objects asked for.
     pub by_objects: BTreeMap<usize, Estimates>,
 }
@@ -71,6 +73,7 @@ fn mode_results(lines: &[&Line]) -> ModeResults {
         by_round: (1..=rounds).map(|round| estimates(after(round), metrics)).collect(),
         by_relation: by_relation(&last),
         by_split: grouped(&|line| line.split.clone()),
+        edits: edits(lines),
         by_objects: objects.into_iter().filter_map(|(n, e)| Some((n.parse().ok()?, e))).collect(),
     }
 }
@@ -107,6 +110,12 @@ fn costs(lines: &[&Line]) -> Estimates {
     }
     let first = lines.iter().copied().filter(|line| line.round == 1);
     estimates(first, |line| sums.get(&line.key()).cloned().unwrap_or_default())
+}
+
+fn edits(lines: &[&Line]) -> Estimates {
+    let review = |line: &Line| line.edit.as_ref().and_then(|edit| edit.review);
+    let reviewed = lines.iter().copied().filter(|line| review(line).is_some());
+    estimates(reviewed, |line| review(line).map(|review| review.metrics()).unwrap_or_default())
 }
 
 fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
@@ -183,6 +192,8 @@ mod tests {
         assert_eq!((diffuser.by_round.len(), looped.by_round.len()), (1, 3));
         let by_round: Vec<f64> = looped.by_round.iter().map(|round| round["judge_all"].mean).collect();
         assert_eq!(by_round, [0.0, 1.0, 1.0]);
+        let edits = ["mendable", "helpful", "better", "worse"].map(|name| looped.edits[name].mean);
+        assert_eq!((edits, diffuser.edits.len()), ([1.0, 0.0, 1.0, 0.0], 0));
         assert_eq!((diffuser.cost["evaluations"].mean, looped.cost["evaluations"].mean), (40.0, 80.0));
         assert_eq!((looped.cost["rounds"].mean, looped.cost["seconds"].mean), (2.0, 2.0));
         assert_eq!(looped.by_split["test"]["sg_iou"], looped.metrics["sg_iou"]);

@@ -2,6 +2,7 @@
 
 use super::{
     bootstrap::Estimate,
+    edits::Review,
     results::{Estimates, Results},
 };
 
@@ -41,6 +42,16 @@ pub fn markdown(results: &Results) -> String {
                 columns.iter().map(|(name, _)| cell(round.get(*name), " (", " to ", ")", 3)).collect();
             text += &format!("| {} | {} |\n", i + 1, cells.join(" | "));
         }
+    }
+    let edited: Vec<_> = results.modes.iter().filter(|(_, found)| !found.edits.is_empty()).collect();
+    if !edited.is_empty() {
+        let heads = Review::NAMES;
+        text +=
+            &format!("\n| edits of wrong pictures | {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len() + 1));
+    }
+    for (mode, found) in edited {
+        let cells = Review::NAMES.map(|name| cell(found.edits.get(name), " (", " to ", ")", 3));
+        text += &format!("| {} | {} |\n", mode.name(), cells.join(" | "));
     }
     text
 }
@@ -100,7 +111,8 @@ mod tests {
             rows[2].starts_with("| diffuser | 0.000 (0.000 to 0.000) |") && rows[2].ends_with("| 1.00 | 40 | 1.0 |")
         );
         assert!(rows[3].starts_with("| loop | 1.000 (1.000 to 1.000) |") && rows[3].ends_with("| 2.00 | 80 | 2.0 |"));
-        assert!(rows[5].starts_with("| loop, round |") && rows.len() == 10);
+        assert!(rows[5].starts_with("| loop, round |") && rows.len() == 14);
+        assert!(rows[13].starts_with("| loop | 1.000 (1.000 to 1.000) | 0.000"), "{text}");
         let columns = rows[0].matches('|').count();
         assert!(rows[1..4].iter().all(|row| row.matches('|').count() == columns));
         let tex = latex(&found);

@@ -38,6 +38,9 @@ pub struct Recipe {
     #[serde(default)]
     pub redraw: bool,
     pub accept: f64,
+    /// How many times the Checker looks at a picture.
+    #[serde(default = "one")]
+    pub looks: usize,
     pub steps: usize,
     pub guidance: f64,
     pub editor: String,
@@ -53,7 +56,7 @@ pub struct Recipe {
     pub init_noise: Option<String>,
 }
 
-/// The drawings of recipes that do not say how many.
+/// The drawings and looks of recipes that do not say how many.
 fn one() -> usize {
     1
 }
@@ -255,6 +258,7 @@ mod tests {
                 draws: 1,
                 redraw: false,
                 accept: 0.5,
+                looks: 3,
                 steps: 20,
                 guidance: 3.0,
                 editor: "reference".into(),

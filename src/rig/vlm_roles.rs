@@ -3,6 +3,9 @@
 //!
 //! A picture is read once: its keys and values are shared by the questions about all its claims. A verdict's P(yes) is
 //! the share of "yes" where the answer's schema leaves only the two words, behind what the Checker says to have seen.
+//!
+//! A vision tower cuts a picture into patches, and what it makes of a shape depends on where the cuts fall. The Checker may
+//! therefore look several times, at the picture moved by a few pixels; a verdict is then the mean of what it says.
 
 use super::{
     prompts,
@@ -14,19 +17,24 @@ use crate::{
     vlm::{
         Vlm,
         decode::{self, Sampling},
+        image::moved,
         prefix::Question,
     },
 };
 use anyhow::{Context, Result};
 use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
-use std::{ops::Range, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 /// Questions that are answered together at most; it bounds the memory that their keys and values take.
 const ROWS: usize = 64;
 /// An Actor whose edit did not help writes so many others at this temperature: the same words again would not help either.
 const CANDIDATES: usize = 8;
 const TEMPERATURE: f64 = 0.7;
+/// By how much the picture is moved for each look of the Checker, to the right and down, in 128ths of its sides.
+const MOVES: [[i64; 2]; 5] = [[0, 0], [3, 3], [-3, -2], [3, -3], [-2, 3]];
+/// The most looks.
+pub const LOOKS: usize = MOVES.len();
 /// Tokens at most of a verdict with its reflection, of an edit with its own, and of a scene graph.
 pub const VERDICT: usize = 56;
 pub const EDIT: usize = 128;
@@ -37,13 +45,19 @@ const GRAPH: usize = 512;
 pub struct Critic {
     pub checker: Arc<Vlm>,
     pub actor: Arc<Vlm>,
+    /// How many times the Checker looks at a picture, up to [`LOOKS`].
+    pub looks: usize,
 }
 
 impl Critic {
-    /// One model in both roles.
-    pub fn new(vlm: Vlm) -> Self {
-        let vlm = Arc::new(vlm);
-        Self { checker: vlm.clone(), actor: vlm }
+    /// One model in both roles; it looks at a picture once.
+    pub fn new(vlm: Arc<Vlm>) -> Self {
+        Self { checker: vlm.clone(), actor: vlm, looks: 1 }
+    }
+
+    /// Lets the Checker look so many times.
+    pub fn with_looks(self, looks: usize) -> Self {
+        Self { looks: looks.clamp(1, LOOKS), ..self }
     }
 
     /// The same Checker, and as Actor another model, if there is one.
@@ -63,31 +77,58 @@ impl Critic {
         Ok(read::<Read>(&self.checker.chat.decode(&answer.ids)?)?.graph())
     }
 
-    /// Verdicts on some jobs whose claims fit into one batch.
-    fn check_batch(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>> {
+    /// Verdicts by one look at each of some pictures, whose claims fit into one batch.
+    fn check_batch(&self, looks: &[(Cow<RgbImage>, &Target)]) -> Result<Vec<Vec<Verdict>>> {
         #[derive(Deserialize)]
         struct Answer {
             reflection: String,
         }
-        let pictures: Vec<&RgbImage> = jobs.iter().map(|(picture, _)| picture.pixels()).collect::<Result<_>>()?;
+        let pictures: Vec<&RgbImage> = looks.iter().map(|(picture, _)| picture.as_ref()).collect();
         let asked: Vec<(usize, &Claim)> =
-            jobs.iter().enumerate().flat_map(|(i, (_, target))| target.claims.iter().map(move |c| (i, c))).collect();
+            looks.iter().enumerate().flat_map(|(i, (_, target))| target.claims.iter().map(move |c| (i, c))).collect();
         let texts: Vec<String> = asked.iter().map(|(_, claim)| prompts::check(claim)).collect();
         let questions: Vec<Question> =
             asked.iter().zip(&texts).map(|((i, _), text)| Question { picture: Some(*i), text }).collect();
         let looked = self.checker.look(&pictures)?;
         let schema = prompts::check_schema();
         let decisions = self.checker.decide(&looked, &questions, &schema, prompts::VERDICTS, VERDICT)?;
-        let mut verdicts: Vec<Vec<Verdict>> = jobs.iter().map(|_| Vec::new()).collect();
+        let mut verdicts: Vec<Vec<Verdict>> = looks.iter().map(|_| Vec::new()).collect();
         for ((i, claim), decision) in asked.iter().zip(decisions) {
-            // To four digits: what is behind them differs between machines.
-            let p_yes = (decision.probability * 1e4).round() / 1e4;
+            let p_yes = decision.probability;
             let Answer { reflection } = read(&decision.text)?;
             verdicts[*i].push(Verdict { claim: (*claim).clone(), yes: p_yes >= 0.5, p_yes, reflection });
         }
         verdicts.iter_mut().for_each(|verdicts| agree(verdicts));
         Ok(verdicts)
     }
+}
+
+/// What is seen of a picture at a look.
+fn view(picture: &RgbImage, look: usize) -> Cow<'_, RgbImage> {
+    match MOVES[look] {
+        [0, 0] => Cow::Borrowed(picture),
+        by => Cow::Owned(moved(picture, pixels(by, picture))),
+    }
+}
+
+/// A move in pixels.
+fn pixels(by: [i64; 2], picture: &RgbImage) -> [i64; 2] {
+    let scaled = |by: i64, side: u32| (by as f64 * f64::from(side) / 128.0).round() as i64;
+    [scaled(by[0], picture.width()), scaled(by[1], picture.height())]
+}
+
+/// The mean of what the looks at one picture say of its claims, with the words of the first look that decided alike.
+fn mean(looks: &[Vec<Verdict>]) -> Vec<Verdict> {
+    let claims = looks.first().map_or(0, |verdicts| verdicts.len());
+    let of_claim = |c: usize| {
+        let p_yes = looks.iter().map(|verdicts| verdicts[c].p_yes).sum::<f64>() / looks.len() as f64;
+        // To four digits: what is behind them differs between machines.
+        let p_yes = (p_yes * 1e4).round() / 1e4;
+        let yes = p_yes >= 0.5;
+        let told = looks.iter().map(|verdicts| &verdicts[c]).find(|v| v.yes == yes).unwrap_or(&looks[0][c]);
+        Verdict { yes, p_yes, ..told.clone() }
+    };
+    (0..claims).map(of_claim).collect()
 }
 
 /// Makes the verdicts on one picture consistent: a relation is at most as probable as the objects it is between, which a
@@ -142,16 +183,19 @@ fn batches(sizes: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
 
 impl Checker for Critic {
     fn check(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>> {
-        let asked: Vec<usize> = (0..jobs.len()).filter(|i| !jobs[*i].1.claims.is_empty()).collect();
-        let mut verdicts: Vec<Vec<Verdict>> = jobs.iter().map(|_| Vec::new()).collect();
-        for batch in batches(asked.iter().map(|i| jobs[*i].1.claims.len())) {
-            let batch = &asked[batch];
-            let some: Vec<(&Picture, &Target)> = batch.iter().map(|i| jobs[*i]).collect();
-            for (i, found) in batch.iter().zip(self.check_batch(&some)?) {
-                verdicts[*i] = found;
+        let looks: Vec<(usize, usize)> =
+            (0..jobs.len()).flat_map(|job| (0..self.looks).map(move |look| (job, look))).collect();
+        let looks: Vec<(usize, usize)> = looks.into_iter().filter(|(job, _)| !jobs[*job].1.claims.is_empty()).collect();
+        let mut verdicts: Vec<Vec<Vec<Verdict>>> = jobs.iter().map(|_| Vec::new()).collect();
+        for batch in batches(looks.iter().map(|(job, _)| jobs[*job].1.claims.len())) {
+            let batch = &looks[batch];
+            let seen = |(job, look): &(usize, usize)| Ok((view(jobs[*job].0.pixels()?, *look), jobs[*job].1));
+            let seen = batch.iter().map(seen).collect::<Result<Vec<_>>>()?;
+            for ((job, _), found) in batch.iter().zip(self.check_batch(&seen)?) {
+                verdicts[*job].push(found);
             }
         }
-        Ok(verdicts)
+        Ok(verdicts.iter().map(|looks| mean(looks)).collect())
     }
 }
 
@@ -240,6 +284,23 @@ mod tests {
         ];
         agree(&mut verdicts);
         assert_eq!(verdicts.each_ref().map(|v| (v.p_yes, v.yes))[2..], [(0.2, false), (0.8, true)]);
+    }
+
+    #[test]
+    fn several_looks_are_one_verdict() {
+        let verdict = |p_yes: f64, reflection: &str| Verdict {
+            claim: Claim::Object("ball".into()),
+            yes: p_yes >= 0.5,
+            p_yes,
+            reflection: reflection.into(),
+        };
+        let (yes, no) = (vec![verdict(0.6, "ball")], vec![verdict(0.1, "cube")]);
+        assert_eq!(mean(&[yes.clone(), no]), [verdict(0.35, "cube")]);
+        assert_eq!(mean(std::slice::from_ref(&yes)), yes);
+        assert_eq!(mean(&[]), []);
+        // None says what the mean is.
+        assert_eq!(mean(&[vec![verdict(0.49996, "cone")]]), [verdict(0.5, "cone")]);
+        assert_eq!(pixels([3, -2], &RgbImage::new(256, 64)), [6, -1]);
     }
 
     #[test]

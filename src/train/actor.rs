@@ -142,7 +142,7 @@ impl Actor {
         group.check(&["format", "brevity"])?;
         let adapter = config.learned(built_in::ACTOR, TARGETS)?;
         let at = (models.dtype.dtype(), device);
-        let (critic, policy) = rollout::vlm(&models.vlm()?, at, Some(&adapter))?;
+        let (critic, policy) = rollout::critic(models, at, Some(&adapter))?;
         let editor = models.adapter(built_in::EDITOR)?.map(|peft| peft.adapter(1.0));
         let (klein, mut editors) = rollout::pipeline(&models.pipeline()?, at, editor.as_slice())?;
         let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));

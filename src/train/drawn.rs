@@ -1,21 +1,29 @@
 //! Pictures of a run of `rlrig eval`: drawn and edited, right and wrong, and read by the pixel oracle. The Checker and the
 //! Actor meet such pictures in use, and renders alone do not prepare them for a shape that is not quite one.
+//!
+//! There are few of them, and they are learned by heart, unless they are shown a little otherwise each time
+//! ([`Drawn::varied`]): since the oracle reads any picture, what is taught stays true.
 
 use crate::{
     io,
-    rig::roles::{Checker, Picture, Target, Verdict},
     scene::{
-        graph::SceneGraph,
+        graph::{Relation, SceneGraph},
         parse::parse,
+        relation::Spatial,
         tabletop::{
+            caption::{Style, caption},
             oracle::{self, Reading},
+            sample,
+            split::Split,
             world::SIDE,
         },
     },
+    tensor::rng::Stream,
     usage,
+    vlm::image::moved,
 };
 use anyhow::{Context, Result, bail};
-use image::RgbImage;
+use image::{RgbImage, imageops::flip_horizontal_in_place};
 use rayon::prelude::*;
 use serde::Deserialize;
 use std::path::Path;
@@ -37,21 +45,37 @@ pub struct Drawn {
     pub prompt: String,
     pub graph: SceneGraph,
     pub reading: Reading,
-    /// What a Checker says of it, once [`hear`] has asked one.
-    pub heard: Vec<Verdict>,
 }
 
-/// Asks the Checker about pictures.
-pub fn hear(checker: &dyn Checker, drawn: &mut [Drawn]) -> Result<()> {
-    const AT_ONCE: usize = 32;
-    for drawn in drawn.chunks_mut(AT_ONCE) {
-        let ask =
-            |d: &Drawn| (Picture::from_pixels(d.picture.clone()), Target::new(&d.prompt, &d.graph).and_nothing_else());
-        let asked: Vec<(Picture, Target)> = drawn.iter().map(ask).collect();
-        let verdicts = checker.check(&asked.iter().map(|(picture, target)| (picture, target)).collect::<Vec<_>>())?;
-        drawn.iter_mut().zip(verdicts).for_each(|(drawn, verdicts)| drawn.heard = verdicts);
+/// Pixels by which a picture is moved at most, along either side.
+const MOVED: usize = 6;
+/// How often a picture is mirrored: the light then comes from the wrong side.
+const MIRRORED: f64 = 0.3;
+
+impl Drawn {
+    /// The picture moved a little and at times mirrored, with a prompt that says the same of it, read anew. It is not mirrored
+    /// where the prompt would then name what training never names.
+    pub fn varied(&self, rng: &mut Stream) -> Self {
+        let mut offset = || rng.below(2 * MOVED + 1) as i64 - MOVED as i64;
+        let mut picture = moved(&self.picture, [offset(), offset()]);
+        let (mut prompt, mut graph) = (self.prompt.clone(), self.graph.clone());
+        let mut mirrored = graph.clone();
+        mirrored.relations.iter_mut().for_each(mirror);
+        if rng.chance(MIRRORED) && sample::admissible(Split::Train, &mirrored) {
+            flip_horizontal_in_place(&mut picture);
+            prompt = caption(rng, &mirrored, Style::Natural);
+            graph = mirrored;
+        }
+        let reading = oracle::read(&picture);
+        Self { picture, prompt, graph, reading }
     }
-    Ok(())
+}
+
+fn mirror(relation: &mut Relation) {
+    let sides = [Spatial::LeftOf, Spatial::RightOf];
+    if let Some(spatial) = Spatial::from_name(&relation.predicate).filter(|spatial| sides.contains(spatial)) {
+        relation.predicate = spatial.inverse().unwrap_or(spatial).name().to_owned();
+    }
 }
 
 /// The pictures of a run on the tabletop world, in the order of its lines: those to learn from, and those of every tenth
@@ -83,7 +107,7 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
             let graph = parse(&line.prompt).map_err(|error| anyhow::anyhow!("{}: {error}", line.prompt))?;
             let held_out = ids.binary_search(&line.id.as_str()).is_ok_and(|place| place % 10 == 9);
             let reading = oracle::read(&picture);
-            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading, heard: Vec::new() }))
+            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading }))
         })
         .collect::<Result<_>>()?;
     let (held_out, learned): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|(held_out, _)| *held_out);
@@ -94,8 +118,27 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scene::tabletop::{render::render, split::Split, tasks};
+    use crate::scene::tabletop::{render::render, tasks};
     use std::fs;
+
+    #[test]
+    fn a_varied_picture_shows_what_its_prompt_says_as_well_as_before() {
+        let (mut mirrored, mut alike) = (0, 0);
+        for i in 0..40 {
+            let sample = tasks::text_to_image(0, Split::Train, i, 2, 3);
+            let picture = render(&sample.scene);
+            let reading = oracle::read(&picture);
+            let drawn = Drawn { picture, prompt: sample.prompt, graph: sample.graph, reading };
+            let varied = drawn.varied(&mut Stream::new(0, "varied", i));
+            assert_eq!(parse(&varied.prompt).unwrap().canonical(), varied.graph.canonical());
+            assert!(sample::admissible(Split::Train, &varied.graph));
+            mirrored += usize::from(varied.graph != drawn.graph);
+            alike += usize::from(varied.reading.judge(&varied.graph) == drawn.reading.judge(&drawn.graph));
+        }
+        // Where nothing is left or right of another thing, the graph stays.
+        assert!((4..20).contains(&mirrored), "{mirrored}");
+        assert!(alike >= 38, "{alike}");
+    }
 
     #[test]
     fn every_tenth_prompt_is_held_out_and_what_is_wrong_is_said() {

@@ -202,7 +202,7 @@ impl Editor {
         editor.check(*seed)?;
         let at = (models.dtype.dtype(), device);
         let actor = models.adapter(built_in::ACTOR)?.map(|peft| peft.adapter(1.0));
-        let (critic, adapted) = rollout::vlm(&models.vlm()?, at, actor.as_ref())?;
+        let (critic, adapted) = rollout::critic(models, at, actor.as_ref())?;
         let critic = critic.with_actor(adapted.map(Arc::new));
         let nft = editor.loss == LossKind::DiffusionNft;
         if nft && group.rows != 0 {

@@ -76,6 +76,8 @@ pub struct ModelsConfig {
     pub size: Option<u32>,
     /// What the frozen weights compute in; adapters are trained in f32.
     pub dtype: Precision,
+    /// How many times the Checker looks at a picture (`rlrig generate --looks`).
+    pub looks: usize,
 }
 
 /// The low-rank adapter that is trained.
@@ -140,7 +142,16 @@ impl Default for GrpoConfig {
 
 impl Default for ModelsConfig {
     fn default() -> Self {
-        Self { model: None, vlm: None, judge: None, actor: None, editor: None, size: None, dtype: Precision::F32 }
+        Self {
+            model: None,
+            vlm: None,
+            judge: None,
+            actor: None,
+            editor: None,
+            size: None,
+            dtype: Precision::F32,
+            looks: 1,
+        }
     }
 }
 

@@ -170,7 +170,7 @@ impl Joint {
         }
         let of = [config.learned(built_in::ACTOR, actor::TARGETS)?, config.learned(built_in::EDITOR, editor::TARGETS)?];
         let at = (models.dtype.dtype(), device);
-        let (critic, policy) = rollout::vlm(&models.vlm()?, at, Some(&of[0]))?;
+        let (critic, policy) = rollout::critic(models, at, Some(&of[0]))?;
         let (klein, mut flows) = rollout::learners(&models.pipeline()?, at, &of[1..])?;
         let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {

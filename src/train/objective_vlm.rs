@@ -17,7 +17,7 @@ use crate::{
         qwen3::{self, RopeParameters},
         qwen3_vl::{self, Features, Patches, Qwen3VL, VisionConfig, rope_positions},
     },
-    rig::{prompts, vlm_roles::Critic},
+    rig::prompts,
     scene::tabletop::{split::Split, world::SIDE},
     tensor::{Mask, Precision, cross_entropy, rng::Stream, select_rows},
     vlm::{
@@ -61,9 +61,6 @@ pub struct VlmConfig {
     pub drawn: Option<PathBuf>,
     /// Their share of all pictures.
     pub drawn_share: f64,
-    /// Tell the Actor of them what the model that is gone on from says as their Checker, instead of what is true: what it
-    /// hears in the loop is not always true either.
-    pub heard: bool,
     /// Pictures of an evaluation.
     pub evaluation: usize,
     /// Precision of the matrix products.
@@ -104,7 +101,6 @@ impl Default for VlmConfig {
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
             drawn: None,
             drawn_share: 0.4,
-            heard: false,
             evaluation: 100,
             multiply: Precision::F32,
             shape: Shape::default(),
@@ -298,10 +294,7 @@ impl VlmObjective {
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
         let vlm = Arc::new(Vlm::new(model, chat, images)?);
-        let mut drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
-        if config.heard {
-            drawn::hear(&Critic { checker: vlm.clone(), actor: vlm.clone() }, &mut drawn.0)?;
-        }
+        let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
         let (config, ahead) = (config.clone(), Ahead::default());
         Ok(Self { vlm, params, files, drawn, config, seed, ahead })
     }
@@ -333,8 +326,8 @@ impl VlmObjective {
         let show = |index: u64| {
             let mut rng = Stream::new(seed, "vlm picture", index);
             if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
-                let drawn = rng.choose(&self.drawn.0);
-                return (vlm_tasks::drawn_rows(seed, index, drawn, mix), drawn.picture.clone());
+                let drawn = rng.choose(&self.drawn.0).varied(&mut rng);
+                return (vlm_tasks::drawn_rows(seed, index, &drawn, mix), drawn.picture);
             }
             let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
             let picture = vlm_tasks::picture(&mut rng, &lesson.scene);

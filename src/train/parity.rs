@@ -20,7 +20,11 @@ use crate::{
     vlm::Vlm,
 };
 use candle_core::{DType, Device, Tensor};
-use std::{collections::HashMap, fs, sync::atomic::AtomicBool};
+use std::{
+    collections::HashMap,
+    fs,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 /// A picture in bf16 after a few steps of a network in bf16.
 const PICTURE_BF16: f64 = 0.1;
@@ -245,7 +249,7 @@ fn pictures_are_the_same() {
 /// P(yes) of the claims about a picture.
 fn verdicts(device: &Device, dtype: DType) -> Vec<f64> {
     let folder = built_in::tabletop().require("vlm").unwrap();
-    let critic = Critic::new(Vlm::of(Qwen3VL::open(&folder, dtype, device).unwrap(), &folder).unwrap());
+    let critic = Critic::new(Arc::new(Vlm::of(Qwen3VL::open(&folder, dtype, device).unwrap(), &folder).unwrap()));
     let sample = tasks::text_to_image(0, Split::Train, 3, 3, 3);
     let target = Target::new(sample.prompt, &sample.graph);
     let picture = Picture::from_pixels(render::render(&sample.scene));

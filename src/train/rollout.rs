@@ -5,7 +5,7 @@ use super::{
     Batch, Metrics,
     flow_steps::Learned,
     grpo::advantages,
-    grpo_config::{Combine, GroupConfig, GrpoConfig},
+    grpo_config::{Combine, GroupConfig, GrpoConfig, ModelsConfig},
 };
 use crate::{
     flow::Klein,
@@ -17,7 +17,7 @@ use crate::{
     rig::{
         reward::{ByVerdicts, Reward as _, Sample, Weighted},
         roles::{Checker, Decode, Picture, Target, Verdict, score},
-        vlm_roles::Critic,
+        vlm_roles::{Critic, LOOKS},
     },
     scene::{graph::SceneGraph, tabletop::oracle},
     usage,
@@ -72,12 +72,16 @@ pub fn before_and_after<'a>(
     Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
 }
 
-/// The frozen VLM, and a copy with an adapter on the same weights, if asked for.
-pub fn vlm(
-    folder: &Folder,
-    (dtype, device): (DType, &Device),
-    adapter: Option<&Adapter>,
-) -> Result<(Critic, Option<Vlm>)> {
+/// Checker and Actor as the config has them, and a copy of the VLM with an adapter on the same weights, if asked for.
+pub fn critic(models: &ModelsConfig, at: (DType, &Device), adapter: Option<&Adapter>) -> Result<(Critic, Option<Vlm>)> {
+    if !(1..=LOOKS).contains(&models.looks) {
+        usage!("models.looks is 1 to {LOOKS}, not {}", models.looks);
+    }
+    let (critic, adapted) = vlm(&models.vlm()?, at, adapter)?;
+    Ok((critic.with_looks(models.looks), adapted))
+}
+
+fn vlm(folder: &Folder, (dtype, device): (DType, &Device), adapter: Option<&Adapter>) -> Result<(Critic, Option<Vlm>)> {
     let config: qwen3_vl::Config = folder.json("config.json")?;
     let params = Params::open(folder, "model", dtype, device)?;
     let frozen = Qwen3VL::new(&config, &params)?;
@@ -85,7 +89,7 @@ pub fn vlm(
     let adapted = |adapter: &Adapter| Vlm::of(Qwen3VL::new(&config, &params.again(vec![adapter.clone()]))?, folder);
     let adapted = adapter.map(adapted).transpose()?;
     adapter.map(Adapter::check).transpose()?;
-    Ok((Critic::new(Vlm::of(frozen, folder)?), adapted))
+    Ok((Critic::new(Arc::new(Vlm::of(frozen, folder)?)), adapted))
 }
 
 /// The frozen pipeline, and copies of its transformer on the same weights, each with an adapter.

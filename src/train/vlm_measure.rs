@@ -1,17 +1,12 @@
 //! How good the VLM under training is, by the code that the loop runs: verdicts and edits on renders, and on drawn
 //! pictures.
 
-use super::{
-    Metrics,
-    drawn::{self, Drawn},
-    objective_vlm::VlmObjective,
-    vlm_tasks,
-};
+use super::{Metrics, drawn::Drawn, objective_vlm::VlmObjective, vlm_tasks};
 use crate::{
     rig::{
         calibration::calibration_error,
         prompts,
-        roles::{Actor, Claim, Picture, Reflection, Situation, Target, Verdict},
+        roles::{Actor, Checker, Claim, Picture, Reflection, Situation, Target, Verdict},
         vlm_roles::{Critic, EDIT, VERDICT},
     },
     scene::tabletop::{
@@ -69,34 +64,30 @@ impl VlmObjective {
 
     /// Verdicts on what the prompts of held-out drawn pictures claim, and edits of those that miss something, which the Actor
     /// writes from the model's own verdicts, as in the loop.
-    pub(super) fn measure_drawn(&mut self) -> Result<Metrics> {
-        let count = self.config.evaluation.min(self.drawn.1.len());
-        let critic = Critic { checker: self.vlm.clone(), actor: self.vlm.clone() };
-        drawn::hear(&critic, &mut self.drawn.1[..count])?;
+    pub(super) fn measure_drawn(&self) -> Result<Metrics> {
+        let drawn = &self.drawn.1[..self.config.evaluation.min(self.drawn.1.len())];
+        let critic = Critic::new(self.vlm.clone());
+        let ask =
+            |d: &Drawn| (Picture::from_pixels(d.picture.clone()), Target::new(&d.prompt, &d.graph).and_nothing_else());
+        let asked: Vec<(Picture, Target)> = drawn.iter().map(ask).collect();
+        let heard = critic.check(&asked.iter().map(|(picture, target)| (picture, target)).collect::<Vec<_>>())?;
         let mut tally = Verdicts::default();
-        let mut wrong: Vec<(&Drawn, Target, Picture)> = Vec::new();
-        for drawn in &self.drawn.1[..count] {
-            let Drawn { picture, prompt, graph, reading, heard } = drawn;
-            let truths = vlm_tasks::verdicts(&reading.view, graph);
-            heard.iter().zip(&truths).for_each(|(heard, truth)| tally.add(truth, heard.p_yes));
-            let mended = || !vlm_tasks::mending(&mut Stream::new(0, "measure", 0), reading, graph).is_empty();
-            if heard.iter().any(|verdict| !verdict.yes) && mended() {
-                let target = Target::new(prompt, graph).and_nothing_else();
-                wrong.push((drawn, target, Picture::from_pixels(picture.clone())));
+        let mut wrong: Vec<(&Drawn, Situation)> = Vec::new();
+        for ((drawn, (picture, target)), verdicts) in drawn.iter().zip(&asked).zip(&heard) {
+            let Drawn { graph, reading, .. } = drawn;
+            let truths = vlm_tasks::drawn_verdicts(reading, graph);
+            verdicts.iter().zip(&truths).for_each(|(heard, truth)| tally.add(truth, heard.p_yes));
+            if verdicts.iter().any(|verdict| !verdict.yes) && !vlm_tasks::mending(reading, graph).is_empty() {
+                wrong.push((drawn, Situation { target, picture, verdicts, earlier: &[], seed: 0, round: 1 }));
             }
         }
         if tally.odds.is_empty() {
             return Ok(Vec::new());
         }
-        let asked = wrong.iter().map(|(drawn, target, picture)| {
-            let verdicts = drawn.heard.as_slice();
-            Situation { target, picture, verdicts, earlier: &[], seed: 0, round: 1 }
-        });
-        let asked: Vec<Situation> = asked.collect();
-        let edits = critic.reflect(&asked)?;
-        let helps = |(edit, (d, ..)): &(&Reflection, &(&Drawn, Target, Picture))| {
-            vlm_tasks::mends(&edit.edit, &d.reading.scene, &d.graph).1
-        };
+        let (wrong, situations): (Vec<&Drawn>, Vec<Situation>) = wrong.into_iter().unzip();
+        let edits = critic.reflect(&situations)?;
+        let helps =
+            |(edit, drawn): &(&Reflection, &&Drawn)| vlm_tasks::mends(&edit.edit, &drawn.reading.scene, &drawn.graph).1;
         let helped = edits.iter().zip(&wrong).filter(helps).count();
         let mut metrics = tally.metrics("drawn/");
         metrics.push(("drawn/mend".to_owned(), helped as f64 / edits.len().max(1) as f64));

@@ -230,3 +230,27 @@ fn taps(from: usize, to: usize) -> Vec<(usize, Vec<i64>)> {
         })
         .collect()
 }
+
+/// A picture of the same size whose content is moved by so many pixels to the right and down; its edges are drawn on where
+/// nothing is left.
+pub fn moved(picture: &RgbImage, [right, down]: [i64; 2]) -> RgbImage {
+    let from = |to: u32, by: i64, side: u32| (i64::from(to) - by).clamp(0, i64::from(side) - 1) as u32;
+    let (width, height) = picture.dimensions();
+    RgbImage::from_fn(width, height, |x, y| *picture.get_pixel(from(x, right, width), from(y, down, height)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::Rgb;
+
+    #[test]
+    fn a_moved_picture_goes_on_at_its_edges() {
+        let picture = RgbImage::from_fn(4, 3, |x, y| Rgb([x as u8, y as u8, 9]));
+        let right = moved(&picture, [1, -2]);
+        assert_eq!(right.get_pixel(2, 0), picture.get_pixel(1, 2));
+        assert_eq!(right.get_pixel(0, 2), picture.get_pixel(0, 2));
+        assert_eq!(moved(&picture, [0, 0]), picture);
+        assert_eq!(moved(&RgbImage::new(0, 0), [3, 3]).dimensions(), (0, 0));
+    }
+}

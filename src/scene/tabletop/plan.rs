@@ -5,9 +5,12 @@
 use super::{
     edit::{self, Edit},
     view::{Judgement, View},
-    world::{Colour, Size},
+    world::{Colour, Scene, Size},
 };
-use crate::scene::{graph::SceneGraph, relation::Spatial};
+use crate::{
+    scene::{graph::SceneGraph, relation::Spatial},
+    tensor::rng::Stream,
+};
 
 /// A picture held against a graph.
 struct Comparison {
@@ -89,6 +92,12 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
     }
     edits.extend(spare.into_iter().filter_map(name).map(|what| Edit::Remove { what }));
     edits
+}
+
+/// Whether an edit that is carried out on a scene brings it nearer to what a graph asks for.
+pub fn mends(edit: &Edit, scene: &Scene, graph: &SceneGraph) -> bool {
+    let target = edit.apply(&mut Stream::new(0, "mends", 0), scene);
+    target.is_some_and(|target| target.view().judge(graph).better_than(&scene.view().judge(graph)))
 }
 
 /// All that `view` gets wrong of `graph`, in words: what is missing, what is too much, what has a wrong size, and which

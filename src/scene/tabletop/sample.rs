@@ -258,7 +258,7 @@ pub fn trainable(scene: &Scene) -> bool {
 
 /// Describes a scene by a graph that holds: objects in the order of mention (the scene's items are put in the same
 /// order), sizes said or not, and a relation for each object after the first, now and then one more or fewer.
-fn describe(rng: &mut Stream, mut scene: Scene) -> (Scene, SceneGraph) {
+pub fn describe(rng: &mut Stream, mut scene: Scene) -> (Scene, SceneGraph) {
     let n = scene.items.len();
     let view = scene.view();
     let mut order: Vec<usize> = (0..n).collect();

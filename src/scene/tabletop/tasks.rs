@@ -286,6 +286,28 @@ fn described_after(before: &SceneGraph, edit: &Edit, source: &Scene, target: &Sc
     graph
 }
 
+/// A prompt that a scene at hand misses by an edit or two, for training, and its graph; nothing if none was found.
+pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
+    for _ in 0..8 {
+        let mut target = scene.clone();
+        for _ in 0..1 + rng.below(2) {
+            let kind = *rng.choose(&Kind::ALL);
+            target = propose(rng, &target, kind).and_then(|edit| edit.apply(rng, &target)).unwrap_or(target);
+        }
+        let (fewest, most) = Split::Train.objects();
+        let named = (0..target.items.len()).all(|i| sample::distinct(&target, i));
+        if !(fewest..=most).contains(&target.items.len()) || !named || !sample::trainable(&target) {
+            continue;
+        }
+        let (_, graph) = sample::describe(rng, target);
+        if sample::admissible(Split::Train, &graph) && !scene.view().judge(&graph).perfect() {
+            let style = style(rng, Split::Train);
+            return Some((caption(rng, &graph, style), graph));
+        }
+    }
+    None
+}
+
 /// A scene that a graph describes, changed by up to `most` edits so that it may no longer.
 fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene, SceneGraph) {
     let (mut scene, graph) = sample::draw(rng, split, 1, max);

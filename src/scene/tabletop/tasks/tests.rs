@@ -189,3 +189,19 @@ fn edits_of_a_scene_at_hand_often_help_and_change_it() {
     }
     assert!(found >= 95 && (50..95).contains(&helped), "{helped} of {found} helped");
 }
+
+#[test]
+fn a_wish_is_a_prompt_for_training_that_the_scene_misses() {
+    let mut found = 0;
+    for index in 0..200 {
+        let scene = check(2, Split::Train, index, 3).scene;
+        let Some((prompt, graph)) = wish(&mut Stream::new(2, "wish", index), &scene) else { continue };
+        assert_eq!(parse(&prompt).unwrap().canonical(), graph.canonical(), "{prompt}");
+        assert!(sample::admissible(Split::Train, &graph) && (1..=3).contains(&graph.objects.len()), "{prompt}");
+        assert!(!scene.view().judge(&graph).perfect(), "{prompt}");
+        found += 1;
+    }
+    assert!(found > 180, "{found}");
+    let empty = Scene { items: Vec::new(), ..check(2, Split::Train, 0, 3).scene };
+    assert!(wish(&mut Stream::new(2, "wish", 0), &empty).is_none());
+}
