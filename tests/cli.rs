@@ -182,6 +182,9 @@ fn check_gives_a_verdict_for_every_claim() {
         }
     }
     assert_ne!(seen[0], seen[1]);
+    let wrapped = PROMPT.replacen(' ', "\n  ", 3);
+    let result = rig.json("check", &["--image", "photo.jpg", "--prompt", &wrapped]).remove(0);
+    assert_eq!((result["prompt"].as_str(), result["verdicts"].as_array().unwrap().len()), (Some(PROMPT), 3));
     let text = rig.good("check", &["--image", "photo.jpg", "--prompt", PROMPT, "--accept", "1"]);
     assert_eq!(text.lines().count(), 4);
     assert!(text.contains("small red ball left of large blue cube") && text.ends_with("does not pass\n"));

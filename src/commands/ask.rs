@@ -58,11 +58,13 @@ pub fn read(asked: &Asked, strict: bool) -> Result<Vec<Ask>> {
 
 /// A prompt's claims, by the grammar.
 pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
-    let prompt = prompt.trim();
-    let length = prompt.chars().count();
+    let length = prompt.trim().chars().count();
     if length > MAX_CHARS {
         usage!("the prompt has {length} characters; at most {MAX_CHARS} are read");
     }
+    // A line may end a sentence. Where it cannot, the prompt was only wrapped.
+    let unwrapped = prompt.split_whitespace().collect::<Vec<_>>().join(" ");
+    let prompt = if parse(&unwrapped).is_ok() { &unwrapped } else { prompt.trim() };
     match parse(prompt) {
         Ok(graph) => Ok(Ask::Target(Target::new(prompt, &graph))),
         Err(ParseError::Empty) => usage!("the prompt is empty"),
