@@ -1,7 +1,7 @@
 //! What became of the edits of pictures that were wrong: whether an edit could have helped, whether the Actor asked for one
 //! that does, and whether the Editor carried it out. Of the tabletop world alone, where the pixel oracle tells.
 
-use super::metrics::{Metrics, Oracle};
+use super::metrics::{Metrics, Oracle, truth};
 use crate::scene::{
     graph::SceneGraph,
     tabletop::{edit::Edit, plan},
@@ -42,7 +42,7 @@ impl Review {
 
     pub fn metrics(&self) -> Metrics {
         let truths = [self.mendable, self.helpful, self.better, self.worse];
-        Self::NAMES.iter().zip(truths).map(|(name, truth)| ((*name).to_owned(), f64::from(u8::from(truth)))).collect()
+        Self::NAMES.iter().zip(truths).map(|(name, yes)| ((*name).to_owned(), truth(yes))).collect()
     }
 }
 

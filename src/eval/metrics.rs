@@ -118,7 +118,8 @@ fn put(metrics: &mut Metrics, name: &str, value: Option<f64>) {
     metrics.extend(value.map(|value| (name.to_owned(), value)));
 }
 
-fn truth(yes: bool) -> f64 {
+/// 1 or 0.
+pub fn truth(yes: bool) -> f64 {
     f64::from(u8::from(yes))
 }
 

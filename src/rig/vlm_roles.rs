@@ -183,9 +183,8 @@ fn batches(sizes: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
 
 impl Checker for Critic {
     fn check(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>> {
-        let looks: Vec<(usize, usize)> =
-            (0..jobs.len()).flat_map(|job| (0..self.looks).map(move |look| (job, look))).collect();
-        let looks: Vec<(usize, usize)> = looks.into_iter().filter(|(job, _)| !jobs[*job].1.claims.is_empty()).collect();
+        let asked = (0..jobs.len()).filter(|job| !jobs[*job].1.claims.is_empty());
+        let looks: Vec<(usize, usize)> = asked.flat_map(|job| (0..self.looks).map(move |look| (job, look))).collect();
         let mut verdicts: Vec<Vec<Vec<Verdict>>> = jobs.iter().map(|_| Vec::new()).collect();
         for batch in batches(looks.iter().map(|(job, _)| jobs[*job].1.claims.len())) {
             let batch = &looks[batch];

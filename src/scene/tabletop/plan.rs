@@ -139,10 +139,7 @@ fn anchor(graph: &SceneGraph, matching: &[Option<usize>], i: usize) -> Option<(S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        scene::tabletop::{sample, split::Split, view::Seen},
-        tensor::rng::Stream,
-    };
+    use crate::scene::tabletop::{sample, split::Split, view::Seen};
 
     #[test]
     fn planned_edits_mend_one_picture_after_another() {
