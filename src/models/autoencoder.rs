@@ -402,6 +402,11 @@ impl Autoencoder {
         Ok(self)
     }
 
+    /// Mean and variance of its tokens, each of `(4C)`.
+    pub fn statistics(&self) -> (&Tensor, &Tensor) {
+        (&self.mean, &self.var)
+    }
+
     /// Mean and log variance, each `(B, C, H/8, W/8)`, of the Gaussian of latents.
     pub fn encode(&self, x: &Tensor) -> TensorResult<(Tensor, Tensor)> {
         let mut h = self.encoder.forward(x)?;

@@ -1,6 +1,6 @@
 //! The section `[diffuser]` of a pretraining config: the model's sizes, the curriculum, and how it is evaluated.
 
-use crate::tensor::Precision;
+use crate::{scene::tabletop::sample, tensor::Precision};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -58,6 +58,13 @@ pub struct Stage {
     pub max_objects: usize,
     /// Share of edits among the samples.
     pub edits: f64,
+    /// Share of the scenes of several objects in which two touch: what overlaps is harder to draw than what lies apart.
+    #[serde(default = "touching")]
+    pub touching: f64,
+}
+
+fn touching() -> f64 {
+    sample::TOUCHING
 }
 
 /// How held-out prompts are drawn and judged by the pixel oracle.
@@ -87,7 +94,7 @@ impl Default for DiffuserConfig {
             drawn_share: 0.5,
             layout: 0.2,
             precision: Precision::Bf16,
-            stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4 }],
+            stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4, touching: touching() }],
             evaluation: Evaluation::default(),
         }
     }
@@ -128,8 +135,11 @@ impl DiffuserConfig {
             crate::usage!("[diffuser] has no stages");
         }
         for s in &self.stages {
-            if s.min_objects == 0 || s.min_objects > s.max_objects || !(0.0..=1.0).contains(&s.edits) {
-                crate::usage!("[diffuser] stage {s:?}: objects are from 1 on and in order, edits is a share");
+            let shares = [s.edits, s.touching];
+            if s.min_objects == 0 || s.min_objects > s.max_objects || shares.iter().any(|s| !(0.0..=1.0).contains(s)) {
+                crate::usage!(
+                    "[diffuser] stage {s:?}: objects are from 1 on and in order, edits and touching are shares"
+                );
             }
         }
         if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {

@@ -168,16 +168,16 @@ impl Diffuser {
         let mut rng = Stream::new(self.seed, "diffuser example", index);
         let edit = rng.chance(stage.edits);
         let dropped = rng.chance(self.config.dropout);
-        let (min, max) = (stage.min_objects, stage.max_objects);
+        let (min, max, touching) = (stage.min_objects, stage.max_objects, stage.touching);
         let at_hand = if edit { self.edit_of_drawn(&mut rng, index) } else { None };
         let mut example = if let Some(example) = at_hand {
             example
         } else if edit {
-            let sample = tasks::edit(self.seed, Split::Train, index, min, max);
+            let sample = tasks::edit_touching(self.seed, Split::Train, index, min, max, touching);
             let source = Source { scene: sample.source, drawn: None };
             Example { prompt: sample.instruction, target: sample.target, source: Some(source) }
         } else {
-            let sample = tasks::text_to_image(self.seed, Split::Train, index, min, max);
+            let sample = tasks::text_to_image_touching(self.seed, Split::Train, index, min, max, touching);
             Example { prompt: sample.prompt, target: sample.scene, source: None }
         };
         if dropped {

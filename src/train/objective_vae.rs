@@ -17,6 +17,7 @@ use crate::{
         autoencoder::{Autoencoder, Config},
     },
     scene::tabletop::{
+        oracle,
         render::render,
         sample,
         split::Split,
@@ -43,6 +44,8 @@ const COARSE: usize = 3;
 /// The small picture's numbers in the latents: `GAIN (x - BACKGROUND)`, about normal and 0 where nothing is.
 const GAIN: f64 = 3.0;
 const BACKGROUND: f64 = 0.8;
+/// The stream of held-out scenes.
+const HELD_OUT: &str = "autoencoder-held-out";
 /// Columns of a sheet of sample pictures.
 const SAMPLES: u64 = 8;
 
@@ -53,6 +56,8 @@ pub struct VaeConfig {
     /// An autoencoder's folder to go on from; its sizes replace those below.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
+    /// Trains the decoder alone: the latents stay what they are, and with them a Diffuser that has learned them.
+    pub decoder_only: bool,
     /// Weight of the squared difference between the first three latent channels and the small picture.
     pub coarse: f64,
     /// The deviation that the other channels of the tokens have after normalization; 1 where there is no coarse part.
@@ -73,6 +78,8 @@ pub struct VaeConfig {
     pub crop_steps: u64,
     /// Part of the pictures that show the things of two scenes together, so that crowded ones are seen too.
     pub crowded: f64,
+    /// Share of the scenes of several objects in which two touch: outlines that cross are harder than others.
+    pub touching: f64,
     /// Pictures that the statistics of the tokens are measured on.
     pub statistics: u64,
     /// Held-out pictures of an evaluation, of each split.
@@ -83,6 +90,7 @@ impl Default for VaeConfig {
     fn default() -> Self {
         Self {
             init: None,
+            decoder_only: false,
             coarse: 0.0,
             detail: 1.0,
             block_out_channels: vec![12, 24, 48, 64],
@@ -95,6 +103,7 @@ impl Default for VaeConfig {
             crop: 64,
             crop_steps: 1000,
             crowded: 0.4,
+            touching: sample::TOUCHING,
             statistics: 1024,
             held_out: 32,
         }
@@ -136,6 +145,14 @@ impl VaeObjective {
             None => (config.model(), Params::fresh(seed, DType::F32, device)),
         };
         let model = Autoencoder::new(&sizes, &params)?;
+        if config.decoder_only && (config.init.is_none() || config.coarse > 0.0) {
+            usage!(
+                "autoencoder.decoder_only goes on from an autoencoder (autoencoder.init), and without autoencoder.coarse"
+            );
+        }
+        if !(0.0..=1.0).contains(&config.touching) || !(0.0..=1.0).contains(&config.crowded) {
+            usage!("autoencoder.touching and autoencoder.crowded are shares");
+        }
         if config.coarse > 0.0 && sizes.latent_channels <= COARSE {
             usage!("autoencoder.coarse needs more than {COARSE} latent_channels");
         }
@@ -148,7 +165,7 @@ impl VaeObjective {
 
     /// Pictures `indices` of the stream `purpose` of a split, `(B, 3, H, W)` in `[-1, 1]`.
     fn pictures(&self, purpose: &str, split: Split, indices: Range<u64>) -> Result<Tensor> {
-        let draw = |i| render(&scene(&mut Stream::new(self.seed, purpose, i), split, self.config.crowded));
+        let draw = |i| render(&scene(&mut Stream::new(self.seed, purpose, i), split, &self.config));
         to_tensor(&indices.into_par_iter().map(draw).collect::<Vec<_>>(), self.params.device())
     }
 
@@ -157,7 +174,7 @@ impl VaeObjective {
         let side = self.config.crop;
         let draw = |i| {
             let mut rng = Stream::new(self.seed, "autoencoder-crop", i);
-            let scene = scene(&mut rng, Split::Train, self.config.crowded);
+            let scene = scene(&mut rng, Split::Train, &self.config);
             let item = rng.choose(&scene.items);
             let mut corner = |centre: f32| {
                 let start = f64::from(centre) - f64::from(side) * rng.range(0.1, 0.9);
@@ -199,9 +216,22 @@ impl VaeObjective {
     }
 }
 
+impl VaeObjective {
+    /// Whether the oracle sees in a held-out picture's reconstruction what it was drawn from.
+    fn still_shows(&self, reconstruction: &RgbImage, split: Split, index: u64) -> bool {
+        let mut rng = Stream::new(self.seed, HELD_OUT, index);
+        let (_, graph) = sample::draw_touching(&mut rng, split, 1, 5, self.config.touching);
+        oracle::judge(reconstruction, &graph).perfect()
+    }
+}
+
 impl Objective for VaeObjective {
     fn vars(&self) -> BTreeMap<String, Var> {
-        self.params.vars()
+        let mut vars = self.params.vars();
+        if self.config.decoder_only {
+            vars.retain(|name, _| name.starts_with("decoder.") || name.starts_with("post_quant_conv."));
+        }
+        vars
     }
 
     fn loss(&self, batch: &Batch) -> Result<Step> {
@@ -210,7 +240,10 @@ impl Objective for VaeObjective {
         } else {
             self.pictures("autoencoder-picture", Split::Train, batch.indices())?
         };
-        let (mean, logvar) = self.model.encode(&x)?;
+        let (mut mean, mut logvar) = self.model.encode(&x)?;
+        if self.config.decoder_only {
+            (mean, logvar) = (mean.detach(), logvar.detach());
+        }
         let shape = &mean.dims()[1..];
         let noise = |i: u64| Stream::new(self.seed, "autoencoder-noise", i).normal(shape, x.device());
         let noise = Tensor::stack(&batch.indices().map(noise).collect::<candle_core::Result<Vec<_>>>()?, 0)?;
@@ -231,14 +264,15 @@ impl Objective for VaeObjective {
         Ok(Step { loss: (loss + (coarse * self.config.coarse)?)?, metrics })
     }
 
-    /// PSNR of held-out pictures, from their latents and from latents with noise of a part of their deviation.
+    /// PSNR of held-out pictures, from their latents and from latents with noise of a part of their deviation; and the share
+    /// of the pictures (from their latents) in which the oracle still sees all that is true of them, and nothing else.
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
         let parts = [("psnr", 0.0), ("psnr_noise_0.1", 0.1), ("psnr_noise_0.2", 0.2)];
-        let (mut errors, mut pictures) = ([0f64; 3], 0f64);
+        let (mut errors, mut pictures, mut perfect) = ([0f64; 3], 0f64, 0f64);
         for split in [Split::Test, Split::TestMany] {
             for start in (0..self.config.held_out).step_by(CHUNK as usize) {
                 let indices = start..(start + CHUNK).min(self.config.held_out);
-                let x = self.pictures("autoencoder-held-out", split, indices)?;
+                let x = self.pictures(HELD_OUT, split, indices.clone())?;
                 let z = self.model.encode(&x)?.0.detach();
                 let flat = z.transpose(0, 1)?.flatten_from(1)?;
                 let deviation = flat.var_keepdim(1)?.sqrt()?.reshape((1, (), 1, 1))?;
@@ -248,23 +282,26 @@ impl Objective for VaeObjective {
                     let y = self.model.decode(&(&z + (&noise * part)?)?)?.detach().clamp(-1f32, 1f32)?;
                     *error += f64::from((y - &x)?.sqr()?.mean((1, 2, 3))?.sum_all()?.to_scalar::<f32>()?);
                 }
+                let decoded = to_images(&self.model.decode(&z)?.detach())?;
+                perfect += decoded.iter().zip(indices).filter(|(y, i)| self.still_shows(y, split, *i)).count() as f64;
                 pictures += x.dim(0)? as f64;
             }
         }
-        Ok(parts.iter().zip(errors).map(|((name, _), error)| ((*name).into(), psnr(error / pictures))).collect())
+        let psnr = parts.iter().zip(errors).map(|((name, _), error)| ((*name).into(), psnr(error / pictures)));
+        Ok(psnr.chain([("perfect".into(), perfect / pictures)]).collect())
     }
 
     /// A sheet of held-out pictures above their reconstructions.
     fn samples(&mut self, _step: u64, folder: &Path) -> Result<()> {
         let mut sheet = RgbImage::new(SIDE * SAMPLES as u32, 4 * SIDE);
         for (row, split) in [Split::Test, Split::TestMany].into_iter().enumerate() {
-            let x = self.pictures("autoencoder-held-out", split, 0..SAMPLES)?;
+            let x = self.pictures(HELD_OUT, split, 0..SAMPLES)?;
             let y = self.model.decode(&self.model.encode(&x)?.0)?.detach();
             for (i, x) in [x, y].into_iter().enumerate() {
-                let pixels = x.permute((2, 0, 3, 1))?.flatten_all()?.to_vec1::<f32>()?; // rows of all pictures
-                let bytes = pixels.iter().map(|v| ((v + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8);
-                let strip = RgbImage::from_vec(sheet.width(), SIDE, bytes.collect()).context("a sheet of samples")?;
-                image::imageops::replace(&mut sheet, &strip, 0, i64::from(SIDE) * (2 * row + i) as i64);
+                for (column, picture) in to_images(&x)?.iter().enumerate() {
+                    let (x, y) = (i64::from(SIDE) * column as i64, i64::from(SIDE) * (2 * row + i) as i64);
+                    image::imageops::replace(&mut sheet, picture, x, y);
+                }
             }
         }
         let path = folder.join("reconstructions.png");
@@ -272,7 +309,13 @@ impl Objective for VaeObjective {
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
-        let (mean, var) = self.statistics()?;
+        let (mean, var) = match self.config.decoder_only {
+            true => {
+                let (mean, var) = self.model.statistics();
+                (mean.clone(), var.clone())
+            }
+            false => self.statistics()?,
+        };
         let mut tensors: HashMap<String, Tensor> = self.params.tensors().into_iter().collect();
         tensors.insert("bn.running_mean".into(), mean);
         tensors.insert("bn.running_var".into(), var);
@@ -301,9 +344,9 @@ impl Objective for VaeObjective {
 }
 
 /// A scene of the split; in training, now and then with the things of a second one on top.
-fn scene(rng: &mut Stream, split: Split, crowded: f64) -> Scene {
-    let (mut scene, _) = sample::draw(rng, split, 1, 5);
-    if split == Split::Train && rng.chance(crowded) {
+fn scene(rng: &mut Stream, split: Split, config: &VaeConfig) -> Scene {
+    let (mut scene, _) = sample::draw_touching(rng, split, 1, 5, config.touching);
+    if split == Split::Train && rng.chance(config.crowded) {
         let (other, _) = sample::draw(rng, split, 1, 2);
         let top = scene.top_depth();
         scene.items.extend(other.items.into_iter().map(|mut item| {
@@ -329,6 +372,17 @@ fn psnr(mse: f64) -> f64 {
 }
 
 /// Pictures of one size to `(B, 3, H, W)` in `[-1, 1]`.
+/// Pictures `(B, 3, H, W)` in `[-1, 1]` as images.
+fn to_images(x: &Tensor) -> Result<Vec<RgbImage>> {
+    let (_, _, h, w) = x.dims4()?;
+    let rows = x.permute((0, 2, 3, 1))?.flatten_from(1)?.to_vec2::<f32>()?;
+    let image = |row: Vec<f32>| {
+        let bytes = row.iter().map(|v| ((v + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect();
+        RgbImage::from_vec(w as u32, h as u32, bytes).context("a picture of a batch")
+    };
+    rows.into_iter().map(image).collect()
+}
+
 fn to_tensor(images: &[RgbImage], device: &Device) -> Result<Tensor> {
     let (w, h) = images.first().map_or((0, 0), |i| (i.width() as usize, i.height() as usize));
     let mut values = vec![0f32; images.len() * 3 * h * w];

@@ -19,6 +19,10 @@ use crate::tensor::rng::Stream;
 pub const MIN_OVERLAP: f32 = 20.0;
 /// Directions of drawn scenes stay this far from GenEval's threshold.
 pub const MARGIN: f32 = 0.04;
+/// Of the scenes with several objects, the share in which two touch: one lies in front of the other, or inside it.
+pub const TOUCHING: f64 = 0.38;
+/// Of those, the share of the latter.
+const INSIDE: f64 = 0.14 / 0.38;
 const EDGE: f32 = 3.0;
 const GAP: f32 = 3.0;
 
@@ -216,14 +220,19 @@ fn beside(rng: &mut Stream, kind: Close, item: &Item, other: &Item) -> (f32, f32
 
 /// Draws a scene of this split with `min..=max` objects (within what the split has) and a graph that describes it.
 pub fn draw(rng: &mut Stream, split: Split, min: usize, max: usize) -> (Scene, SceneGraph) {
+    draw_touching(rng, split, min, max, TOUCHING)
+}
+
+/// [`draw`] with this share of scenes in which two objects touch.
+pub fn draw_touching(rng: &mut Stream, split: Split, min: usize, max: usize, touching: f64) -> (Scene, SceneGraph) {
     let (fewest, most) = split.objects();
     let min = min.clamp(fewest, most);
     let max = max.clamp(min, most);
     loop {
         let n = min + rng.below(max - min + 1);
         let close = match rng.uniform() {
-            u if n < 2 || u > 0.38 => None,
-            u if u < 0.14 => Some(Close::Inside),
+            u if n < 2 || u > touching => None,
+            u if u < touching * INSIDE => Some(Close::Inside),
             _ => Some(Close::InFront),
         };
         let items = objects(rng, n, close);

@@ -7,7 +7,7 @@ use super::{
     caption::{self, Style, caption, reference},
     edit::{Edit, Kind},
     plan,
-    sample::{self, MARGIN},
+    sample::{self, MARGIN, TOUCHING},
     split::{self, Split},
     view::{Judgement, View},
     world::{Colour, Scene, Shape, Size},
@@ -97,19 +97,36 @@ fn style(rng: &mut Stream, split: Split) -> Style {
 
 /// A scene of `min..=max` objects (within what the split has) and a prompt for it.
 pub fn text_to_image(seed: u64, split: Split, index: u64, min: usize, max: usize) -> TextToImage {
+    text_to_image_touching(seed, split, index, min, max, TOUCHING)
+}
+
+/// [`text_to_image`] with this share of scenes in which two objects touch.
+pub fn text_to_image_touching(
+    seed: u64,
+    split: Split,
+    index: u64,
+    min: usize,
+    max: usize,
+    touching: f64,
+) -> TextToImage {
     let rng = &mut stream("text to image", seed, split, index);
-    let (scene, graph) = sample::draw(rng, split, min, max);
+    let (scene, graph) = sample::draw_touching(rng, split, min, max, touching);
     let style = style(rng, split);
     TextToImage { prompt: caption(rng, &graph, style), scene, graph }
 }
 
 /// A scene of `min..=max` objects and an edit of it, of a kind drawn evenly. Often what is removed is there once more.
 pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> EditSample {
+    edit_touching(seed, split, index, min, max, TOUCHING)
+}
+
+/// [`edit`] with this share of scenes in which two objects touch, and as many more or fewer edits that make two touch.
+pub fn edit_touching(seed: u64, split: Split, index: u64, min: usize, max: usize, touching: f64) -> EditSample {
     let rng = &mut stream("edit", seed, split, index);
     loop {
         let kind = *rng.choose(&Kind::ALL);
         let least = if matches!(kind, Kind::Move | Kind::Swap) { min.max(2) } else { min };
-        let (mut source, mut before) = sample::draw(rng, split, least, max);
+        let (mut source, mut before) = sample::draw_touching(rng, split, least, max, touching);
         if kind == Kind::Remove && rng.chance(0.5) {
             let twice = super::edit::doubled(rng, &source).filter(|s| split::part(&s.items) == split.part());
             let Some(twice) = twice else { continue };
@@ -117,7 +134,7 @@ pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> Edit
             source = twice;
         }
         for _ in 0..8 {
-            let Some(edit) = propose(rng, &source, kind) else { break };
+            let Some(edit) = propose(rng, &source, kind, touching) else { break };
             let Some(target) = edit.apply(rng, &source) else { continue };
             let after = described_after(&before, &edit, &source, &target);
             let allowed = match split {
@@ -144,7 +161,7 @@ pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Opti
             Some(edits) => Some(rng.choose(&edits).clone()),
             None => {
                 let kind = *rng.choose(&Kind::ALL);
-                propose(rng, scene, kind)
+                propose(rng, scene, kind, TOUCHING)
             }
         };
         let Some(edit) = edit.filter(|edit| !novel(edit)) else { continue };
@@ -166,7 +183,7 @@ pub fn novel(edit: &Edit) -> bool {
 }
 
 /// A random edit of this kind that the scene's objects allow; whether there is room for it is found by applying it.
-fn propose(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Edit> {
+fn propose(rng: &mut Stream, scene: &Scene, kind: Kind, touching: f64) -> Option<Edit> {
     let objects = scene.objects();
     let n = objects.len();
     if n == 0 || (n == 1 && matches!(kind, Kind::Move | Kind::Swap | Kind::Remove)) {
@@ -179,14 +196,14 @@ fn propose(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Edit> {
     Some(match kind {
         Kind::Move => {
             let anchor = reference(rng, &objects, j, false);
-            Edit::Move { what, relation: relation_to(rng, scene.items[j].shape), anchor }
+            Edit::Move { what, relation: relation_to(rng, scene.items[j].shape, touching), anchor }
         }
         Kind::Swap => Edit::Swap { first: what, second: reference(rng, &objects, j, false) },
         Kind::Add => {
             let what = new_object(rng, scene, None)?;
             let place = rng.chance(0.8).then(|| {
                 let anchor = reference(rng, &objects, i, false);
-                (relation_to(rng, item.shape), anchor)
+                (relation_to(rng, item.shape, touching), anchor)
             });
             Edit::Add { what, place }
         }
@@ -206,11 +223,12 @@ fn propose(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Edit> {
     })
 }
 
-/// A relation to something of this shape: a direction mostly; inside only of rings.
-fn relation_to(rng: &mut Stream, anchor: Shape) -> Spatial {
+/// A relation to something of this shape: a direction mostly, or one of two that touch; inside only of rings.
+fn relation_to(rng: &mut Stream, anchor: Shape, touching: f64) -> Spatial {
+    let close = touching * 0.24 / 0.38;
     match rng.uniform() {
-        u if u < 0.76 => *rng.choose(&Spatial::DIRECTIONS),
-        u if u < 0.88 || anchor != Shape::Ring => *rng.choose(&[Spatial::InFrontOf, Spatial::Behind]),
+        u if u < 1.0 - close => *rng.choose(&Spatial::DIRECTIONS),
+        u if u < 1.0 - close / 2.0 || anchor != Shape::Ring => *rng.choose(&[Spatial::InFrontOf, Spatial::Behind]),
         _ => Spatial::Inside,
     }
 }
@@ -292,7 +310,7 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
         let mut target = scene.clone();
         for _ in 0..1 + rng.below(2) {
             let kind = *rng.choose(&Kind::ALL);
-            target = propose(rng, &target, kind).and_then(|edit| edit.apply(rng, &target)).unwrap_or(target);
+            target = propose(rng, &target, kind, TOUCHING).and_then(|edit| edit.apply(rng, &target)).unwrap_or(target);
         }
         let (fewest, most) = Split::Train.objects();
         let named = (0..target.items.len()).all(|i| sample::distinct(&target, i));
@@ -329,7 +347,7 @@ fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene,
         let edited = match kind {
             // As a Diffuser does: what is asked for, once more.
             Kind::Add if rng.chance(0.7) => super::edit::doubled(rng, &scene),
-            _ => propose(rng, &scene, kind).and_then(|e| e.apply(rng, &scene)),
+            _ => propose(rng, &scene, kind, TOUCHING).and_then(|e| e.apply(rng, &scene)),
         };
         // Where the split belongs to training, so must whatever is shown.
         if let Some(edited) = edited.filter(|s| split != Split::Train || sample::trainable(s)) {

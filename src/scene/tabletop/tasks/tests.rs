@@ -43,6 +43,26 @@ fn the_curriculum_bounds_the_number_of_objects() {
     assert!(sizes(2, 9).all(|n| n == 2 || n == 3));
 }
 
+#[test]
+fn the_curriculum_says_how_many_scenes_have_two_that_touch() {
+    let touches = |scene: &Scene| {
+        let items = &scene.items;
+        (0..items.len()).any(|i| (0..i).any(|j| !sample::apart(&items[i], &items[j])))
+    };
+    let drawn = |touching| {
+        let scenes = (0..40).map(|i| text_to_image_touching(0, Split::Train, i, 2, 3, touching).scene);
+        scenes.filter(touches).count()
+    };
+    assert_eq!((drawn(0.0), drawn(1.0)), (0, 40));
+    let brought_together = |touching| {
+        let edits = (0..200).map(|i| edit_touching(0, Split::Train, i, 2, 3, touching).edit);
+        edits.filter(|edit| matches!(edit, Edit::Move { relation, .. } if !relation.is_direction())).count()
+    };
+    assert!(brought_together(0.0) == 0 && brought_together(1.0) > 6, "{}", brought_together(1.0));
+    let own = text_to_image(0, Split::Train, 7, 2, 3);
+    assert_eq!(own.scene, text_to_image_touching(0, Split::Train, 7, 2, 3, sample::TOUCHING).scene);
+}
+
 /// The (shape, colour) sets of a split's scenes, of those with two or more objects.
 fn sets(split: Split) -> HashSet<Vec<(Shape, Colour)>> {
     let set = |scene: &Scene| {
