@@ -59,7 +59,15 @@ fn main() -> Result<()> {
     })?;
 
     let folder = tempfile::tempdir()?;
-    let set = ["train.steps=6", "train.evaluate_every=0", "train.samples_every=0", "train.log_every=1"];
+    // Prompts of two and three objects, all of them padded or cut to the script's 40 tokens.
+    let set = [
+        "train.steps=6",
+        "train.evaluate_every=0",
+        "train.samples_every=0",
+        "train.log_every=1",
+        "diffuser.max_length=40",
+        "diffuser.stages=[{ steps = 0, min_objects = 2, max_objects = 3, edits = 0.0 }]",
+    ];
     let request = Request {
         config: Some("configs/tabletop/diffuser.toml".into()),
         resume: None,

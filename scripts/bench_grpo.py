@@ -47,6 +47,8 @@ def rlrig():
             "editor.min_objects": 2,
             "editor.max_objects": 2,
             "group.size": GROUP,
+            # PyTorch's Checker looks once as well.
+            "models.looks": 1,
         }
         command = [ROOT / "target" / "release" / "rlrig", "train", "grpo", "--out", run]
         command += ["--config", ROOT / "configs" / "tabletop" / "grpo-editor.toml"]

@@ -34,11 +34,16 @@ def rlrig(*arguments, adapters):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+# How many models have the layers of each adapter.
+FITS = dict.fromkeys(ADAPTERS, 0)
+
+
 def adapted(model):
     """The model with the adapters whose layers it has, and which these are."""
     layers = {name for name, _ in model.named_modules()}
     fitting = [a for a in ADAPTERS if layers.issuperset(PeftConfig.from_pretrained(a).target_modules)]
     for adapter in fitting:
+        FITS[adapter] += 1
         model = PeftModel.from_pretrained(model, adapter).eval().get_base_model()
     return model, fitting
 
@@ -125,6 +130,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         picture(Path(folder))
         answers(Path(folder) / "rlrig.png")
+    wrong = [adapter for adapter, models in FITS.items() if models != 1]
+    assert not wrong, f"not of exactly one of the models: {', '.join(wrong)}"
     print("the shipped weights are those of a Flux2KleinPipeline and of a Qwen3VLForConditionalGeneration")
 
 

@@ -47,6 +47,9 @@ fn prompts_that_nothing_can_be_drawn_of() {
     )
     .unwrap();
     refused("object 7 of 1", &["--graph", "graph.json"]);
+    let crowd = serde_json::json!({ "objects": vec![serde_json::json!({ "label": "ball" }); 5000], "relations": [] });
+    fs::write(rig.path("graph.json"), crowd.to_string()).unwrap();
+    refused("at most 200", &["--graph", "graph.json"]);
     fs::write(rig.path("graph.json"), "[[[[").unwrap();
     refused("neither a LAION-SG record", &["--graph", "graph.json"]);
     fs::write(rig.path("bytes.txt"), b"\xff\xfe\x00").unwrap();
@@ -184,6 +187,7 @@ fn model_folders_that_are_broken() {
         ("transformer", set("klein/transformer/config.json", "/num_layers", 1_000_000_000_000u64.into())),
         ("transformer", set("klein/transformer/config.json", "/num_attention_heads", 1_000_000_000u64.into())),
         ("transformer", set("klein/transformer/config.json", "/in_channels", 0.into())),
+        ("transformer", set("klein/transformer/config.json", "/timestep_guidance_channels", (1u64 << 63).into())),
         ("vae", set("klein/vae/config.json", "/block_out_channels/0", 1_000_000_000u64.into())),
         ("norm_num_groups", set("klein/vae/config.json", "/norm_num_groups", 0.into())),
         ("text_encoder", set("klein/text_encoder/config.json", "/hidden_size", 1_000_000_000u64.into())),
@@ -195,6 +199,8 @@ fn model_folders_that_are_broken() {
         ("vision", set("vlm/config.json", "/vision_config/patch_size", 0.into())),
         ("", set("vlm/config.json", "/vision_config/num_heads", 0.into())),
         ("vlm", set("vlm/preprocessor_config.json", "/patch_size", 0.into())),
+        ("vlm", set("vlm/preprocessor_config.json", "/size/shortest_edge", 1_000_000_000_000u64.into())),
+        ("vlm", set("vlm/preprocessor_config.json", "/merge_size", (1u64 << 62).into())),
         ("vlm", write("vlm/model.safetensors", header(8, "{\"a\": 1}"))),
     ];
     for (i, (expected, break_it)) in cases.into_iter().enumerate() {

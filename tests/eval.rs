@@ -162,7 +162,55 @@ fn a_killed_run_goes_on_and_shards_join_to_the_same_result() {
     assert!(merge.status.success(), "{}", rlrig::stderr(&merge));
     assert_eq!(lines(&rig, "joined"), wanted);
     hold_to_schemas(&rig, "joined");
+    let results = |out: &str| -> Value {
+        let mut results: Value =
+            serde_json::from_slice(&fs::read(rig.path(out).join("results.json")).unwrap()).unwrap();
+        // What a clock says.
+        results["modes"]["loop"]["cost"].as_object_mut().unwrap().remove("seconds");
+        results
+    };
+    assert_eq!(results("joined"), results("whole"));
     rig.bad(2, "--shard 3/2", "eval", &["--shard", "3/2"]);
+    let refused = |expected: &str, parts: &[&str]| {
+        let output = rig.command(&[&["eval", "merge"], parts, &["--out", "half"]].concat()).output().unwrap();
+        rlrig::refuses(&output, 2, expected, "merge");
+    };
+    refused("shards 1/2 are missing", &["b"]);
+    refused("is no shard", &["whole"]);
+    refused("are both shard 1/2", &["a", "a"]);
+    fs::remove_file(rig.path("b/results.json")).unwrap();
+    refused("is not finished", &["a", "b"]);
+    assert!(!rig.path("half").exists());
+}
+
+#[test]
+fn a_judge_apart_answers_too_and_threads_change_nothing() {
+    let rig = Rig::new();
+    let judged = ["--judge", "vlm", "--mode", "diffuser"];
+    let judged = |out: &str, threads: &str| {
+        let arguments =
+            [&["eval"], &FEW[..], &judged, &["--model", "klein", "--vlm", "vlm", "--steps", "2", "--out", out]];
+        let output = rig.command(&arguments.concat()).env("RAYON_NUM_THREADS", threads).output().unwrap();
+        assert!(output.status.success(), "{}", rlrig::stderr(&output));
+        lines(&rig, out)
+    };
+    assert_eq!(judged("one", "1"), judged("two", "2"));
+    hold_to_schemas(&rig, "one");
+    let results: Value = serde_json::from_slice(&fs::read(rig.path("one/results.json")).unwrap()).unwrap();
+    let agreement = results["agreement"].as_object().unwrap();
+    // The judge is the same model, and says the same.
+    assert_eq!(agreement["checker_judge"]["accuracy"]["mean"], 1.0);
+    assert_eq!(agreement["judge_oracle"], agreement["checker_oracle"]);
+}
+
+#[test]
+fn a_mode_with_an_adapter_that_is_not_on_is_refused() {
+    let rig = Rig::new();
+    for mode in ["loop-actor", "loop-editor", "loop-untrained"] {
+        rig.bad(2, "adapter", "eval", &["--mode", mode]);
+    }
+    rig.bad(2, "names a seed twice", "eval", &["--seed", "1", "1"]);
+    rig.bad(2, "leave out --dataset", "eval", &["--edits", "--dataset", "laion-sg"]);
 }
 
 #[test]

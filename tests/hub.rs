@@ -89,9 +89,9 @@ fn answer(request: Request, range: &str, token: &str) {
         }
         "/api/models/org/broken/revision/main" => request.respond(json(&["model.safetensors"])),
         "/api/datasets/org/graphs/revision/main" => {
-            request.respond(json(&["README.md", "a_test.json", "a_train.json"]))
+            request.respond(json(&["README.md", "dataset/a_test.json", "dataset/a_train.json"]))
         }
-        "/datasets/org/graphs/resolve/main/a_test.json" => file(request, range, b"[]", "def"),
+        "/datasets/org/graphs/resolve/main/dataset/a_test.json" => file(request, range, b"[]", "def"),
         "/api/models/org/hostile/revision/main" => request.respond(json(&["../../../../escaped.json"])),
         "/api/models/org/gated/revision/main" => {
             request.respond(Response::empty(if token == "Bearer good" { 403 } else { 401 }))
@@ -207,7 +207,7 @@ fn of_a_data_set_one_file_is_fetched() {
         Hub::from_vars(var).unwrap().data_file("org/graphs", &choose, &|_, _, _| ())
     };
     let path = get(&[], "test").unwrap();
-    assert_eq!(path, cache.path().join("hub/datasets--org--graphs/snapshots").join(SHA).join("a_test.json"));
+    assert_eq!(path, cache.path().join("hub/datasets--org--graphs/snapshots").join(SHA).join("dataset/a_test.json"));
     assert_eq!(fs::read(&path).unwrap(), b"[]");
     assert!(!path.with_file_name("a_train.json").exists());
     hub.asked();

@@ -135,7 +135,16 @@ fn graphs(path: &Path) -> Result<Vec<SceneGraph>> {
     Ok(all.iter().map(graph).collect())
 }
 
+/// Objects, and relations, of a scene graph that is drawn at most: each is a question about every picture.
+const LARGEST_GRAPH: usize = 200;
+
 fn from_graph(graph: &SceneGraph) -> Result<Ask> {
+    let (objects, relations) = (graph.objects.len(), graph.relations.len());
+    if objects.max(relations) > LARGEST_GRAPH {
+        usage!(
+            "a scene graph of {objects} objects and {relations} relations; at most {LARGEST_GRAPH} of each are drawn"
+        );
+    }
     if let Err(error) = graph.validate() {
         usage!("{error}");
     }

@@ -47,6 +47,9 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     }
     open::check_draws(args.draws, args.rounds)?;
     if args.edits {
+        if args.dataset != Dataset::Tabletop {
+            usage!("--edits is of the tabletop world, whose edits are known; leave out --dataset");
+        }
         return eval_edits::run(args);
     }
     let console = Console::new(args.print.quiet, 0);
@@ -54,7 +57,7 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     flaws.iter().flat_map(Flaws::sentences).for_each(|flaw| console.say(&format!("the data has {flaw}")));
     let stop = interrupt()?;
     let models = Models::open(args, &console, stop)?;
-    let modes = models.modes(args, &console);
+    let modes = models.modes(args, &console)?;
     let config = models.config(args, &modes);
     let mut kept = match &args.out {
         Some(out) if args.resume => Kept::Folder(Folder::resume(out, &config)?),
@@ -99,6 +102,9 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>)> {
     };
     if args.split.iter().collect::<HashSet<_>>().len() < args.split.len() {
         usage!("--split names a split twice");
+    }
+    if args.seed.iter().collect::<HashSet<_>>().len() < args.seed.len() {
+        usage!("--seed names a seed twice");
     }
     let (mut samples, mut flaws) = (Vec::new(), Vec::new());
     for split in &args.split {
@@ -146,14 +152,19 @@ pub fn split_of(name: &str) -> Result<Split> {
     }
 }
 
-/// `I/N` as numbers.
+/// `I/N`, or all as the only part.
 fn shard(text: Option<&str>) -> Result<(usize, usize)> {
     let Some(text) = text else { return Ok((1, 1)) };
-    let parts = text.split_once('/').map(|(i, n)| (i.parse::<usize>(), n.parse::<usize>()));
-    match parts {
-        Some((Ok(i), Ok(n))) if (1..=n).contains(&i) => Ok((i, n)),
-        _ => usage!("--shard {text}: give I/N, with I from 1 to N"),
+    match shard_numbers(text) {
+        Some(numbers) => Ok(numbers),
+        None => usage!("--shard {text}: give I/N, with I from 1 to N"),
     }
+}
+
+/// `I/N` as numbers.
+pub fn shard_numbers(text: &str) -> Option<(usize, usize)> {
+    let (i, n) = text.split_once('/')?;
+    Some((i.parse().ok()?, n.parse().ok()?)).filter(|(i, n)| (1..=*n).contains(i))
 }
 
 /// Where lines are kept.
@@ -208,10 +219,22 @@ impl Models {
     }
 
     /// The modes that are asked for.
-    fn modes(&self, args: &EvalRun, console: &Console) -> Vec<Mode> {
+    fn modes(&self, args: &EvalRun, console: &Console) -> Result<Vec<Mode>> {
         let mut modes: Vec<Mode> = args.mode.iter().copied().map(mode).collect();
+        let (editor, actor) = (self.bare_painter.is_some(), self.bare_critic.is_some());
+        let lacks = |mode: &&Mode| match mode {
+            Mode::LoopUntrained => !editor && !actor,
+            Mode::LoopActor => !actor,
+            Mode::LoopEditor => !editor,
+            _ => false,
+        };
+        if let Some(mode) = modes.iter().find(lacks) {
+            usage!(
+                "--mode {} leaves out an adapter, or has that of one role, and it is not on: name it by --adapter",
+                mode.name()
+            );
+        }
         if args.suite {
-            let (editor, actor) = (self.bare_painter.is_some(), self.bare_critic.is_some());
             modes = Mode::ALL.to_vec();
             // A loop that is the same as another is not run twice.
             modes.retain(|mode| match mode {
@@ -228,14 +251,14 @@ impl Models {
         }
         modes.sort();
         modes.dedup();
-        modes
+        Ok(modes)
     }
 
     /// All that the results depend on.
     fn config(&self, args: &EvalRun, modes: &[Mode]) -> Value {
         let mut config = json!({
             "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
-            "data": args.data, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
+            "data": args.data.as_ref().map(|path| path.to_string_lossy()), "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "redraw": args.redraw, "accept": args.accept,
@@ -261,7 +284,7 @@ impl Models {
             Kept::Folder(folder) => folder.done(),
             Kept::Memory(_) => HashSet::new(),
         };
-        let key = |sample: &Sample| Key { mode, seed, id: sample.id.clone() };
+        let key = |sample: &Sample| Key { mode, seed, split: sample.split.clone(), id: sample.id.clone() };
         let left: Vec<Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).cloned().collect();
         let (editor, actor) = mode.adapters();
         let painter = self.bare_painter.as_ref().filter(|_| !editor).unwrap_or(&self.painter);

@@ -1,6 +1,6 @@
 //! `rlrig eval compare` and `rlrig eval merge`: runs that are already made.
 
-use super::show::Console;
+use super::{eval::shard_numbers, show::Console};
 use crate::{
     cli::{EvalCompare, EvalMerge},
     eval::{
@@ -14,7 +14,10 @@ use crate::{
 };
 use anyhow::Result;
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
 
 /// Paired differences of the modes that both runs have, or of the two that are named.
 pub fn compare(args: &EvalCompare) -> Result<()> {
@@ -66,6 +69,32 @@ fn side(text: &str) -> Result<(&str, Option<Mode>)> {
     }
 }
 
+/// Whether all shards of one number are there, each of them finished.
+fn complete(parts: &[(Folder, Value)], paths: &[PathBuf]) -> Result<()> {
+    let mut found: BTreeMap<usize, &Path> = BTreeMap::new();
+    let mut of = 0;
+    for ((folder, config), path) in parts.iter().zip(paths) {
+        let Some((i, n)) = config["shard"].as_str().and_then(shard_numbers) else {
+            usage!("{} is no shard: it was made without --shard", path.display());
+        };
+        if !folder.is_finished() {
+            usage!("{} is not finished; go on with it by rlrig eval .. --out {0} --resume", path.display());
+        }
+        if of != 0 && of != n {
+            usage!("{} is one of {n} shards, and {} one of {of}", path.display(), paths[0].display());
+        }
+        of = n;
+        if let Some(other) = found.insert(i, path) {
+            usage!("{} and {} are both shard {i}/{n}", other.display(), path.display());
+        }
+    }
+    let missing: Vec<String> = (1..=of).filter(|i| !found.contains_key(i)).map(|i| format!("{i}/{of}")).collect();
+    if !missing.is_empty() {
+        usage!("shards {} are missing: a part would pass for the whole", missing.join(", "));
+    }
+    Ok(())
+}
+
 /// Joins shards into one run, with the documents of the whole.
 pub fn merge(args: &EvalMerge) -> Result<()> {
     let mut parts = Vec::new();
@@ -78,6 +107,7 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
             usage!("{} is no part of the same evaluation: its {key} is another", path.display());
         }
     }
+    complete(&parts, &args.parts)?;
     let mut config = first.clone();
     config["shard"] = Value::Null;
     let mut whole = Folder::create(&args.out, &config)?;

@@ -131,7 +131,7 @@ pub fn run(args: Generate) -> Result<()> {
         };
         report(&console, args.print.json, file, folder, &trajectory)
     };
-    cycle::run(cast, &jobs, &options, &|| stop.load(Ordering::Relaxed), &mut |event| {
+    cycle::run_observed(cast, &jobs, &options, &|| stop.load(Ordering::Relaxed), &mut |event| {
         console.hear(&event);
         if let Event::Finished { job, outcome } = event {
             finish(job, outcome)?;

@@ -58,7 +58,15 @@ pub fn find_a_vlm(name: Option<&str>, flag: &str) -> Result<Found> {
 }
 
 fn find(name: Option<&str>, parts: &[&'static str], flag: &str) -> Result<Found> {
-    if let Some(name) = name.filter(|name| *name != built_in::NAME) {
+    let revision = name.and_then(|name| name.strip_prefix(built_in::NAME)?.strip_prefix('@'));
+    if let Some(asked) = revision.filter(|asked| *asked != built_in::revision()) {
+        usage!(
+            "{flag} {}@{asked}: the models in this rlrig are others ({}); give {flag} {0} to use them all the same",
+            built_in::NAME,
+            built_in::revision()
+        );
+    }
+    if let Some(name) = name.filter(|name| *name != built_in::NAME && revision.is_none()) {
         let bar = Download::default();
         let Local { path, revision } =
             Hub::from_env()?.locate(name, &|file, done, total| bar.show(file, done, total))?;
@@ -71,7 +79,8 @@ fn find(name: Option<&str>, parts: &[&'static str], flag: &str) -> Result<Found>
          or give {flag} a hub id or a folder",
         missing.join(", ")
     );
-    Ok(Found { folder: built_in::tabletop(), source: Source { name: built_in::NAME.to_owned(), revision: None } })
+    let source = Source { name: built_in::NAME.to_owned(), revision: Some(built_in::revision().to_owned()) };
+    Ok(Found { folder: built_in::tabletop(), source })
 }
 
 /// The device that a flag names; CUDA, then Metal, then the CPU if it leaves the choice.

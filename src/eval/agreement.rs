@@ -1,65 +1,128 @@
 //! Whether two judges say the same: accuracy, Cohen's kappa, and calibration of the one's probabilities by the other.
 
-use super::stats::Share;
-use crate::rig::calibration::calibration_error;
+use super::bootstrap::{Estimate, Resamples};
+use crate::rig::calibration::Bins;
 use serde::Serialize;
 
-/// How one judge's probabilities agree with another's truths.
+/// How one judge's probabilities agree with another's truths, with intervals over prompts, whose claims are not independent.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Agreement {
-    /// Claims on whose truth both agree, with Wilson's interval.
-    pub accuracy: Share,
+    /// The share of claims on whose truth both agree.
+    pub accuracy: Estimate,
     /// 1 for full agreement, 0 for that of chance.
-    pub kappa: f64,
-    pub calibration_error: f64,
+    pub kappa: Estimate,
+    pub calibration_error: Estimate,
+    pub claims: usize,
 }
 
-/// Of claims with a probability and a truth.
-pub fn agreement(claims: &[(f64, bool)]) -> Agreement {
-    let mut accuracy = Share::default();
-    let said: Vec<(bool, bool)> = claims.iter().map(|(p, truth)| (*p >= 0.5, *truth)).collect();
-    said.iter().for_each(|(a, b)| accuracy.count(a == b));
-    Agreement { accuracy, kappa: kappa(&said), calibration_error: calibration_error(claims) }
+/// A prompt's claims, or those of many.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tally {
+    /// How often the one and the other said no (0) or yes (1).
+    said: [[usize; 2]; 2],
+    bins: Bins,
 }
 
-/// Cohen's kappa: agreement beyond that of two judges who say yes as often, but at random. 0 where chance alone would give
-/// full agreement.
-pub fn kappa(pairs: &[(bool, bool)]) -> f64 {
-    let n = pairs.len().max(1) as f64;
-    let share = |count: usize| count as f64 / n;
-    let agree = share(pairs.iter().filter(|(a, b)| a == b).count());
-    let (yes_a, yes_b) = (share(pairs.iter().filter(|p| p.0).count()), share(pairs.iter().filter(|p| p.1).count()));
-    let chance = yes_a * yes_b + (1.0 - yes_a) * (1.0 - yes_b);
-    if pairs.is_empty() || 1.0 - chance < 1e-12 { 0.0 } else { (agree - chance) / (1.0 - chance) }
+impl Tally {
+    /// Counts a claim by the one's probability and the other's truth.
+    pub fn count(&mut self, p: f64, truth: bool) {
+        self.said[usize::from(p >= 0.5)][usize::from(truth)] += 1;
+        self.bins.count(p, truth);
+    }
+
+    fn join(&mut self, other: &Self) {
+        let all = self.said.iter_mut().flatten().zip(other.said.iter().flatten());
+        all.for_each(|(n, more)| *n += more);
+        self.bins.join(&other.bins);
+    }
+
+    fn claims(&self) -> usize {
+        self.said.iter().flatten().sum()
+    }
+
+    fn accuracy(&self) -> f64 {
+        (self.said[0][0] + self.said[1][1]) as f64 / self.claims().max(1) as f64
+    }
+
+    /// Cohen's kappa: agreement beyond that of two judges who say yes as often, but at random. 0 where chance alone would
+    /// give full agreement.
+    fn kappa(&self) -> f64 {
+        let share = |n: usize| n as f64 / self.claims().max(1) as f64;
+        let [[_, no_yes], [yes_no, both]] = self.said;
+        let (one, other) = (share(yes_no + both), share(no_yes + both));
+        let chance = one * other + (1.0 - one) * (1.0 - other);
+        if self.claims() == 0 || 1.0 - chance < 1e-12 { 0.0 } else { (self.accuracy() - chance) / (1.0 - chance) }
+    }
+}
+
+/// The agreement on the claims of all `prompts`; `None` if there are none.
+pub fn agreement(prompts: &[Tally]) -> Option<Agreement> {
+    let resamples = Resamples::new(prompts.len());
+    let joined = |drawn: &mut dyn Iterator<Item = usize>| {
+        let mut all = Tally::default();
+        drawn.for_each(|i| all.join(&prompts[i]));
+        all
+    };
+    let of = |value: fn(&Tally) -> f64| {
+        let statistic = |drawn: &mut dyn Iterator<Item = usize>| {
+            let all = joined(drawn);
+            (all.claims() > 0).then(|| value(&all))
+        };
+        resamples.statistic(&statistic, prompts.iter().filter(|tally| tally.claims() > 0).count())
+    };
+    Some(Agreement {
+        accuracy: of(Tally::accuracy)?,
+        kappa: of(Tally::kappa)?,
+        calibration_error: of(|all| all.bins.error())?,
+        claims: joined(&mut (0..prompts.len())).claims(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// `yes_yes`, `yes_no`, `no_yes`, `no_no` pairs.
-    fn table(counts: [usize; 4]) -> Vec<(bool, bool)> {
-        let kinds = [(true, true), (true, false), (false, true), (false, false)];
-        kinds.into_iter().zip(counts).flat_map(|(pair, n)| vec![pair; n]).collect()
+    /// `yes_yes`, `yes_no`, `no_yes`, `no_no` claims.
+    fn table(counts: [usize; 4]) -> Tally {
+        let kinds = [(1.0, true), (1.0, false), (0.0, true), (0.0, false)];
+        let mut tally = Tally::default();
+        for ((p, truth), n) in kinds.into_iter().zip(counts) {
+            (0..n).for_each(|_| tally.count(p, truth));
+        }
+        tally
     }
 
     #[test]
     fn kappa_is_that_of_the_textbook() {
         // 20 and 15 of 50 agree: 0.7; chance 0.5 * 0.6 + 0.5 * 0.4 = 0.5; so 0.4.
-        assert!((kappa(&table([20, 5, 10, 15])) - 0.4).abs() < 1e-12);
-        assert_eq!(kappa(&table([10, 0, 0, 10])), 1.0);
-        assert!(kappa(&table([5, 5, 5, 5])).abs() < 1e-12);
-        assert_eq!(kappa(&table([0, 10, 10, 0])), -1.0);
-        assert_eq!((kappa(&table([7, 0, 0, 0])), kappa(&[])), (0.0, 0.0));
+        assert!((table([20, 5, 10, 15]).kappa() - 0.4).abs() < 1e-12);
+        assert_eq!(table([10, 0, 0, 10]).kappa(), 1.0);
+        assert!(table([5, 5, 5, 5]).kappa().abs() < 1e-12);
+        assert_eq!(table([0, 10, 10, 0]).kappa(), -1.0);
+        assert_eq!((table([7, 0, 0, 0]).kappa(), Tally::default().kappa()), (0.0, 0.0));
         // Symmetric.
-        assert!((kappa(&table([20, 5, 10, 15])) - kappa(&table([20, 10, 5, 15]))).abs() < 1e-12);
+        assert!((table([20, 5, 10, 15]).kappa() - table([20, 10, 5, 15]).kappa()).abs() < 1e-12);
     }
 
     #[test]
-    fn agreement_counts_from_one_half_on() {
-        let found = agreement(&[(0.9, true), (0.5, true), (0.4, true), (0.1, false)]);
-        assert_eq!((found.accuracy.good, found.accuracy.all), (3, 4));
+    fn agreement_is_that_of_all_claims_and_its_interval_that_of_the_prompts() {
+        let claims = [(0.9, true), (0.5, true), (0.4, true), (0.1, false)];
+        let one = |(p, truth)| {
+            let mut tally = Tally::default();
+            tally.count(p, truth);
+            tally
+        };
+        let found = agreement(&claims.map(one)).unwrap();
+        assert_eq!((found.accuracy.mean, found.accuracy.n, found.claims), (0.75, 4, 4));
         // (0.1 + 0.5 + 0.6 + 0.1) / 4
-        assert!((found.calibration_error - 0.325).abs() < 1e-12);
+        assert!((found.calibration_error.mean - 0.325).abs() < 1e-12);
+        assert!(found.accuracy.lo < 0.75 && found.accuracy.hi == 1.0, "{found:?}");
+        // Prompts that are all alike leave no doubt.
+        let alike = agreement(&[table([3, 1, 0, 2]); 8]).unwrap();
+        assert_eq!(
+            (alike.accuracy.lo, alike.accuracy.hi, alike.claims),
+            (alike.accuracy.mean, alike.accuracy.mean, 48)
+        );
+        assert_eq!((agreement(&[]), agreement(&[Tally::default()])), (None, None));
     }
 }

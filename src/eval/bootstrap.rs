@@ -41,16 +41,25 @@ impl Resamples {
     /// there is none with it.
     pub fn estimate(&self, values: &[Option<f64>]) -> Option<Estimate> {
         debug_assert_eq!(values.len(), self.n);
-        let mean = |values: &mut dyn Iterator<Item = Option<f64>>| {
-            let (sum, n) = values.flatten().fold((0.0, 0usize), |(sum, n), v| (sum + v, n + 1));
+        let mean = |drawn: &mut dyn Iterator<Item = usize>| {
+            let (sum, n) = drawn.filter_map(|i| values[i]).fold((0.0, 0usize), |(sum, n), v| (sum + v, n + 1));
             (n > 0).then(|| sum / n as f64)
         };
-        let centre = mean(&mut values.iter().copied())?;
-        let resampled = |drawn: &Vec<u32>| mean(&mut drawn.iter().map(|i| values[*i as usize]));
-        let mut means: Vec<f64> = self.drawn.iter().filter_map(resampled).collect();
-        means.sort_by(f64::total_cmp);
-        let n = values.iter().flatten().count();
-        Some(Estimate { mean: centre, lo: quantile(&means, 0.025), hi: quantile(&means, 0.975), n })
+        self.statistic(&mean, values.iter().flatten().count())
+    }
+
+    /// The estimate of any statistic of the prompts that are drawn, `n` of which have a part in it; `None` if it is not
+    /// defined on all of them. Draws on which it is not are left out.
+    pub fn statistic(
+        &self,
+        statistic: &dyn Fn(&mut dyn Iterator<Item = usize>) -> Option<f64>,
+        n: usize,
+    ) -> Option<Estimate> {
+        let mean = statistic(&mut (0..self.n))?;
+        let resampled = |drawn: &Vec<u32>| statistic(&mut drawn.iter().map(|i| *i as usize));
+        let mut all: Vec<f64> = self.drawn.iter().filter_map(resampled).collect();
+        all.sort_by(f64::total_cmp);
+        Some(Estimate { mean, lo: quantile(&all, 0.025), hi: quantile(&all, 0.975), n })
     }
 }
 

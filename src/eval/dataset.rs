@@ -2,6 +2,7 @@
 
 use super::records::{Entry, Flaws, Records};
 use crate::{
+    io,
     rig::roles::Target,
     scene::{
         graph::SceneGraph,
@@ -145,21 +146,17 @@ fn file_of(data: &Path, split: &str) -> Result<PathBuf> {
     if data.is_file() {
         return Ok(data.to_owned());
     }
-    let entries = std::fs::read_dir(data).with_context(|| format!("cannot read {}", data.display()))?;
-    let paths = entries.flatten().map(|entry| entry.path());
-    let mut files: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
-    files.sort();
-    let name = |path: &PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let names: Vec<String> = files.iter().map(name).collect();
+    let names = io::files_under(data).with_context(|| format!("cannot read {}", data.display()))?;
     let chosen = choose_file(&names.iter().map(String::as_str).collect::<Vec<_>>(), split)
         .with_context(|| data.display().to_string())?;
     Ok(data.join(chosen))
 }
 
-/// Of a data set's files the JSON file whose name has the split in it.
+/// Of a data set's files, in whatever folder, the JSON file whose name has the split in it.
 pub fn choose_file(names: &[&str], split: &str) -> Result<String> {
     let json: Vec<&&str> = names.iter().filter(|name| name.ends_with(".json")).collect();
-    match json.iter().find(|name| name.contains(split)) {
+    let is_of_split = |name: &&&&str| name.rsplit('/').next().is_some_and(|file| file.contains(split));
+    match json.iter().find(is_of_split) {
         Some(name) => Ok((**name).to_string()),
         None => usage!("there is no .json file of the split \"{split}\", only {json:?}"),
     }
@@ -316,6 +313,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::copy(fixture(), dir.path().join("LAION-SG_test.json")).unwrap();
         assert_eq!(laion_sg(dir.path(), "test", &ALL).unwrap().0.len(), 8);
+        // As the data set's repository has it.
+        std::fs::create_dir(dir.path().join("dataset_train")).unwrap();
+        std::fs::copy(fixture(), dir.path().join("dataset_train/val.json")).unwrap();
+        assert_eq!(laion_sg(dir.path(), "val", &ALL).unwrap().0.len(), 8);
         let error = format!("{:#}", laion_sg(dir.path(), "train", &ALL).unwrap_err());
         assert!(error.contains("LAION-SG_test.json"), "{error}");
     }

@@ -62,12 +62,17 @@ impl Folder {
         &self.lines
     }
 
+    /// Whether its documents are written, which is done when all prompts are made.
+    pub fn is_finished(&self) -> bool {
+        self.path.join(RESULTS).is_file()
+    }
+
     /// What was wrong with the data, of a run that is finished.
     pub fn flaws(&self) -> Result<Value> {
-        let file = self.path.join(RESULTS);
-        if !file.is_file() {
+        if !self.is_finished() {
             return Ok(Value::Null);
         }
+        let file = self.path.join(RESULTS);
         let mut results: Value = serde_json::from_slice(&io::read_file(&file, LONGEST)?)
             .with_context(|| format!("{} is damaged", file.display()))?;
         Ok(results["flaws"].take())

@@ -18,6 +18,7 @@ use crate::{
         iou::{self, Lists},
         tabletop::view::Judgement,
     },
+    tensor::rng::Stream,
 };
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -77,12 +78,14 @@ pub struct Cost {
 pub struct Key {
     pub mode: Mode,
     pub seed: u64,
+    /// Ids are those of one split.
+    pub split: String,
     pub id: String,
 }
 
 impl Line {
     pub fn key(&self) -> Key {
-        Key { mode: self.mode, seed: self.seed, id: self.id.clone() }
+        Key { mode: self.mode, seed: self.seed, split: self.split.clone(), id: self.id.clone() }
     }
 }
 
@@ -140,7 +143,8 @@ impl Made<'_> {
         if let Some(extra) = oracle.map(|o| o.judgement.extra).filter(|extra| *extra > 0) {
             missed.push(format!("{extra} more than asked for"));
         }
-        let file = format!("pictures/{}/{}-{}-{}.png", mode.name(), file_name(&sample.id), self.seed, i + 1);
+        let (split, id) = (file_name(&sample.split), file_name(&sample.id));
+        let file = format!("pictures/{}/{split}/{id}-{}-{}.png", mode.name(), self.seed, i + 1);
         Line {
             id: sample.id.clone(),
             dataset: sample.dataset.to_owned(),
@@ -177,9 +181,16 @@ impl Made<'_> {
     }
 }
 
-/// An id as a part of a file's name.
+/// An id as a part of a file's name: another for every id.
 fn file_name(id: &str) -> String {
-    id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).take(80).collect()
+    const LONGEST: usize = 80;
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let is_plain = id.chars().all(plain) && !id.starts_with('.') && !id.is_empty();
+    if is_plain && id.len() <= LONGEST {
+        return id.to_owned();
+    }
+    let name: String = id.chars().map(|c| if plain(c) { c } else { '_' }).take(LONGEST).collect();
+    format!("{}~{:016x}", name.trim_start_matches('.'), Stream::new(0, id, 0).next_u64())
 }
 
 #[cfg(test)]
@@ -251,7 +262,7 @@ pub mod tests {
         let review = Review { mendable: true, helpful: false, better: true, worse: false };
         assert_eq!(mended.edit, Some(Edited { from: 1, instruction: "add all".into(), review: Some(review) }));
         assert_eq!(mended.cost, Cost { evaluations: 40, seconds: 1.0 });
-        assert_eq!(mended.file, "pictures/loop/test-3-0-2.png");
+        assert_eq!(mended.file, "pictures/loop/test/test-3-0-2.png");
         for line in &lines {
             let text = serde_json::to_string(line).unwrap();
             assert_eq!(&serde_json::from_str::<Line>(&text).unwrap(), line);
@@ -260,6 +271,11 @@ pub mod tests {
 
     #[test]
     fn ids_become_names_without_paths() {
-        assert_eq!(file_name("../a b/ü.1"), ".._a_b__.1");
+        let name = file_name("../a b/ü.1");
+        assert!(name.starts_with("_a_b__.1~") && name.len() == 25, "{name}");
+        assert_ne!(file_name("a b"), file_name("a_b"));
+        assert_ne!(file_name(&"x".repeat(100)), file_name(&"x".repeat(101)));
+        assert_eq!(file_name("test-many-00001"), "test-many-00001");
+        assert!(!file_name("..").starts_with('.') && !file_name("").is_empty());
     }
 }

@@ -4,14 +4,18 @@
 //! |---|---|
 //! | `sg_iou`, `ent_iou`, `rel_iou` | LAION-SG's IoU of triples, objects and predicates between the graph and what the judge confirms of it, `strict` as the authors' code has it |
 //! | `.._derived`, `.._multiset`, `.._attributes` | the same as the paper's text has it; counting what occurs twice; naming objects with their attributes |
-//! | `judge_mean`, `judge_all` | VLM as a judge: the mean P(yes) of the triples; whether each has at least one half |
+//! | `judge_mean`, `judge_all` | VLM as a judge: the mean P(yes) of the triples, each at most that of its two objects; whether each has at least one half |
 //! | `judge_no_others` | its P(yes) of nothing else being in the picture, where that is asked for |
 //! | `oracle_sg_iou`, .. | the strict IoU by the pixel oracle |
 //! | `oracle_mean`, `oracle_all` | the share of triples that hold by the oracle; whether all do |
 //! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture; whether all of it is right |
 //! | `render_distance` | how far the picture is from a render of what the oracle reads in it (root mean square; less is better) |
 //! | `position` | GenEval's: whether all directions (left, right, above, below) hold |
-//! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the triples: both objects are there; the relation holds; it holds given both |
+//! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the directions: both objects are there, with label and colour; the relation holds; it holds given both (of prompts with one relation, as VISOR's are, the mean is VISOR's) |
+//!
+//! What the judge confirms is a part of the graph that was asked for, since it answers claims and lists nothing of its own:
+//! these IoUs are shares of the graph that is met, and what is too much in a picture costs nothing by them. For that there
+//! are `judge_no_others` and `no_others`.
 
 use crate::{
     rig::roles::Claim,
@@ -98,10 +102,10 @@ pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Me
     put(&mut metrics, "oracle_perfect", Some(truth(judgement.perfect())));
     put(&mut metrics, "render_distance", Some(*distance));
     let held = graph.relations.iter().zip(judgement.relations.iter().copied());
-    let directions = held.clone().filter(|(r, _)| Spatial::from_name(&r.predicate).is_some_and(Spatial::is_direction));
-    put(&mut metrics, "position", all(directions.map(|(_, held)| held)));
+    let directions = held.filter(|(r, _)| Spatial::from_name(&r.predicate).is_some_and(Spatial::is_direction));
+    put(&mut metrics, "position", all(directions.clone().map(|(_, held)| held)));
     let both = |i: usize, j: usize| present.get(i) == Some(&true) && present.get(j) == Some(&true);
-    let pairs: Vec<(bool, bool)> = held.map(|(r, held)| (both(r.subject, r.object), held)).collect();
+    let pairs: Vec<(bool, bool)> = directions.map(|(r, held)| (both(r.subject, r.object), held)).collect();
     put(&mut metrics, "visor_oa", share(pairs.iter().map(|p| p.0)));
     put(&mut metrics, "visor_unconditional", share(pairs.iter().map(|p| p.0 && p.1)));
     put(&mut metrics, "visor_conditional", share(pairs.iter().filter(|p| p.0).map(|p| p.1)));
@@ -178,7 +182,7 @@ mod tests {
         assert_eq!(m["render_distance"], 0.25);
         // "Inside" is no direction.
         assert_eq!(m["position"], 1.0);
-        assert_eq!((m["visor_oa"], m["visor_unconditional"], m["visor_conditional"]), (1.0, 0.5, 0.5));
+        assert_eq!((m["visor_oa"], m["visor_unconditional"], m["visor_conditional"]), (1.0, 1.0, 1.0));
     }
 
     #[test]

@@ -48,7 +48,7 @@ impl Play<'_> {
         let options = self.mode.options(self.options);
         let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
         cast(self.mode, self.painter, self.critic, |cast| {
-            cycle::run(cast, &jobs, &options, self.cancelled, &mut |event| {
+            cycle::run_observed(cast, &jobs, &options, self.cancelled, &mut |event| {
                 match event {
                     Event::Stage { stage, jobs } => meter.stage(stage, jobs, (self.evaluations)()),
                     Event::Finished { job, outcome } if outcome.ending != cycle::Ending::Cancelled => {

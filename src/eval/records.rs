@@ -1,7 +1,8 @@
 //! LAION-SG's files record by record (arXiv 2412.08580): a JSON list of hundreds of megabytes, in the memory of one record.
 //!
-//! The real files have flaws. A record is cut out by its brackets alone, so that one that is no JSON costs only itself;
-//! what is wrong inside is counted with its line ([`Flaws`]), left out, and the rest is used.
+//! The real files have flaws. A record is cut out by its brackets, and ends at the latest where the next one begins, so that
+//! one that is no JSON costs only itself; what is wrong inside is counted with its place ([`Flaws`]), left out, and the rest
+//! is used.
 
 use crate::scene::graph::{Object, Relation, SceneGraph};
 use anyhow::{Context, Result, bail};
@@ -18,6 +19,8 @@ use std::{
 pub enum Flaw {
     /// The record is no JSON, or no object.
     Malformed,
+    /// The list is closed, and goes on.
+    StrayBracket,
     /// The file ends within a record.
     Truncated,
     /// Bytes that are no UTF-8; each is replaced.
@@ -34,7 +37,7 @@ pub enum Flaw {
     DanglingId,
 }
 
-/// Flaws by kind: how many, and the lines of the first few.
+/// Flaws by kind: how many, and where the first few are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Flaws(pub BTreeMap<Flaw, Count>);
@@ -42,19 +45,28 @@ pub struct Flaws(pub BTreeMap<Flaw, Count>);
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Count {
     pub count: usize,
-    /// The lines at which the first records with this flaw begin.
+    /// The lines at which the first records with this flaw begin, and their numbers: a file may have but one line.
     pub lines: Vec<u64>,
+    pub records: Vec<usize>,
 }
 
-/// Lines that are kept of each kind.
-const KEPT_LINES: usize = 5;
+/// Where a record is: the line it begins at and its number, both from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct At {
+    line: u64,
+    record: usize,
+}
+
+/// Places that are kept of each kind.
+const KEPT: usize = 5;
 
 impl Flaws {
-    fn add(&mut self, flaw: Flaw, line: u64) {
+    fn add(&mut self, flaw: Flaw, At { line, record }: At) {
         let count = self.0.entry(flaw).or_default();
         count.count += 1;
-        if count.lines.len() < KEPT_LINES && count.lines.last() != Some(&line) {
+        if count.records.len() < KEPT && count.records.last() != Some(&record) {
             count.lines.push(line);
+            count.records.push(record);
         }
     }
 
@@ -63,6 +75,7 @@ impl Flaws {
         let say = |(flaw, count): (&Flaw, &Count)| {
             let what = match flaw {
                 Flaw::Malformed => "records that are no JSON objects, left out",
+                Flaw::StrayBracket => "brackets that would end the list before its records do, passed over",
                 Flaw::Truncated => "record cut off by the end of the file, left out",
                 Flaw::BrokenUtf8 => "records with broken UTF-8, replaced",
                 Flaw::MissingKey => "missing keys",
@@ -72,9 +85,10 @@ impl Flaws {
                 Flaw::RepeatedId => "repeated ids, of which the first counts",
                 Flaw::DanglingId => "relations with an item that is not there, left out",
             };
-            let lines: Vec<String> = count.lines.iter().map(u64::to_string).collect();
-            let more = if count.count > count.lines.len() { ", .." } else { "" };
-            format!("{} {what} (lines {}{more})", count.count, lines.join(", "))
+            let places = count.lines.iter().zip(&count.records);
+            let places: Vec<String> = places.map(|(line, record)| format!("{record} at line {line}")).collect();
+            let more = if count.count > places.len() { ", .." } else { "" };
+            format!("{} {what} (record {}{more})", count.count, places.join(", "))
         };
         self.0.iter().map(say).collect()
     }
@@ -90,6 +104,8 @@ pub struct Entry {
 
 /// A record of more bytes than this is none: its brackets do not close.
 const LONGEST: usize = 8 << 20;
+/// The first key of LAION-SG's records, by which one is known whose forerunner does not end.
+const FIRST_KEY: &[u8] = b"\"img_id\"";
 
 /// The records of a file, in order.
 pub struct Records<R> {
@@ -97,6 +113,8 @@ pub struct Records<R> {
     /// The line being read, from 1.
     line: u64,
     state: Place,
+    /// What was read of the next record: `{"img_id"`, or nothing.
+    begun: Vec<u8>,
     pub flaws: Flaws,
     /// Hashes of the ids seen, which is all that grows with the file.
     seen: HashSet<u64>,
@@ -114,31 +132,46 @@ enum Place {
 
 impl<R: BufRead> Records<R> {
     pub fn new(reader: R) -> Self {
-        Self { reader, line: 1, state: Place::Before, flaws: Flaws::default(), seen: HashSet::new(), all: 0, alike: 0 }
+        Self {
+            reader,
+            line: 1,
+            state: Place::Before,
+            begun: Vec::new(),
+            flaws: Flaws::default(),
+            seen: HashSet::new(),
+            all: 0,
+            alike: 0,
+        }
     }
 
     /// The next record that can be used. A file that is not LAION-SG's is an error that says what was found.
     pub fn next_entry(&mut self) -> Result<Option<Entry>> {
         while let Some((line, bytes)) = self.next_record()? {
             self.all += 1;
+            let at = At { line, record: self.all };
             let text = String::from_utf8_lossy(&bytes);
             if matches!(text, std::borrow::Cow::Owned(_)) {
-                self.flaws.add(Flaw::BrokenUtf8, line);
+                self.flaws.add(Flaw::BrokenUtf8, at);
             }
-            let value: Option<Value> = serde_json::from_str(&text).ok();
+            let mut value: Option<Value> = serde_json::from_str(&text).ok();
+            if value.is_none() {
+                let (mended, flaw) = mended(&text);
+                value = serde_json::from_str(&mended).ok();
+                flaw.filter(|_| value.is_some()).into_iter().for_each(|flaw| self.flaws.add(flaw, at));
+            }
             let Some(Value::Object(record)) = &value else {
-                self.flaws.add(Flaw::Malformed, line);
+                self.flaws.add(Flaw::Malformed, at);
                 self.check_kind(value.as_ref())?;
                 continue;
             };
             self.alike += usize::from(record.contains_key("items") || record.contains_key("relations"));
             self.check_kind(value.as_ref())?;
-            if let Some(entry) = read(record, line, &mut self.flaws) {
+            if let Some(entry) = read(record, at, &mut self.flaws) {
                 let id = &entry.id;
                 if self.seen.insert(hash(id)) {
                     return Ok(Some(entry));
                 }
-                self.flaws.add(Flaw::RepeatedId, line);
+                self.flaws.add(Flaw::RepeatedId, at);
             }
         }
         if self.alike == 0 {
@@ -166,28 +199,33 @@ impl<R: BufRead> Records<R> {
         if self.state == Place::Before {
             self.open()?;
         }
-        if self.state == Place::After {
-            return Ok(None);
-        }
-        let (mut record, mut first_line) = (Vec::new(), 0);
-        let (mut depth, mut quoted, mut escaped) = (0usize, false, false);
+        let mut record = std::mem::take(&mut self.begun);
+        let mut first_line = self.line;
+        let (mut depth, mut quoted, mut escaped) = (usize::from(!record.is_empty()), false, false);
         loop {
             let chunk = self.reader.fill_buf().context("cannot read on")?;
             if chunk.is_empty() {
+                let at = At { line: if record.is_empty() { self.line } else { first_line }, record: self.all + 1 };
+                if self.state == Place::Inside {
+                    self.flaws.add(Flaw::Truncated, at);
+                }
                 self.state = Place::After;
-                self.flaws.add(Flaw::Truncated, if record.is_empty() { self.line } else { first_line });
                 return Ok(None);
             }
-            let mut end = None;
+            let (mut used, mut ended, mut closed, mut next) = (chunk.len(), false, false, None);
             for (i, byte) in chunk.iter().enumerate() {
                 self.line += u64::from(*byte == b'\n');
+                if self.state == Place::After && !byte.is_ascii_whitespace() {
+                    self.flaws.add(Flaw::StrayBracket, At { line: self.line, record: self.all + 1 });
+                    self.state = Place::Inside;
+                }
                 if quoted {
                     quoted = escaped || *byte != b'"';
                     escaped = !escaped && *byte == b'\\';
                 } else {
                     match byte {
                         b',' | b']' if depth == 0 => {
-                            end = Some(i);
+                            (used, ended, closed) = (i + 1, true, *byte == b']');
                             break;
                         }
                         b'"' => quoted = true,
@@ -196,24 +234,31 @@ impl<R: BufRead> Records<R> {
                         _ => {}
                     }
                 }
-                if !record.is_empty() || !byte.is_ascii_whitespace() {
-                    if record.is_empty() {
-                        first_line = self.line;
-                    }
-                    record.push(*byte);
+                if record.is_empty() && byte.is_ascii_whitespace() {
+                    continue;
                 }
+                if record.is_empty() {
+                    first_line = self.line;
+                }
+                record.push(*byte);
+                if let Some(start) = begins(&record).filter(|start| *start > 0) {
+                    (used, next) = (i + 1, Some(start));
+                    break;
+                }
+            }
+            self.reader.consume(used);
+            if let Some(start) = next {
+                self.begun = record.split_off(start);
+                return Ok(Some((first_line, record)));
             }
             if record.len() > LONGEST {
                 bail!("the record that begins at line {first_line} does not end: its brackets or quotes do not close");
             }
-            let used = end.map_or(chunk.len(), |i| i + 1);
-            let closed = end.is_some_and(|i| chunk[i] == b']');
-            self.reader.consume(used);
             if closed {
                 self.state = Place::After;
             }
-            if end.is_some() && (!record.is_empty() || closed) {
-                return Ok((!record.is_empty()).then_some((first_line, record)));
+            if ended && !record.is_empty() {
+                return Ok(Some((first_line, record)));
             }
         }
     }
@@ -244,6 +289,47 @@ impl<R: BufRead> Records<R> {
     }
 }
 
+/// Where in `bytes` a record begins whose first key ends here.
+fn begins(bytes: &[u8]) -> Option<usize> {
+    let before = bytes.strip_suffix(FIRST_KEY)?;
+    let end = before.iter().rposition(|byte| !byte.is_ascii_whitespace())?;
+    (before[end] == b'{').then_some(end)
+}
+
+/// What Python's `json` writes and JSON does not know, in words of JSON's: numbers that are none as null, halves of a
+/// surrogate pair as the character for what cannot be read. With the last flaw of these that was found.
+fn mended(text: &str) -> (String, Option<Flaw>) {
+    let (mut mended, mut flaw, mut rest) = (String::with_capacity(text.len()), None, text);
+    let mut quoted = false;
+    while let Some(c) = rest.chars().next() {
+        let mut taken = c.len_utf8();
+        let unit = |at: usize| {
+            let digits = rest.get(at..)?.strip_prefix("\\u")?.get(..4)?;
+            u32::from_str_radix(digits, 16).ok()
+        };
+        let number = ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| !quoted && rest.starts_with(word));
+        match (c, unit(0), unit(6)) {
+            ('\\', Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => taken = 12,
+            ('\\', Some(0xd800..=0xdfff), _) => {
+                mended.push(char::REPLACEMENT_CHARACTER);
+                (flaw, rest) = (Some(Flaw::BrokenUtf8), &rest[6..]);
+                continue;
+            }
+            ('\\', ..) if rest.len() > 1 => taken += rest[1..].chars().next().map_or(0, char::len_utf8),
+            ('"', ..) => quoted = !quoted,
+            _ => {}
+        }
+        if let Some(word) = number {
+            mended.push_str("null");
+            (flaw, rest) = (Some(Flaw::WrongType), &rest[word.len()..]);
+            continue;
+        }
+        mended.push_str(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    (mended, flaw)
+}
+
 /// A hash of an id; two ids of half a million share one with a chance below 1e-8.
 fn hash(id: &str) -> u64 {
     use std::hash::{DefaultHasher, Hasher};
@@ -253,8 +339,8 @@ fn hash(id: &str) -> u64 {
 }
 
 /// A record's graph; `None` if it has no items or relations at all.
-fn read(record: &Map<String, Value>, line: u64, flaws: &mut Flaws) -> Option<Entry> {
-    let mut flaw = |flaw| flaws.add(flaw, line);
+fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Option<Entry> {
+    let mut flaw = |flaw| flaws.add(flaw, at);
     let id = match record.get("img_id") {
         Some(Value::String(id)) if !id.trim().is_empty() => id.trim().to_owned(),
         Some(Value::Number(id)) => {
@@ -263,7 +349,7 @@ fn read(record: &Map<String, Value>, line: u64, flaws: &mut Flaws) -> Option<Ent
         }
         _ => {
             flaw(Flaw::MissingKey);
-            format!("line-{line}")
+            format!("record-{}", at.record)
         }
     };
     match record.get("score") {
@@ -275,7 +361,7 @@ fn read(record: &Map<String, Value>, line: u64, flaws: &mut Flaws) -> Option<Ent
     let items = list(record, "items", &mut flaw)?;
     let relations = list(record, "relations", &mut flaw)?;
 
-    let (mut at, mut graph) = (HashMap::new(), SceneGraph::default());
+    let (mut places, mut graph) = (HashMap::new(), SceneGraph::default());
     for item in items {
         let Some(item) = object(item, &mut flaw) else { continue };
         let (Some(id), Some(label)) = (number(item, "item_id", &mut flaw), text(item, "label", &mut flaw)) else {
@@ -283,7 +369,7 @@ fn read(record: &Map<String, Value>, line: u64, flaws: &mut Flaws) -> Option<Ent
         };
         if label.is_empty() {
             flaw(Flaw::EmptyText);
-        } else if let hash_map::Entry::Vacant(place) = at.entry(id) {
+        } else if let hash_map::Entry::Vacant(place) = places.entry(id) {
             place.insert(graph.objects.len());
             graph.objects.push(Object::new(label, attributes(item, &mut flaw)));
         } else {
@@ -299,7 +385,7 @@ fn read(record: &Map<String, Value>, line: u64, flaws: &mut Flaws) -> Option<Ent
         ) else {
             continue;
         };
-        match (at.get(&subject), at.get(&object)) {
+        match (places.get(&subject), places.get(&object)) {
             _ if predicate.is_empty() => flaw(Flaw::EmptyText),
             (Some(&subject), Some(&object)) => graph.relations.push(Relation { subject, predicate, object }),
             _ => flaw(Flaw::DanglingId),
@@ -338,7 +424,11 @@ fn text(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> 
 fn number(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> Option<i64> {
     let value = record.get(key);
     let found = match value {
-        Some(Value::Number(number)) => number.as_i64(),
+        Some(Value::Number(number)) => number.as_i64().or_else(|| {
+            let whole = number.as_f64().filter(|x| x.fract() == 0.0 && x.abs() < 1e15)?;
+            flaw(Flaw::WrongType);
+            Some(whole as i64)
+        }),
         Some(Value::String(text)) => {
             let found = text.trim().parse().ok();
             if found.is_some() {
@@ -413,6 +503,55 @@ mod tests {
         assert!(entries.iter().all(|e| e.graph.validate().is_ok() && !e.graph.relations.is_empty()));
         assert_eq!(entries[0].graph.triples(), ["tall stone tower attached to arched stone bridge"]);
         assert_eq!(flaws.sentences().len(), 8);
+        assert!(flaws.sentences()[0].contains("(record "), "{:?}", flaws.sentences());
+    }
+
+    /// A record of one relation.
+    fn record(id: usize) -> String {
+        format!(
+            r#"{{"img_id": "{id}", "score": "1", "caption_ori": "c", "items": [{{"item_id": 0, "label": "a", "attributes": []}},
+            {{"item_id": 1, "label": "b", "attributes": []}}], "relations": [{{"item1": 0, "relation": "on", "item2": 1}}]}}"#
+        )
+    }
+
+    /// The ids that are found, and how often which flaw.
+    fn found(text: &str) -> (Vec<String>, Vec<(Flaw, usize)>) {
+        let whole = all(text.as_bytes(), 1 << 16).unwrap();
+        assert!([1, 7].into_iter().all(|buffer| all(text.as_bytes(), buffer).unwrap() == whole));
+        let (entries, flaws) = whole;
+        assert!(entries.iter().all(|e| e.graph.relations.len() == 1), "{entries:?}");
+        (entries.into_iter().map(|e| e.id).collect(), flaws.0.into_iter().map(|(f, c)| (f, c.count)).collect())
+    }
+
+    #[test]
+    fn a_record_that_does_not_end_costs_itself_alone() {
+        let [a, b, c] = [1, 2, 3].map(record);
+        let joined = |b: &str| format!("[{a},\n{b},\n{c}]");
+        assert_eq!(found(&joined(&b)), (vec!["1".into(), "2".into(), "3".into()], vec![]));
+        for broken in [&b[..b.len() - 1], &b[..b.len() / 2], &b.replace("caption_ori\"", "caption_ori"), "{"] {
+            assert_eq!(found(&joined(broken)), (vec!["1".into(), "3".into()], vec![(Flaw::Malformed, 1)]), "{broken}");
+        }
+        // Without a comma between them, both are whole.
+        assert_eq!(found(&format!("[{a} {b}]")).0, ["1", "2"]);
+        let stray = found(&format!("[{a}], {b}]\n ]\n"));
+        assert_eq!(stray, (vec!["1".into(), "2".into()], vec![(Flaw::StrayBracket, 2)]));
+    }
+
+    #[test]
+    fn what_python_writes_is_read() {
+        let one =
+            record(1).replace("\"item_id\": 0", "\"item_id\": 0.0").replace("\"c\"", "\"\\ud83d x \\ud83d\\ude00\"");
+        let two = record(2).replace("\"score\": \"1\"", "\"score\": NaN");
+        // Records without an id, all in one line.
+        let bare = record(0).replace("\"img_id\": \"0\", ", "").replace('\n', "");
+        let (ids, flaws) = found(&format!("[{one}, {two}, {bare}, {bare}]"));
+        assert_eq!(ids, ["1", "2", "record-3", "record-4"]);
+        let wrong = [(Flaw::BrokenUtf8, 1), (Flaw::MissingKey, 2), (Flaw::WrongType, 3)];
+        assert_eq!(flaws, wrong);
+        assert_eq!(
+            mended(r#""\ud83d x \ud83d\ude00 \\ud83d" -Infinity"#).0,
+            "\"\u{fffd} x \\ud83d\\ude00 \\\\ud83d\" null"
+        );
     }
 
     #[test]

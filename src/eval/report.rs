@@ -2,21 +2,29 @@
 //! pictures open the story of how they came about.
 
 use super::{
+    agreement::Agreement,
     edits::Review,
     line::{Key, Line},
     modes::Mode,
     plot::{Series, plot},
-    results::{Estimates, Results},
+    results::{Estimates, ModeResults, Results},
 };
 use crate::io::{
     self,
     html::{base64, escape},
 };
-use anyhow::Result;
-use std::{collections::BTreeMap, path::Path};
+use anyhow::{Context, Result};
+use image::ImageFormat;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Cursor,
+    path::Path,
+};
 
 /// Pictures of each gallery.
 const SHOWN: usize = 8;
+/// Pixels of a shown picture's longer side at most.
+const SIDE: u32 = 320;
 /// A picture file larger than this is none of ours.
 const LARGEST: u64 = 64 << 20;
 
@@ -71,6 +79,8 @@ pub fn page(results: &Results, lines: &[Line], folder: &Path) -> Result<String> 
     html += &plot(&by_cost(results, metric), "network evaluations of a prompt", name);
     html += "</div>\n";
     html += &edits(results);
+    html += &groups(results, metric);
+    html += &agreement(results);
     // The loop is what the galleries are about, or else what comes last.
     if let Some(mode) = results.modes.keys().next_back() {
         html += &galleries(*mode, metric, lines, folder)?;
@@ -135,6 +145,52 @@ fn edits(results: &Results) -> String {
     )
 }
 
+/// The headline's metric by relation, number of objects and split, of every mode.
+fn groups(results: &Results, metric: &str) -> String {
+    type Grouped = fn(&ModeResults) -> BTreeMap<String, Estimates>;
+    let by: [(&str, Grouped, &str); 3] = [
+        ("relation", |found| found.by_relation.clone(), if metric == "sg_iou" { "judge" } else { "oracle" }),
+        ("objects", |found| found.by_objects.iter().map(|(n, e)| (n.to_string(), e.clone())).collect(), metric),
+        ("split", |found| found.by_split.clone(), metric),
+    ];
+    let heads: String = results.modes.keys().map(|mode| format!("<th>{}</th>", mode.name())).collect();
+    let mut html = String::new();
+    for (title, group, metric) in by {
+        let modes: Vec<BTreeMap<String, Estimates>> = results.modes.values().map(group).collect();
+        let names: BTreeSet<&String> = modes.iter().flat_map(BTreeMap::keys).collect();
+        let none = Estimates::new();
+        let row = |name: &&String| {
+            let cells: String = modes.iter().map(|mode| cell(mode.get(*name).unwrap_or(&none), metric, 3)).collect();
+            format!("<tr><td>{}</td>{cells}</tr>\n", escape(name))
+        };
+        if names.len() > 1 {
+            let rows: String = names.iter().map(row).collect();
+            html += &format!(
+                "<h2>By {title}</h2>\n<div class=\"wide\"><table>\n<tr><th>{title}</th>{heads}</tr>\n{rows}</table></div>\n"
+            );
+        }
+    }
+    html
+}
+
+/// How far the judges agree.
+fn agreement(results: &Results) -> String {
+    let row = |(name, found): (&String, &Agreement)| {
+        let values = [("accuracy", found.accuracy), ("kappa", found.kappa), ("ece", found.calibration_error)];
+        let values: Estimates = values.map(|(name, estimate)| (name.to_owned(), estimate)).into();
+        let cells: String = ["accuracy", "kappa", "ece"].iter().map(|name| cell(&values, name, 3)).collect();
+        format!("<tr><td>{}</td>{cells}<td>{}</td></tr>\n", escape(&name.replace('_', " ")), found.claims)
+    };
+    let rows: String = results.agreement.iter().map(row).collect();
+    if rows.is_empty() {
+        return rows;
+    }
+    format!(
+        "<h2>Agreement of the judges</h2>\n<div class=\"wide\"><table>\n<tr><th>of</th><th>accuracy</th><th>kappa</th>\
+         <th>calibration error</th><th>claims</th></tr>\n{rows}</table></div>\n"
+    )
+}
+
 fn cell(estimates: &Estimates, name: &str, decimals: usize) -> String {
     match estimates.get(name) {
         Some(e) => {
@@ -145,7 +201,7 @@ fn cell(estimates: &Estimates, name: &str, decimals: usize) -> String {
 }
 
 fn by_round(results: &Results, metric: &str) -> Vec<Series> {
-    let series = |(mode, found): (&Mode, &super::results::ModeResults)| {
+    let series = |(mode, found): (&Mode, &ModeResults)| {
         let rounds = (1..).zip(&found.by_round);
         let points = rounds.filter_map(|(round, e)| Some((f64::from(round), *e.get(metric)?)));
         Series { name: mode.name().to_owned(), points: points.collect() }
@@ -154,7 +210,7 @@ fn by_round(results: &Results, metric: &str) -> Vec<Series> {
 }
 
 fn by_cost(results: &Results, metric: &str) -> Vec<Series> {
-    let series = |(mode, found): (&Mode, &super::results::ModeResults)| {
+    let series = |(mode, found): (&Mode, &ModeResults)| {
         let point = found.cost.get("evaluations").zip(found.metrics.get(metric));
         Series { name: mode.name().to_owned(), points: point.map(|(cost, e)| (cost.mean, *e)).into_iter().collect() }
     };
@@ -232,8 +288,16 @@ fn opened(story: &Story, folder: &Path) -> Result<String> {
     Ok(html + "</div></details>\n")
 }
 
+/// The picture of a line, in the page itself; a large one is shown smaller than its file is.
 fn image(line: &Line, folder: &Path) -> Result<String> {
-    let bytes = io::read_file(&folder.join(&line.file), LARGEST)?;
+    let path = folder.join(&line.file);
+    let mut bytes = io::read_file(&path, LARGEST)?;
+    let picture = image::load_from_memory(&bytes).with_context(|| format!("cannot read {}", path.display()))?;
+    if picture.width().max(picture.height()) > SIDE {
+        let mut smaller = Cursor::new(Vec::new());
+        picture.resize(SIDE, SIDE, image::imageops::FilterType::Triangle).write_to(&mut smaller, ImageFormat::Png)?;
+        bytes = smaller.into_inner();
+    }
     let alt = escape(&format!("round {}", line.round));
     Ok(format!("<img loading=\"lazy\" alt=\"{alt}\" src=\"data:image/png;base64,{}\">", base64(&bytes)))
 }
@@ -253,7 +317,7 @@ mod tests {
         for line in &lines {
             let path = dir.path().join(&line.file);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            io::png::write(&path, &image::RgbImage::new(2, 2), &[], true).unwrap();
+            io::png::write(&path, &image::RgbImage::new(900, 600), &[], true).unwrap();
         }
         let found = results(json!({ "seed": [0] }), json!({}), json!([]), &lines);
         let html = page(&found, &lines, dir.path()).unwrap();
@@ -261,6 +325,13 @@ mod tests {
         assert!(!html.contains("http:") && !html.contains("https:") && !html.contains("url("));
         assert_eq!(html.matches("<svg").count(), 2);
         assert!(html.contains("prefers-color-scheme:dark") && html.contains("add all"));
+        for part in ["<h2>By relation</h2>", "<h2>By objects</h2>", "<td>checker oracle relations</td>"] {
+            assert!(html.contains(part), "{part}");
+        }
+        assert!(!html.contains("<h2>By split</h2>"), "there is only one");
+        // The beginning of a PNG of 320 x 213 pixels.
+        let (_, data) = html.split_once("base64,").unwrap();
+        assert!(data.starts_with("iVBORw0KGgoAAAANSUhEUgAAAUAAAADV"), "{}", &data[..40]);
         let (_, fixed) = html.split_once("Fixed by the later rounds").unwrap();
         let (fixed, broken) = fixed.split_once("Broken by the later rounds").unwrap();
         assert!(fixed.matches("<details>").count() >= 4 && !broken.contains("<details>"));

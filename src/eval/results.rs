@@ -4,10 +4,10 @@
 //! sums run in a fixed order, so the same lines in any order give the same numbers.
 
 use super::{
-    agreement::{Agreement, agreement},
+    agreement::{Agreement, Tally, agreement},
     bootstrap::{Estimate, Resamples},
     line::{Key, Line},
-    metrics::Metrics,
+    metrics::{Answer, Metrics},
     modes::Mode,
 };
 use crate::rig::roles::Claim;
@@ -53,7 +53,9 @@ pub fn results(config: Value, versions: Value, flaws: Value, lines: &[Line]) -> 
     let modes: BTreeSet<Mode> = lines.iter().map(|line| line.mode).collect();
     let of_mode = |mode: &Mode| lines.iter().copied().filter(|line| line.mode == *mode).collect::<Vec<_>>();
     let modes = modes.iter().map(|mode| (*mode, mode_results(&of_mode(mode)))).collect();
-    Results { config, versions, flaws, modes, agreement: agreements(&lines) }
+    // Without a judge of its own the Checker's word is the judge's.
+    let judged = config.get("judge").is_some_and(|judge| !judge.is_null());
+    Results { agreement: agreements(&lines, judged), config, versions, flaws, modes }
 }
 
 fn mode_results(lines: &[&Line]) -> ModeResults {
@@ -80,9 +82,9 @@ fn mode_results(lines: &[&Line]) -> ModeResults {
 
 /// Means over prompts of what `values` gives of their lines.
 fn estimates<'a>(lines: impl Iterator<Item = &'a Line>, values: impl Fn(&Line) -> Metrics) -> Estimates {
-    let mut prompts: BTreeMap<&str, BTreeMap<String, (f64, usize)>> = BTreeMap::new();
+    let mut prompts: BTreeMap<(&str, &str), BTreeMap<String, (f64, usize)>> = BTreeMap::new();
     for line in lines {
-        let prompt = prompts.entry(&line.id).or_default();
+        let prompt = prompts.entry((&line.split, &line.id)).or_default();
         for (name, value) in values(line) {
             let (sum, n) = prompt.entry(name).or_default();
             (*sum, *n) = (*sum + value, *n + 1);
@@ -138,34 +140,38 @@ fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
     with.into_iter().map(of).collect()
 }
 
-/// Checker against oracle, judge against oracle, Checker against judge.
-fn agreements(lines: &[&Line]) -> BTreeMap<String, Agreement> {
-    // The modes draw the same first picture.
-    let first = lines.first().map(|line| line.mode);
-    let pictures: Vec<&Line> =
-        lines.iter().copied().filter(|line| line.round > 1 || Some(line.mode) == first).collect();
-    let answers = || pictures.iter().flat_map(|line| &line.claims);
-    let independent = answers().any(|answer| answer.checker != answer.judge);
-    let mut found = BTreeMap::new();
+/// Checker against oracle and, where there is a judge apart, judge against oracle and Checker against judge.
+fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
+    // All modes draw the same pictures; of another prompt those that rewrite it.
+    let (mut drawn, mut pictures) = (BTreeSet::new(), Vec::new());
+    for line in lines {
+        let reworded = line.mode == Mode::Rewrite && line.round > 1;
+        if line.edit.is_some() || drawn.insert((&line.split, &line.id, line.seed, line.round, reworded)) {
+            pictures.push(*line);
+        }
+    }
     let kind_of = |claim: &Claim| match claim {
         Claim::Object(_) => "_objects",
         Claim::Relation { .. } => "_relations",
         Claim::Only(_) => "_others",
     };
-    for kind in ["", "_objects", "_relations", "_others"] {
-        let of_kind = || answers().filter(|answer| kind.is_empty() || kind_of(&answer.claim) == kind);
-        let checker: Vec<(f64, bool)> = of_kind().filter_map(|a| Some((a.checker, a.oracle?))).collect();
-        let judge: Vec<(f64, bool)> = of_kind().filter_map(|a| Some((a.judge, a.oracle?))).collect();
-        let both: Vec<(f64, bool)> = of_kind().map(|a| (a.checker, a.judge >= 0.5)).collect();
-        let pairs = [
-            ("checker_oracle", checker, true),
-            ("judge_oracle", judge, independent),
-            ("checker_judge", both, independent),
-        ];
-        for (name, claims, wanted) in pairs {
-            if wanted && !claims.is_empty() {
-                found.insert(format!("{name}{kind}"), agreement(&claims));
+    type Said = fn(&Answer) -> Option<(f64, bool)>;
+    let pairs: [(&str, Said, bool); 3] = [
+        ("checker_oracle", |a| Some((a.checker, a.oracle?)), true),
+        ("judge_oracle", |a| Some((a.judge, a.oracle?)), judged),
+        ("checker_judge", |a| Some((a.checker, a.judge >= 0.5)), judged),
+    ];
+    let mut found = BTreeMap::new();
+    for (name, said, _) in pairs.into_iter().filter(|(.., wanted)| *wanted) {
+        for kind in ["", "_objects", "_relations", "_others"] {
+            let mut prompts: BTreeMap<(&str, &str), Tally> = BTreeMap::new();
+            for line in &pictures {
+                let tally = prompts.entry((&line.split, &line.id)).or_default();
+                let of_kind = line.claims.iter().filter(|a| kind.is_empty() || kind_of(&a.claim) == kind);
+                of_kind.filter_map(said).for_each(|(p, truth)| tally.count(p, truth));
             }
+            let agreed = agreement(&prompts.into_values().collect::<Vec<_>>());
+            found.extend(agreed.map(|agreed| (format!("{name}{kind}"), agreed)));
         }
     }
     found
@@ -207,9 +213,30 @@ mod tests {
         let claims: usize =
             lines().iter().filter(|l| l.round > 1 || l.mode == Mode::Diffuser).map(|l| l.claims.len()).sum();
         let found = &results.agreement["checker_oracle"];
-        assert_eq!(found.accuracy.all, claims);
-        assert!(found.kappa > 0.9 && found.accuracy.value() > 0.95, "{found:?}");
+        assert_eq!((found.claims, found.accuracy.n), (claims, 12));
+        assert!(found.kappa.mean > 0.9 && found.accuracy.mean > 0.95, "{found:?}");
         assert!(!results.agreement.contains_key("judge_oracle"));
+        // A drawing of a later round is that of best-of-n too.
+        let mut redrawn = lines();
+        redrawn.iter_mut().for_each(|line| line.edit = None);
+        let mut twice = redrawn.clone();
+        twice.extend(redrawn.iter().cloned().map(|line| Line { mode: Mode::BestOfN, ..line }));
+        assert_eq!(document(&redrawn).agreement, document(&twice).agreement);
+    }
+
+    #[test]
+    fn a_judge_apart_is_compared_with_oracle_and_checker_even_if_it_agrees() {
+        let config = serde_json::json!({ "judge": "another" });
+        let agreed = results(config, Value::Null, Value::Null, &lines()).agreement;
+        assert_eq!(agreed["judge_oracle"], agreed["checker_oracle"]);
+        assert!(agreed["checker_judge"].kappa.mean == 1.0 && agreed.contains_key("checker_judge_relations"));
+    }
+
+    #[test]
+    fn a_prompt_is_one_of_its_split() {
+        let mut lines = lines();
+        lines.extend(lines.clone().into_iter().map(|line| Line { split: "train".into(), ..line }));
+        assert_eq!(document(&lines).modes[&Mode::Loop].metrics["sg_iou"].n, 24);
     }
 
     #[test]

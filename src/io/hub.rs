@@ -110,12 +110,7 @@ impl Hub {
         }
         let repo = Repo::with_revision(id.to_owned(), RepoType::Dataset, revision.to_owned());
         let (local, online) = self.look(&repo, name)?;
-        let in_cache = || {
-            let entries = fs::read_dir(&local.path).into_iter().flatten().flatten();
-            let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-            names.sort();
-            names
-        };
+        let in_cache = || super::files_under(&local.path).unwrap_or_default();
         let files = online.as_ref().map_or_else(in_cache, |(_, files)| files.clone());
         let file = choose(&files.iter().map(String::as_str).collect::<Vec<_>>())?;
         if let Some((api, _)) = &online {

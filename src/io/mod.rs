@@ -70,6 +70,29 @@ pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The names of the files under a folder, with `/` between those of folders, in order.
+pub fn files_under(folder: &Path) -> Result<Vec<String>> {
+    // Links may lead around in a circle.
+    const DEEPEST: usize = 8;
+    let mut names = Vec::new();
+    let mut folders = vec![(folder.to_owned(), String::new(), 0)];
+    while let Some((path, prefix, depth)) = folders.pop() {
+        for entry in fs::read_dir(&path).with_context(|| format!("cannot read {}", path.display()))? {
+            let path = entry.with_context(|| format!("cannot read {}", path.display()))?.path();
+            // A name that is no text is none that is looked for.
+            let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            let name = format!("{prefix}{name}");
+            if !path.is_dir() {
+                names.push(name);
+            } else if depth < DEEPEST {
+                folders.push((path, name + "/", depth + 1));
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

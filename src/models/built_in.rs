@@ -2,6 +2,8 @@
 
 use super::Folder;
 use include_dir::{Dir, include_dir};
+use sha2::{Digest, Sha256};
+use std::sync::OnceLock;
 
 static TABLETOP: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/weights/tabletop");
 
@@ -11,6 +13,24 @@ pub const NAME: &str = "built-in";
 /// The folder of the pipeline, with the VLM in `vlm/`.
 pub fn tabletop() -> Folder {
     Folder::Embedded(&TABLETOP)
+}
+
+/// The beginning of a digest of all files, which tells one version of the models from another.
+pub fn revision() -> &'static str {
+    static REVISION: OnceLock<String> = OnceLock::new();
+    fn add(dir: &Dir, hash: &mut Sha256) {
+        for file in dir.files() {
+            hash.update(file.path().to_string_lossy().as_bytes());
+            hash.update((file.contents().len() as u64).to_le_bytes());
+            hash.update(file.contents());
+        }
+        dir.dirs().for_each(|dir| add(dir, hash));
+    }
+    REVISION.get_or_init(|| {
+        let mut hash = Sha256::new();
+        add(&TABLETOP, &mut hash);
+        hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    })
 }
 
 /// The folders of trained adapters.

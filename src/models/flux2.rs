@@ -70,7 +70,13 @@ impl Config {
     }
 
     fn check(&self) -> Result<()> {
-        let counts = [self.in_channels, self.num_attention_heads, self.attention_head_dim, self.joint_attention_dim];
+        let counts = [
+            self.in_channels,
+            self.num_attention_heads,
+            self.attention_head_dim,
+            self.joint_attention_dim,
+            self.timestep_guidance_channels,
+        ];
         if counts.contains(&0) || counts.iter().any(|c| *c > 1 << 20) || self.num_layers + self.num_single_layers > 4096
         {
             bail!("the transformer's config.json asks for impossible sizes: {self:?}");

@@ -5,7 +5,7 @@ use crate::tensor::{Precision, linear, linear_in};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor, Var};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -14,8 +14,8 @@ use std::{
 
 /// A low-rank adapter over the linear layers of one model (LoRA, arXiv 2106.09685): `W x + scale * B A x`.
 ///
-/// The layers are those whose name ends with one of `targets` (PEFT's `target_modules`). The adapter is shared by all of
-/// them, so [`Adapter::enable`] switches the whole of it, as a KL reference needs.
+/// The layers are those whose name ends with one of `targets` (PEFT's `target_modules`), in which a `*` stands for anything:
+/// `to_q`, `blocks.0.attn.*`. The adapter is shared by all of them, so [`Adapter::enable`] switches the whole of it, as a KL reference needs.
 #[derive(Clone)]
 pub struct Adapter(Arc<Inner>);
 
@@ -32,6 +32,8 @@ struct Inner {
     enabled: AtomicBool,
     /// Layers that have it.
     layers: AtomicUsize,
+    /// Targets that a layer was found for.
+    met: Mutex<BTreeSet<usize>>,
     /// The trained adapter that this one looks at.
     watched: Option<Adapter>,
     vars: Mutex<BTreeMap<String, Var>>,
@@ -66,8 +68,21 @@ impl Adapter {
     ) -> Self {
         let enabled = AtomicBool::new(true);
         let (layers, vars) = (AtomicUsize::new(0), Mutex::default());
-        let watched = None;
-        Self(Arc::new(Inner { rank, alpha, targets, loaded, seed, trained, strength, enabled, layers, watched, vars }))
+        let (met, watched) = (Mutex::default(), None);
+        Self(Arc::new(Inner {
+            rank,
+            alpha,
+            targets,
+            loaded,
+            seed,
+            trained,
+            strength,
+            enabled,
+            layers,
+            met,
+            watched,
+            vars,
+        }))
     }
 
     /// For another model with the weights of one that was built with this trained adapter: the same variables, as they are at
@@ -75,7 +90,8 @@ impl Adapter {
     pub fn still(&self) -> Self {
         let Inner { rank, alpha, ref targets, seed, strength, .. } = *self.0;
         let (targets, loaded, enabled) = (targets.clone(), HashMap::new(), AtomicBool::new(true));
-        let (layers, vars, watched) = (AtomicUsize::new(0), Mutex::default(), Some(self.clone()));
+        let (layers, met, vars) = (AtomicUsize::new(0), Mutex::default(), Mutex::default());
+        let watched = Some(self.clone());
         Self(Arc::new(Inner {
             rank,
             alpha,
@@ -86,6 +102,7 @@ impl Adapter {
             strength,
             enabled,
             layers,
+            met,
             watched,
             vars,
         }))
@@ -101,6 +118,15 @@ impl Adapter {
         let (found, due) = (self.0.layers.load(Ordering::Relaxed), (self.0.loaded.len() / 2).max(1));
         let first = self.0.targets.first().map_or("", String::as_str);
         ensure!(found >= due, "the adapter fits another model: only {found} of its layers, such as {first}, are here");
+        if self.0.loaded.is_empty() {
+            let met = self.0.met.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let idle = (0..self.0.targets.len()).find(|i| !met.contains(i));
+            ensure!(
+                idle.is_none(),
+                "adapter.targets: no linear layer's name ends with {:?}",
+                self.0.targets[idle.unwrap_or(0)]
+            );
+        }
         Ok(())
     }
 
@@ -122,7 +148,9 @@ impl Adapter {
     }
 
     fn covers(&self, layer: &str) -> bool {
-        self.0.targets.iter().any(|t| layer == t || layer.ends_with(&format!(".{t}")))
+        let fitting = (0..self.0.targets.len()).filter(|i| fits(&self.0.targets[*i], layer));
+        let mut met = self.0.met.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        fitting.map(|i| met.insert(i)).count() > 0
     }
 
     /// The factors `A (rank, in)` and `B (out, rank)` for `layer`, if the adapter covers it.
@@ -169,6 +197,19 @@ impl Adapter {
         let a = pair.remove(0);
         Ok(Some(Low { a, b, adapter: self.clone() }))
     }
+}
+
+/// Whether `layer` ends, behind a dot or as a whole, with what `target` says; `*` stands for any text.
+fn fits(target: &str, layer: &str) -> bool {
+    // The first part at the beginning, the others as early as they come, the last at the end.
+    fn matches(pattern: &str, text: &str) -> bool {
+        let Some((first, rest)) = pattern.split_once('*') else { return pattern == text };
+        let (middle, last) = rest.rsplit_once('*').unwrap_or(("", rest));
+        let Some(text) = text.strip_prefix(first).and_then(|text| text.strip_suffix(last)) else { return false };
+        middle.split('*').try_fold(text, |text, part| Some(text.split_once(part)?.1)).is_some()
+    }
+    let starts = layer.match_indices('.').map(|(i, _)| i + 1);
+    [0].into_iter().chain(starts).any(|start| matches(target, &layer[start..]))
 }
 
 struct Low {
@@ -224,6 +265,32 @@ impl Linear {
 mod tests {
     use super::*;
     use candle_core::Device;
+
+    #[test]
+    fn targets_are_the_ends_of_names_with_any_text_for_a_star() {
+        for (target, layer, wanted) in [
+            ("to_q", "blocks.0.attn.to_q", true),
+            ("to_q", "to_q", true),
+            ("to_q", "blocks.0.attn.into_q", false),
+            ("attn.*", "blocks.0.attn.to_q", true),
+            ("blocks.*.to_q", "transformer.blocks.10.attn.to_q", true),
+            ("blocks.*.*_q", "blocks.1.attn.to_q", true),
+            ("blocks.*.to_k", "blocks.1.attn.to_q", false),
+            ("single*.to_q", "blocks.1.attn.to_q", false),
+            ("*", "anything", true),
+        ] {
+            assert_eq!(fits(target, layer), wanted, "{target} {layer}");
+        }
+    }
+
+    #[test]
+    fn a_target_without_a_layer_is_named() {
+        let adapter = Adapter::fresh(2, 4.0, vec!["lin".into(), "lon".into()], 5);
+        let params = Params::fresh(1, DType::F32, &Device::Cpu);
+        Linear::new(3, 2, &params.at("lin")).unwrap();
+        Linear::new(3, 2, &params.again(vec![adapter.clone()]).at("lin")).unwrap();
+        assert!(adapter.check().unwrap_err().to_string().contains("\"lon\""));
+    }
 
     #[test]
     fn a_still_adapter_follows_the_trained_one_without_gradients() {

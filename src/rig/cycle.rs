@@ -166,16 +166,40 @@ pub fn run(
     cancelled: &dyn Fn() -> bool,
     observe: &mut dyn FnMut(Event) -> Result<()>,
 ) -> Result<Vec<Option<Outcome>>> {
+    let mut outcomes: Vec<Option<Outcome>> = jobs.iter().map(|_| None).collect();
+    play(cast, jobs, options, cancelled, observe, &mut |job, outcome| outcomes[job] = Some(outcome))?;
+    Ok(outcomes)
+}
+
+/// [`run`] for whom the events tell enough: an outcome is dropped when `observe` has heard of it, so that the memory of
+/// many thousand jobs is that of those at work.
+pub fn run_observed(
+    cast: Cast,
+    jobs: &[Job],
+    options: &Options,
+    cancelled: &dyn Fn() -> bool,
+    observe: &mut dyn FnMut(Event) -> Result<()>,
+) -> Result<()> {
+    play(cast, jobs, options, cancelled, observe, &mut |_, _| {})
+}
+
+fn play(
+    cast: Cast,
+    jobs: &[Job],
+    options: &Options,
+    cancelled: &dyn Fn() -> bool,
+    observe: &mut dyn FnMut(Event) -> Result<()>,
+    take: &mut dyn FnMut(usize, Outcome),
+) -> Result<()> {
     let some = options.rounds > 0 && options.draws > 0 && options.width > 0;
     ensure!(some, "the loop needs at least one round, one drawing and one place");
     let mut cycle = Cycle { cast, jobs, options, cancelled, observe };
-    let mut results: Vec<Option<Outcome>> = jobs.iter().map(|_| None).collect();
     let mut waiting = 0..jobs.len();
     let mut active: Vec<State> = Vec::new();
     loop {
         active.extend(waiting.by_ref().take(options.width - active.len()).map(State::new));
         if active.is_empty() {
-            return Ok(results);
+            return Ok(());
         }
         let stopped = match cycle.round(&mut active) {
             Ok(whole) => !whole,
@@ -188,13 +212,13 @@ pub fn run(
                 None => left.push(state),
                 Some(ending) => {
                     let job = state.job;
-                    results[job] = cycle.finish(state, ending)?;
+                    cycle.finish(state, ending)?.into_iter().for_each(|outcome| take(job, outcome));
                 }
             }
         }
         active = left;
         if stopped {
-            return Ok(results);
+            return Ok(());
         }
     }
 }

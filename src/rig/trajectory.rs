@@ -66,7 +66,7 @@ fn one() -> usize {
 pub struct Source {
     /// A hub id, a folder, or `built-in`.
     pub name: String,
-    /// The hub's commit.
+    /// The hub's commit, or [`crate::models::built_in::revision`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
 }

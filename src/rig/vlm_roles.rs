@@ -144,7 +144,9 @@ fn agree(verdicts: &mut [Verdict]) {
     for verdict in verdicts {
         if let Claim::Relation { subject, object, .. } = &verdict.claim {
             let ends = there.iter().filter(|(name, _)| name == subject || name == object);
-            verdict.p_yes = ends.map(|(_, p)| *p).fold(verdict.p_yes, f64::min);
+            // What is not known stays so, which `f64::min` would hide.
+            let least = |a: f64, b: f64| if a.is_nan() || b.is_nan() { f64::NAN } else { a.min(b) };
+            verdict.p_yes = ends.map(|(_, p)| *p).fold(verdict.p_yes, least);
             verdict.yes = verdict.p_yes >= 0.5;
         }
     }

@@ -21,7 +21,7 @@ pub struct Iou {
 }
 
 /// A graph as the three lists that are compared.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Lists {
     /// Subject, predicate, object.
     pub triples: Vec<Triple>,
@@ -165,6 +165,36 @@ mod tests {
             assert_eq!(iou(&graph, &other), iou(&other, &graph));
             for (a, b) in [(&graph, &empty), (&empty, &graph), (&empty, &empty)] {
                 assert_eq!(iou(a, b).graph + iou(a, b).entities + iou(a, b).relations, 0.0);
+            }
+        }
+    }
+
+    /// Lists with few words, so that some are shared and some occur twice.
+    fn some_lists() -> impl proptest::strategy::Strategy<Value = Lists> {
+        use proptest::{collection::vec, sample::select, strategy::Strategy};
+        let word = || select(vec!["a", "b", "c", "d"]).prop_map(str::to_owned);
+        let triples = vec((word(), word(), word()), 0..6);
+        (triples, vec(word(), 0..6)).prop_map(|(triples, objects)| {
+            let predicates = triples.iter().map(|t: &Triple| t.1.clone()).collect();
+            Lists { triples, objects, predicates }
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn an_iou_is_symmetric_bounded_and_blind_to_order(a in some_lists(), b in some_lists(), turn in 0usize..6) {
+            let mut turned = a.clone();
+            turned.triples.rotate_left(turn.min(a.triples.len()));
+            turned.objects.rotate_left(turn.min(a.objects.len()));
+            turned.predicates.reverse();
+            for iou in [strict, derived, multiset] {
+                let found = iou(&a, &b);
+                proptest::prop_assert_eq!(found, iou(&b, &a));
+                proptest::prop_assert_eq!(found, iou(&turned, &b));
+                for x in [found.graph, found.entities, found.relations] {
+                    proptest::prop_assert!((0.0..=1.0).contains(&x));
+                }
+                proptest::prop_assert_eq!(iou(&a, &a).graph, if a.triples.is_empty() { 0.0 } else { 1.0 });
             }
         }
     }

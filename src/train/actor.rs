@@ -8,11 +8,12 @@
 //! 4. the Checker answers the prompt's claims again: the rewards;
 //! 5. one update on the advantages within the group ([`super::grpo`]).
 //!
-//! Trained is a low-rank adapter on the VLM's decoder; Checker, Editor and Diffuser stay as they are. The picture is drawn
-//! by the Diffuser, as in the loop, or rendered, which is cheaper. Where one update is made of each batch, the old policy is
-//! the present one. Where several are, the rollouts are read again before the first of them, and the ratios of the later ones
-//! are clipped. Either way the log-probabilities of the replay are held to those of the rollout at every step. Answers are
-//! decoded under a schema, but the ratio is of the model's own probabilities, as is common.
+//! Trained is a low-rank adapter on the VLM's decoder, or a whole copy of the VLM; Checker, Editor and Diffuser stay as
+//! they are. The picture is drawn by the Diffuser, as in the loop, or rendered, which is cheaper. Where one update is made
+//! of each batch, the old policy is the present one. Where several are, the rollouts are read again before the first of
+//! them, and the ratios of the later ones are clipped. Either way the log-probabilities of the replay are held to those of
+//! the rollout at every step. Answers are decoded under a schema, but the ratio is of the model's own probabilities, as is
+//! common.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
@@ -20,13 +21,15 @@ use super::{
     grpo_config::{GroupConfig, GrpoConfig},
     objective_diffuser::tiled,
     pose::{Poser, Problem, Source, TOGETHER},
-    replay::{Asked, drawn, replay, write},
+    replay::{Asked, Written, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
+    run::TOKENS,
+    trained::Trained,
 };
 use crate::{
-    models::{Adapter, built_in, peft},
+    models::built_in,
     rig::{
-        roles::{Checker, Edit, Editor, Picture, Target, Verdict, score},
+        roles::{Edit, Editor, Picture, Target, Verdict},
         vlm_roles::EDIT,
     },
     scene::{
@@ -36,7 +39,7 @@ use crate::{
     tensor::rng::Stream,
     vlm::{Vlm, decode::Answer},
 };
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use image::RgbImage;
 use rayon::prelude::*;
@@ -55,8 +58,9 @@ pub struct ActorConfig {
     pub steps: usize,
     pub guidance: f64,
     pub loss: TokenLossKind,
-    pub eps_low: f64,
-    pub eps_high: f64,
+    /// The clip range; the loss's own ([`TokenLossKind::clip`]) if not given.
+    pub eps_low: Option<f64>,
+    pub eps_high: Option<f64>,
     /// Weight of the divergence from the untrained Actor.
     pub kl: f64,
     /// Held-out prompts of an evaluation.
@@ -72,10 +76,24 @@ impl Default for ActorConfig {
             steps: 8,
             guidance: 3.0,
             loss: TokenLossKind::Grpo,
-            eps_low: 0.2,
-            eps_high: 0.2,
+            eps_low: None,
+            eps_high: None,
             kl: 0.0,
             evaluation: 64,
+        }
+    }
+}
+
+impl ActorConfig {
+    /// The loss of answers of at most [`EDIT`] tokens.
+    pub fn token_loss(&self) -> TokenLoss {
+        let (low, high) = self.loss.clip();
+        TokenLoss {
+            kind: self.loss,
+            eps_low: self.eps_low.unwrap_or(low),
+            eps_high: self.eps_high.unwrap_or(high),
+            beta: self.kl,
+            max_length: EDIT,
         }
     }
 }
@@ -93,6 +111,10 @@ struct Attempt {
     instruction: String,
     picture: Picture,
     verdicts: Vec<Verdict>,
+    /// Of question and answer.
+    tokens: usize,
+    /// Whether the answer could be read; what could not is no instruction.
+    read: bool,
 }
 
 /// What the updates of a step are computed from.
@@ -106,6 +128,12 @@ struct Rollouts {
     /// own are these. And those under the untrained policy, where the divergence from it counts.
     old: Option<Tensor>,
     reference: Option<Tensor>,
+}
+
+/// Tokens that the updates see of answers, of which `counts` says which ones count.
+pub fn seen<'a>(answers: impl Iterator<Item = &'a Answer>, counts: &[f32]) -> f64 {
+    let chosen = |answer: &Answer| answer.chosen.iter().filter(|chosen| **chosen).count() as f64;
+    answers.zip(counts).map(|(answer, counts)| chosen(answer) * f64::from(*counts)).sum()
 }
 
 impl Rollouts {
@@ -131,7 +159,8 @@ pub struct Actor {
     poser: Poser,
     judges: Judges,
     policy: Vlm,
-    adapter: Adapter,
+    trained: Trained,
+    frozen: usize,
     kept: Kept<Rollouts>,
     held_out: Vec<Problem>,
 }
@@ -140,15 +169,15 @@ impl Actor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
         let GrpoConfig { actor, group, models, seed, .. } = config;
         group.check(&["format", "brevity"])?;
-        let adapter = config.learned(built_in::ACTOR, TARGETS)?;
+        let scale = group.scale.or(Some(actor.loss.scale()));
         let at = (models.dtype.dtype(), device);
-        let (critic, policy) = rollout::critic(models, at, Some(&adapter))?;
+        let (critic, policy, trained) = rollout::actor(models, at, config.learned(built_in::ACTOR, TARGETS)?)?;
         let editor = models.adapter(built_in::EDITOR)?.map(|peft| peft.adapter(1.0));
         let (klein, mut editors) = rollout::pipeline(&models.pipeline()?, at, editor.as_slice())?;
         let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: actor.clone(),
-            group: group.clone(),
+            group: GroupConfig { scale, ..group.clone() },
             seed: *seed,
             poser: Poser::new(
                 (klein, editors.pop()),
@@ -159,8 +188,9 @@ impl Actor {
                 size,
             )?,
             judges: Judges::open(config, device)?,
-            policy: policy.context("the Actor has an adapter")?,
-            adapter,
+            policy,
+            trained,
+            frozen: models.bytes()?,
             kept: Kept::default(),
             held_out: Vec::new(),
         })
@@ -175,7 +205,7 @@ impl Actor {
         let stream = |r: usize| Stream::new(self.seed, "actor edits", first * size as u64 + r as u64);
         let streams: Vec<Stream> = rows.map(stream).collect();
         let written = write(&self.policy, &pictures, &asked, temperature, &streams)?;
-        let (answers, instructions): (Vec<Answer>, Vec<String>) = written.into_iter().unzip();
+        let instructions: Vec<String> = written.iter().map(|w| w.edit.clone().unwrap_or_default()).collect();
 
         // The same words in one group make the same picture: they are carried out once.
         let mut numbers: BTreeMap<(usize, &str), usize> = BTreeMap::new();
@@ -194,14 +224,16 @@ impl Actor {
         let edited = self.poser.painter().edit(&jobs)?;
         Picture::develop(&edited.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = edited.iter().zip(&jobs).map(|(p, job)| (p, job.target)).collect();
-        let verdicts = self.poser.critic.check(&asked)?;
-        let all = answers.into_iter().zip(instructions.iter().cloned()).zip(&places);
+        let verdicts = rollout::check(&self.poser.critic, &asked);
+        let all = written.into_iter().zip(&places);
         Ok(all
-            .map(|((answer, instruction), place)| Attempt {
+            .map(|(Written { answer, edit, tokens }, place)| Attempt {
                 answer,
-                instruction,
+                read: edit.is_some(),
+                instruction: edit.unwrap_or_default(),
                 picture: edited[*place].clone(),
                 verdicts: verdicts[*place].clone(),
+                tokens,
             })
             .collect())
     }
@@ -226,6 +258,7 @@ impl Actor {
             .map(|(picture, problem)| (picture, &problem.target, &problem.graph))
             .collect();
         rewards.extend(self.judges.rewards(&self.group, &judged)?);
+        rollout::withhold(&mut rewards, attempts.iter().map(|a| a.read && rollout::known(&a.verdicts)));
         Ok(rewards)
     }
 
@@ -248,7 +281,11 @@ pub fn well_formed(instruction: &str) -> f64 {
 
 impl Objective for Actor {
     fn vars(&self) -> BTreeMap<String, Var> {
-        self.adapter.vars()
+        self.trained.vars()
+    }
+
+    fn frozen(&self) -> usize {
+        self.frozen
     }
 
     fn work(&self) -> Work {
@@ -265,6 +302,7 @@ impl Objective for Actor {
         let more = [
             ("completions/mean_length", mean(&|a| a.answer.ids.len() as f64)),
             ("completions/clipped_ratio", mean(&|a| f64::from(u8::from(a.answer.ids.len() >= EDIT)))),
+            (TOKENS, mean(&|a| a.tokens as f64) * self.group.size as f64),
         ];
         metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
         let (advantages, counts) = (judged.advantages, judged.counts);
@@ -279,8 +317,15 @@ impl Objective for Actor {
         Ok(metrics)
     }
 
+    fn accept(&self, collected: &Metrics) -> Result<()> {
+        rollout::accept(&self.group, collected)
+    }
+
     fn loss(&self, batch: &Batch) -> Result<Step> {
         let rollouts = self.kept.of(batch)?;
+        let seen = |r: &Rollouts| seen(r.attempts.iter().map(|a| &a.answer), &r.counts);
+        let share = batch.rows.len() as f64 / batch.together.len().max(1) as f64;
+        let active = share * self.kept.together(batch).iter().map(|rollouts| seen(rollouts)).sum::<f64>();
         let replayed = rollouts.replay(&self.policy)?;
         let answers: Vec<&Answer> = rollouts.attempts.iter().map(|a| &a.answer).collect();
         let device = replayed.log_probs.device();
@@ -289,16 +334,15 @@ impl Objective for Actor {
         let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.policy))?;
         let counts = Tensor::from_slice(&rollouts.counts, (answers.len(), 1), device)?;
         let mask = mask.broadcast_mul(&counts)?;
-        let ActorConfig { loss: kind, eps_low, eps_high, kl: beta, .. } = self.config;
         let tokens = TokenBatch {
             log_probs: &replayed.log_probs,
             old: &old,
             reference: rollouts.reference.as_ref(),
             mask: &mask,
             advantages: &Tensor::new(rollouts.advantages.as_slice(), device)?,
-            active: None,
+            active: Some(active),
         };
-        let loss = token_loss(&TokenLoss { kind, eps_low, eps_high, beta, max_length: EDIT }, &tokens)?;
+        let loss = token_loss(&self.config.token_loss(), &tokens)?;
         let metrics = [
             ("entropy", replayed.entropy),
             ("kl", loss.kl),
@@ -314,12 +358,11 @@ impl Objective for Actor {
         let pairs: Vec<(&Problem, &Attempt)> = self.held_out.iter().zip(&attempts).collect();
         let pictures = pairs.par_iter().map(|(p, attempt)| (&p.picture, &attempt.picture, &p.graph));
         let mut metrics = rollout::before_and_after(pictures)?;
-        let n = pairs.len().max(1) as f64;
-        let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
+        let formed: f64 = attempts.iter().map(|a| well_formed(&a.instruction)).sum();
         let named = [
-            ("eval/checker_before", mean(&mut pairs.iter().filter_map(|(p, _)| score(&p.verdicts)))),
-            ("eval/checker", mean(&mut attempts.iter().filter_map(|a| score(&a.verdicts)))),
-            ("eval/format", mean(&mut attempts.iter().map(|a| well_formed(&a.instruction)))),
+            ("eval/checker_before", rollout::mean_score(pairs.iter().map(|(p, _)| p.verdicts.as_slice()))),
+            ("eval/checker", rollout::mean_score(attempts.iter().map(|a| a.verdicts.as_slice()))),
+            ("eval/format", formed / attempts.len().max(1) as f64),
         ];
         metrics.extend(named.map(|(name, value)| (name.to_owned(), value)));
         Ok(metrics)
@@ -338,6 +381,6 @@ impl Objective for Actor {
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
-        peft::write(&self.adapter, folder, dtype)
+        self.trained.save(folder, dtype)
     }
 }

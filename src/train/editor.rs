@@ -8,10 +8,11 @@
 //! 3. one update, or several: every stochastic step's log-probability, evaluated again with gradients, times the advantage
 //!    ([`super::grpo`]). Each step goes backward before the next goes forward ([`super::flow_steps`]).
 //!
-//! DiffusionNFT needs no stochastic steps: its old policy, a slow copy of the adapter, draws by Euler's rule, and the
+//! DiffusionNFT needs no stochastic steps: its old policy, a slow copy of what is trained, draws by Euler's rule, and the
 //! velocity is fitted to good pictures and away from bad ones at any noise level.
 //!
-//! Trained is a low-rank adapter on the transformer; the reference of the divergence is the transformer without it.
+//! Trained is a low-rank adapter on the transformer, or a whole copy of it; the reference of the divergence is the transformer
+//! as it was.
 //!
 //! The edits are the world's own, on renders, or, as in the loop, what the Actor asks for on pictures of the Diffuser that
 //! miss their prompts. The latter are worth what they do for the whole prompt: where the Actor asks for the wrong thing, the
@@ -26,6 +27,7 @@ use super::{
     pixels::preserved,
     pose::{self, Poser, Source, TOGETHER},
     rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
+    trained::Trained,
 };
 use crate::{
     flow::{
@@ -33,8 +35,8 @@ use crate::{
         field::{pack, unpack},
         sampler::{Velocity, euler},
     },
-    models::{Adapter, built_in, peft},
-    rig::roles::{Actor as _, Checker, Picture, Reflection, Situation, Target, Verdict, score},
+    models::built_in,
+    rig::roles::{Actor as _, Picture, Reflection, Situation, Target, Verdict},
     scene::{
         graph::SceneGraph,
         tabletop::{render::render, split::Split, tasks},
@@ -72,8 +74,8 @@ pub struct EditorConfig {
     pub min_objects: usize,
     pub max_objects: usize,
     pub loss: LossKind,
-    /// Clip range; 1e-5 goes with a window, 2e-6 with GRPO-Guard.
-    pub eps: f64,
+    /// Clip range; if not given 1e-5, as goes with a window, or 2e-6 with GRPO-Guard.
+    pub eps: Option<f64>,
     /// Weight of the divergence from the untrained Editor, and how it is counted.
     pub kl: f64,
     pub kl_form: KlForm,
@@ -99,7 +101,7 @@ impl Default for EditorConfig {
             min_objects: 1,
             max_objects: 3,
             loss: LossKind::Grpo,
-            eps: 1e-5,
+            eps: None,
             kl: 0.0,
             kl_form: KlForm::Step,
             beta: 1.0,
@@ -143,8 +145,9 @@ struct Problem {
 /// What the updates of a step are computed from.
 struct Rollouts {
     drawn: Drawn,
-    /// `(B)`
+    /// `(B)`, as are the counts: 0 where a reward is missing.
     advantages: Tensor,
+    counts: Tensor,
 }
 
 enum Drawn {
@@ -162,16 +165,22 @@ pub struct Editor {
     poser: Poser,
     judges: Judges,
     learned: Learned,
-    adapter: Adapter,
+    trained: Trained,
     /// DiffusionNFT's old policy, and the steps so far.
-    old: Option<(Learned, Adapter)>,
+    old: Option<(Learned, Trained)>,
     updates: usize,
     pieces: Pieces,
+    frozen: usize,
     kept: Kept<Rollouts>,
     held_out: Vec<Problem>,
 }
 
 impl EditorConfig {
+    /// The clip range.
+    pub fn clip(&self) -> f64 {
+        self.eps.unwrap_or(if self.loss == LossKind::GrpoGuard { 2e-6 } else { 1e-5 })
+    }
+
     /// Refuses what cannot be learned from.
     pub fn check(&self, seed: u64) -> Result<()> {
         self.policy.check()?;
@@ -208,11 +217,10 @@ impl Editor {
         if nft && group.rows != 0 {
             usage!("group.rows is for the losses over stochastic steps, not for diffusion-nft");
         }
-        let adapters: Vec<Adapter> =
-            (0..if nft { 2 } else { 1 }).map(|_| config.learned(built_in::EDITOR, TARGETS)).collect::<Result<_>>()?;
-        let (klein, learned) = rollout::learners(&models.pipeline()?, at, &adapters)?;
-        let mut both = learned.into_iter().zip(adapters);
-        let (learned, adapter) = both.next().context("the Editor has an adapter")?;
+        let adapter = || config.learned(built_in::EDITOR, TARGETS);
+        let (klein, both) = rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 })?;
+        let mut both = both.into_iter();
+        let (learned, trained) = both.next().context("an Editor to be trained")?;
         let EditorConfig { min_objects, max_objects, steps, guidance, .. } = *editor;
         let (objects, size) = ([min_objects, max_objects], models.size(&klein));
         Ok(Self {
@@ -222,10 +230,11 @@ impl Editor {
             poser: Poser::new((klein, None), critic, Source::Draw, objects, (steps, guidance), size)?,
             judges: Judges::open(config, device)?,
             learned,
-            adapter,
+            trained,
             old: both.next(),
             updates: 0,
             pieces: config.pieces(),
+            frozen: models.bytes()?,
             kept: Kept::default(),
             held_out: Vec::new(),
         })
@@ -298,9 +307,9 @@ impl Editor {
         let size = self.group.size;
         let target = |r: usize| &problems[r / size].target;
         let sources: Vec<(&Picture, &Target)> = problems.iter().map(|p| (&p.source, &p.target)).collect();
-        let before = self.poser.critic.check(&sources)?;
+        let before = rollout::check(&self.poser.critic, &sources);
         let asked: Vec<(&Picture, &Target)> = pictures.iter().enumerate().map(|(r, p)| (p, target(r))).collect();
-        let after = self.poser.critic.check(&asked)?;
+        let after = rollout::check(&self.poser.critic, &asked);
         let before: Vec<&[Verdict]> = (0..pictures.len()).map(|r| before[r / size].as_slice()).collect();
         let mut rewards: Vec<Reward> = rollout::by_verdicts(&self.group, &before, &after)?;
         if self.group.asks("preserve") {
@@ -311,11 +320,18 @@ impl Editor {
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
             pictures.iter().enumerate().map(|(r, p)| (p, target(r), &problems[r / size].graph)).collect();
         rewards.extend(self.judges.rewards(&self.group, &judged)?);
+        rollout::withhold(&mut rewards, before.iter().zip(&after).map(|(b, a)| rollout::known(b) && rollout::known(a)));
         judge(&self.group, &rewards, &self.group.numbers(pictures.len()))
     }
 
     /// DiffusionNFT's loss at the `k`-th of a few noise levels.
-    fn at_level(&self, batch: &Batch, k: usize, edits: &Edits, x0: &Tensor, advantages: &Tensor) -> Result<Step> {
+    fn at_level(
+        &self,
+        batch: &Batch,
+        (edits, x0): (&Edits, &Tensor),
+        (advantages, counts): (&Tensor, &Tensor),
+    ) -> Result<Step> {
+        let k = batch.piece;
         let EditorConfig { steps, beta, kl, guidance, .. } = self.config;
         let (old, _) = self.old.as_ref().context("DiffusionNFT has an old policy")?;
         let (h, w) = edits.shape()?;
@@ -338,12 +354,12 @@ impl Editor {
         let mirror = edits.field(&self.poser.klein, &old.still, guidance)?.velocity(&x_t, t, index)?;
         let v = edits.field(&self.poser.klein, policy, guidance)?.apart(still).velocity(&x_t, t, index)?;
         let levels_of = Tensor::full(t as f32, advantages.dims(), x0.device())?;
-        let pair = NftBatch { v: &v, old: &mirror, x_t: &x_t, x0, t: &levels_of, advantages };
+        let pair = NftBatch { v: &v, old: &mirror, x_t: &x_t, x0, t: &levels_of, advantages, counts };
         let (mut loss, mut divergence) = (nft_loss(&pair, beta)?, 0.0);
         if kl != 0.0 {
             let reference =
                 edits.field(&self.poser.klein, &self.poser.klein.transformer, guidance)?.velocity(&x_t, t, index)?;
-            let kept = velocity_kl(&v, &reference, 1.0)?;
+            let kept = velocity_kl(&v, &reference, counts, 1.0)?;
             divergence = f64::from(kept.to_scalar::<f32>()?);
             loss = (loss + (kept * kl)?)?;
         }
@@ -384,7 +400,11 @@ impl Editor {
 
 impl Objective for Editor {
     fn vars(&self) -> BTreeMap<String, Var> {
-        self.adapter.vars()
+        self.trained.vars()
+    }
+
+    fn frozen(&self) -> usize {
+        self.frozen
     }
 
     fn work(&self) -> Work {
@@ -404,7 +424,7 @@ impl Objective for Editor {
                     ((&*self.poser.klein, &*self.learned.still), window_of(&self.config, self.seed, batch.step)?);
                 let noise_of = (self.seed, "editor", first);
                 let mut carried = carry_out(&self.config, models, edits, &noise, window, noise_of)?;
-                if self.group.updates() > 1 && self.poser.klein.dtype() != DType::F32 {
+                if self.group.updates() > 1 {
                     carried.reread(models, self.pieces, self.config.guidance)?;
                 }
                 let states = carried.states.clone();
@@ -427,19 +447,24 @@ impl Objective for Editor {
         ];
         judged.metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
         let advantages = Tensor::new(judged.advantages.as_slice(), noise.device())?;
-        self.kept.keep(batch, Rollouts { drawn, advantages });
+        let counts = Tensor::new(judged.counts.as_slice(), noise.device())?;
+        self.kept.keep(batch, Rollouts { drawn, advantages, counts });
         Ok(judged.metrics)
+    }
+
+    fn accept(&self, collected: &Metrics) -> Result<()> {
+        rollout::accept(&self.group, collected)
     }
 
     fn loss(&self, batch: &Batch) -> Result<Step> {
         let rollouts = self.kept.of(batch)?;
-        let Rollouts { drawn, advantages } = &*rollouts;
+        let Rollouts { drawn, advantages, counts } = &*rollouts;
         match drawn {
             Drawn::Steps(carried) => {
                 let (models, piece) = ((&*self.poser.klein, &self.learned), (self.pieces, batch.piece));
-                carried.loss(&self.config, models, piece, advantages, batch.update == 0)
+                carried.loss(&self.config, models, piece, (advantages, counts), batch.update == 0)
             }
-            Drawn::Pictures { edits, x0 } => self.at_level(batch, batch.piece, edits, x0, advantages),
+            Drawn::Pictures { edits, x0 } => self.at_level(batch, (edits, x0), (advantages, counts)),
         }
     }
 
@@ -447,7 +472,7 @@ impl Objective for Editor {
     fn observe(&mut self, _: &Metrics) {
         let Some((_, old)) = &self.old else { return };
         let keep = nft_decay(self.updates);
-        let new = self.adapter.vars();
+        let new = self.trained.vars();
         for (name, var) in old.vars() {
             let blend = |new: &Var| var.set(&((var.as_tensor() * keep)? + (new.as_tensor() * (1.0 - keep))?)?.detach());
             if let Some(Err(error)) = new.get(&name).map(blend) {
@@ -461,7 +486,7 @@ impl Objective for Editor {
         let pictures = self.held_out(self.config.evaluation)?;
         let asked: Vec<(&Picture, &Target)> =
             pictures.iter().zip(&self.held_out).map(|(p, h)| (p, &h.target)).collect();
-        let verdicts = self.poser.critic.check(&asked)?;
+        let verdicts = rollout::check(&self.poser.critic, &asked);
         let pairs = pictures.par_iter().zip(&self.held_out).map(|(after, p)| (&p.source, after, &p.graph));
         let mut metrics = rollout::before_and_after(pairs)?;
         let kept = |(picture, problem): (&Picture, &Problem)| {
@@ -469,9 +494,9 @@ impl Objective for Editor {
         };
         let kept: Vec<f64> = pictures.iter().zip(&self.held_out).map(kept).collect::<Result<_>>()?;
         let n = pictures.len().max(1) as f64;
-        let checked: f64 = verdicts.iter().filter_map(|v| score(v)).sum();
+        let checked = rollout::mean_score(verdicts.iter().map(Vec::as_slice));
         metrics.push(("eval/preserve".to_owned(), kept.iter().sum::<f64>() / n));
-        metrics.push(("eval/checker".to_owned(), checked / n));
+        metrics.push(("eval/checker".to_owned(), checked));
         Ok(metrics)
     }
 
@@ -488,7 +513,7 @@ impl Objective for Editor {
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
-        peft::write(&self.adapter, folder, dtype)
+        self.trained.save(folder, dtype)
     }
 
     fn state(&self) -> Result<HashMap<String, Tensor>> {

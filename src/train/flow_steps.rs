@@ -16,7 +16,7 @@ use crate::{
     tensor::rng::Stream,
 };
 use anyhow::{Context, Result, ensure};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use std::{ops::Range, sync::Arc};
 
 /// Edits to carry out: an instruction and the latents `(C, h, w)` of the picture it is about, for each row.
@@ -126,10 +126,13 @@ impl Carried {
         Ok((v, mean, log_prob))
     }
 
-    /// Takes means and log-probabilities anew in the shapes of the updates: below f32 they differ from those of the rollout by
-    /// more than a clip range. Call before the first update.
+    /// Takes means and log-probabilities anew in the shapes of the updates, where these are others or where the model computes
+    /// below f32: there they differ from those of the rollout by as much as a clip range. Call before the first update.
     pub fn reread(&mut self, (klein, still): (&Klein, &Flux2), pieces: Pieces, guidance: f64) -> Result<()> {
         let all = self.states.dim(0)?;
+        if klein.dtype() == DType::F32 && pieces.rows >= all {
+            return Ok(());
+        }
         for i in 0..self.taken.len() {
             let (mut means, mut log_probs) = (Vec::new(), Vec::new());
             for start in (0..all).step_by(pieces.rows.min(all)) {
@@ -144,13 +147,14 @@ impl Carried {
     }
 
     /// A piece of the mean over the window's stochastic steps of each one's loss, evaluated again with gradients;
-    /// `advantages (B)`. Before the first update the policy is the one that drew, and held to it.
+    /// `advantages` and `counts (B)`, of which the latter is 0 where a reward is missing. Before the first update the policy is
+    /// the one that drew, and held to it.
     pub fn loss(
         &self,
         config: &EditorConfig,
         (klein, learned): (&Klein, &Learned),
         (pieces, piece): (Pieces, usize),
-        advantages: &Tensor,
+        (advantages, counts): (&Tensor, &Tensor),
         first_update: bool,
     ) -> Result<Step> {
         let all = advantages.dim(0)?;
@@ -160,9 +164,10 @@ impl Carried {
         }
         let some = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len());
         let taken = self.taken.get(index).context("no such step in the window")?;
-        let EditorConfig { loss: kind, eps, kl, kl_form, guidance, .. } = *config;
+        let EditorConfig { loss: kind, kl, kl_form, guidance, .. } = *config;
+        let eps = config.clip();
         let (v, mean, new) = self.evaluate(taken, &rows, (klein, &learned.policy, &learned.still), guidance)?;
-        let (step, advantages) = (&taken.step, some(advantages)?);
+        let (step, advantages, counts) = (&taken.step, some(advantages)?, some(counts)?);
         let (mut old_mean, mut old) = (some(&taken.mean)?, some(&taken.log_prob)?);
         let mut metrics = Metrics::new();
         if first_update {
@@ -179,7 +184,7 @@ impl Carried {
         if kl != 0.0 {
             let frozen = &klein.transformer;
             let (reference, ..) = self.evaluate(taken, &rows, (klein, frozen, frozen), guidance)?;
-            let kept = velocity_kl(&v, &reference, step.kl_weight(kl_form))?;
+            let kept = velocity_kl(&v, &reference, &counts, step.kl_weight(kl_form))?;
             divergence = f64::from(kept.to_scalar::<f32>()?);
             loss = (loss + (kept * kl)?)?;
         }

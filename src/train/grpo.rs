@@ -61,8 +61,9 @@ fn moments(values: &[f64]) -> (f64, f64) {
     (mean, variance.sqrt())
 }
 
-/// `A = (r - mean) / (std + 1e-4)`, kept within [`ADVANTAGE_BOUND`]. `groups[i]` names the group of `rewards[i]`.
-pub fn advantages(rewards: &[f64], groups: &[u64], scale: Scale) -> Result<Advantages> {
+/// `A = (r - mean) / (max(std, min_std) + 1e-4)`, kept within [`ADVANTAGE_BOUND`]. `groups[i]` names the group of
+/// `rewards[i]`. Rewards that differ by less than `min_std` differ by noise, which would be blown up to full size.
+pub fn advantages(rewards: &[f64], groups: &[u64], scale: Scale, min_std: f64) -> Result<Advantages> {
     anyhow::ensure!(rewards.len() == groups.len(), "{} rewards have {} groups", rewards.len(), groups.len());
     let missing: Vec<bool> = rewards.iter().map(|r| !r.is_finite()).collect();
     let mut members: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
@@ -82,8 +83,8 @@ pub fn advantages(rewards: &[f64], groups: &[u64], scale: Scale) -> Result<Advan
             continue;
         }
         let divisor = match scale {
-            Scale::Group => std + STD_FLOOR,
-            Scale::Batch => batch_std + STD_FLOOR,
+            Scale::Group => std.max(min_std) + STD_FLOOR,
+            Scale::Batch => batch_std.max(min_std) + STD_FLOOR,
             Scale::None => 1.0,
         };
         for i in indices {
@@ -101,17 +102,35 @@ pub enum TokenLossKind {
     /// The mean over sequences of each one's mean over tokens.
     #[default]
     Grpo,
-    /// The mean over the tokens of this batch.
+    /// The mean over the tokens of the update. (TRL's is over those of each micro-batch, and depends on their size.)
     Bnpo,
     /// The sum over tokens, divided by batch times the greatest length: no bias to short answers (arXiv 2503.20783).
     DrGrpo,
-    /// The mean over the tokens of the whole accumulated batch (arXiv 2503.14476); asks for a wider upper clip, 0.28.
+    /// As `Bnpo`, with a wider upper clip (arXiv 2503.14476).
     Dapo,
     /// As `Dapo`, but the ratio is capped at `1 + eps_high`, detached, and weighs every token's log-probability, so that no
-    /// token loses its gradient (arXiv 2506.13585); asks for an `eps_high` of several.
+    /// token loses its gradient (arXiv 2506.13585).
     Cispo,
-    /// One ratio for each sequence, the geometric mean of its tokens' (arXiv 2507.18071); asks for a clip near 3e-4.
+    /// One ratio for each sequence, the geometric mean of its tokens' (arXiv 2507.18071).
     Gspo,
+}
+
+impl TokenLossKind {
+    /// `eps_low` and `eps_high` where a config gives none: the papers'.
+    pub fn clip(self) -> (f64, f64) {
+        match self {
+            Self::Grpo | Self::Bnpo | Self::DrGrpo => (0.2, 0.2),
+            Self::Dapo => (0.2, 0.28),
+            // A cap of 5, as ScaleRL has it (arXiv 2510.13786); the paper of CISPO gives no number.
+            Self::Cispo => (0.2, 4.0),
+            Self::Gspo => (3e-4, 4e-4),
+        }
+    }
+
+    /// The scale of advantages where a config gives none.
+    pub fn scale(self) -> Scale {
+        if self == Self::DrGrpo { Scale::None } else { Scale::Group }
+    }
 }
 
 /// The parameters of [`token_loss`].
@@ -141,7 +160,8 @@ pub struct TokenBatch<'a> {
     pub reference: Option<&'a Tensor>,
     pub mask: &'a Tensor,
     pub advantages: &'a Tensor,
-    /// The counting tokens of the whole accumulated batch, for `Dapo` and `Cispo`; of this one if `None`.
+    /// What the sum is divided by where a loss is a mean over tokens: this batch's share, by its rows, of the counting tokens
+    /// of the whole update. This batch's own tokens if `None`.
     pub active: Option<f64>,
 }
 
@@ -187,7 +207,11 @@ pub fn token_loss(config: &TokenLoss, batch: &TokenBatch) -> Result<Loss> {
     let TokenBatch { log_probs, old, reference, mask, advantages, active } = *batch;
     let advantages = advantages.unsqueeze(1)?; // (B, 1)
     let lengths = mask.sum_keepdim(1)?.clamp(1.0, f64::from(f32::MAX))?; // (B, 1)
-    let mut log_ratio = ((log_probs - old)? * mask)?; // (B, T); what is masked out may hold anything
+    // What is masked out may hold anything, also NaN, which a factor of 0 would let through.
+    let (counts, nothing) = (mask.ne(0.0)?, mask.zeros_like()?);
+    let kept = |x: &Tensor| counts.where_cond(x, &nothing);
+    let (log_probs, old) = (&kept(log_probs)?, &kept(old)?); // (B, T)
+    let mut log_ratio = (log_probs - old)?;
     if kind == TokenLossKind::Gspo {
         log_ratio = (log_ratio.sum_keepdim(1)? / &lengths)?.broadcast_as(mask.shape())?;
     }
@@ -203,18 +227,21 @@ pub fn token_loss(config: &TokenLoss, batch: &TokenBatch) -> Result<Loss> {
         let Some(reference) = reference else {
             anyhow::bail!("a divergence of weight {beta} needs the reference's log-probabilities");
         };
-        let divergence = k3(log_probs, reference)?;
+        let divergence = k3(log_probs, &kept(reference)?)?;
         kl = scalar(&(&divergence * mask)?.sum_all()?)? / scalar(&mask.sum_all()?)?.max(1.0);
         cost = (cost + (divergence * beta)?)?;
     }
     let cost = (cost * mask)?;
-    let total = match active {
-        Some(active) if matches!(kind, TokenLossKind::Dapo | TokenLossKind::Cispo) => active.max(1.0),
-        _ => scalar(&mask.sum_all()?)?.max(1.0),
-    };
     let loss = match kind {
         TokenLossKind::Grpo | TokenLossKind::Gspo => (cost.sum_keepdim(1)? / lengths)?.mean_all()?,
-        TokenLossKind::Bnpo | TokenLossKind::Dapo | TokenLossKind::Cispo => (cost.sum_all()? / total)?,
+        TokenLossKind::Bnpo | TokenLossKind::Dapo | TokenLossKind::Cispo => {
+            let total = match active {
+                Some(active) => active,
+                None => scalar(&mask.sum_all()?)?,
+            };
+            // Without tokens the sum is 0 as well.
+            (cost.sum_all()? / if total > 0.0 { total } else { 1.0 })?
+        }
         TokenLossKind::DrGrpo => (cost.sum_all()? / (mask.dim(0)? * max_length.max(1)) as f64)?,
     };
     // Nothing is clipped from below in CISPO.
@@ -251,12 +278,14 @@ pub fn guard_loss(
 }
 
 /// `weight * mean |v - v_ref|^2`, the divergence of two flow policies; [`crate::flow::policy::Step::kl_weight`] has the weight.
-pub fn velocity_kl(v: &Tensor, reference: &Tensor, weight: f64) -> TensorResult<Tensor> {
-    (v - reference.detach())?.sqr()?.mean_all()? * weight
+/// `counts (B)` is 1, or 0 for rows that count as 0.
+pub fn velocity_kl(v: &Tensor, reference: &Tensor, counts: &Tensor, weight: f64) -> TensorResult<Tensor> {
+    let apart = (v - reference.detach())?.sqr()?.flatten_from(1)?.mean(1)?; // (B)
+    (apart * counts)?.mean_all()? * weight
 }
 
 /// What DiffusionNFT compares: velocities of the policy and of the old policy at `x_t = (1 - t) x0 + t x1`, all of them
-/// `(B, ..)`, with `t` and `advantages` of `(B)`.
+/// `(B, ..)`, with `t`, `advantages` and `counts` of `(B)`; `counts` is 1, or 0 for rows whose reward is missing.
 pub struct NftBatch<'a> {
     pub v: &'a Tensor,
     pub old: &'a Tensor,
@@ -264,12 +293,13 @@ pub struct NftBatch<'a> {
     pub x0: &'a Tensor,
     pub t: &'a Tensor,
     pub advantages: &'a Tensor,
+    pub counts: &'a Tensor,
 }
 
 /// DiffusionNFT's loss (arXiv 2509.16117): the policy is fitted to good samples, and an implicit negative policy, its mirror
 /// image in the old one, to bad samples. `beta` is how far the mirror lies.
 pub fn nft_loss(batch: &NftBatch, beta: f64) -> TensorResult<Tensor> {
-    let NftBatch { v, old, x_t, x0, t, advantages } = batch;
+    let NftBatch { v, old, x_t, x0, t, advantages, counts } = batch;
     let old = old.detach();
     let rank = v.rank();
     let column = |x: &Tensor| (1..rank).try_fold(x.clone(), |x, _| x.unsqueeze(x.rank())); // (B, 1, ..)
@@ -284,7 +314,8 @@ pub fn nft_loss(batch: &NftBatch, beta: f64) -> TensorResult<Tensor> {
     let positive = fit(((*v * beta)? + (&old * (1.0 - beta))?)?)?;
     let negative = fit(((&old * (1.0 + beta))? - (*v * beta)?)?)?;
     let loss = ((&reward * positive)? + (reward.affine(-1.0, 1.0)? * negative)?)?;
-    loss.mean_all()? / beta
+    // Without `counts` a missing reward, whose advantage is 0, would be a sample half good and half bad.
+    (loss * *counts)?.mean_all()? / beta
 }
 
 /// How much DiffusionNFT's old policy keeps of itself at an update.

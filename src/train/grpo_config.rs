@@ -5,7 +5,8 @@ use super::{
     actor::{Actor, ActorConfig},
     editor::{Editor, EditorConfig},
     flow_steps::Pieces,
-    grpo::Scale,
+    frozen,
+    grpo::{Advantages, Scale, advantages},
     joint::{Joint, JointConfig},
     optim::OptimConfig,
     request::RunConfig,
@@ -19,7 +20,7 @@ use crate::{
     usage,
 };
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -80,7 +81,8 @@ pub struct ModelsConfig {
     pub looks: usize,
 }
 
-/// The low-rank adapter that is trained.
+/// The low-rank adapter that is trained, or, with `rank` 0, that all weights of the model are: the Actor's VLM, the Editor's
+/// transformer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdapterConfig {
@@ -96,12 +98,16 @@ pub struct AdapterConfig {
 pub struct GroupConfig {
     /// Members of a group. `train.batch` counts groups.
     pub size: usize,
-    /// By which standard deviation advantages are divided; that of the batch is that of each micro-batch.
-    pub scale: Scale,
+    /// By which standard deviation advantages are divided; that of the batch is that of each micro-batch. Where it is not
+    /// given: that of the group, and none with the Actor's loss `dr_grpo` in the Actor's stage.
+    pub scale: Option<Scale>,
+    /// A standard deviation counts as at least this much reward: smaller differences are noise, which would be blown up to
+    /// full size. 0 is TRL's behaviour.
+    pub min_std: f64,
     pub combine: Combine,
-    /// Rewards by name, each with its weight; one of weight 0 is only logged.
+    /// Rewards by name, each with its weight; one of weight 0 is only logged. [`CHECKER`] alone where there are none.
     pub rewards: BTreeMap<String, f64>,
-    /// How often each batch of rollouts is used, and into how many updates it is split each time.
+    /// How often each batch of rollouts is used, and into how many updates it is split each time, of whole micro-batches.
     pub epochs: usize,
     pub minibatches: usize,
     /// Rollouts of the Editor that go through the network together in an update, at most; 0 is all of a micro-batch. Less take
@@ -111,6 +117,8 @@ pub struct GroupConfig {
     pub max_missing: f64,
 }
 
+/// The paper's reward, the share of the claims that the Checker sees fulfilled: another name of [`ByVerdicts::Satisfied`].
+pub const CHECKER: &str = "checker";
 /// The rewards by judges other than the Checker.
 const BY_OTHERS: [&str; 2] = ["judge", "oracle"];
 
@@ -165,7 +173,8 @@ impl Default for GroupConfig {
     fn default() -> Self {
         Self {
             size: 8,
-            scale: Scale::Group,
+            scale: None,
+            min_std: 0.02,
             combine: Combine::SumThenNormalise,
             rewards: BTreeMap::new(),
             epochs: 1,
@@ -180,7 +189,7 @@ impl AdapterConfig {
     /// A new adapter; `usual` are the layers where the config names none.
     pub fn fresh(&self, usual: &[&str], seed: u64) -> Result<Adapter> {
         if self.rank == 0 || !self.alpha.is_finite() {
-            usage!("adapter.rank is 1 or more, not {}", self.rank);
+            usage!("an adapter has a rank and an alpha, not {} and {}", self.rank, self.alpha);
         }
         let usual = || usual.iter().map(|t| (*t).to_owned()).collect();
         let targets = if self.targets.is_empty() { usual() } else { self.targets.clone() };
@@ -201,15 +210,34 @@ impl GroupConfig {
         if self.epochs == 0 || self.minibatches == 0 {
             usage!("group.epochs and group.minibatches are at least 1");
         }
-        let known = ByVerdicts::ALL.iter().map(|r| r.name()).chain(BY_OTHERS).chain(own.iter().copied());
-        let known: Vec<&str> = known.collect();
-        if let Some(name) = self.rewards.keys().find(|name| !known.contains(&name.as_str())) {
+        if !self.min_std.is_finite() || self.min_std < 0.0 {
+            usage!("group.min_std is 0 or more, not {}", self.min_std);
+        }
+        let by_verdicts = ByVerdicts::ALL.iter().map(|r| r.name());
+        let known: Vec<&str> =
+            [CHECKER].into_iter().chain(by_verdicts).chain(BY_OTHERS).chain(own.iter().copied()).collect();
+        let weights = self.weights();
+        if let Some(name) = weights.keys().find(|name| !known.contains(name)) {
             usage!("group.rewards: there is no reward {name:?}; there are {}", known.join(", "));
         }
-        if self.rewards.values().all(|weight| *weight == 0.0) || !self.rewards.values().all(|w| w.is_finite()) {
+        if weights.values().all(|weight| *weight == 0.0) || !weights.values().all(|w| w.is_finite()) {
             usage!("group.rewards gives no reward a weight, or one that is no number");
         }
         Ok(())
+    }
+
+    /// The weights of the rewards by their names.
+    pub fn weights(&self) -> BTreeMap<&str, f64> {
+        // Not the default of `rewards` itself, to which a config could only add.
+        if self.rewards.is_empty() {
+            return BTreeMap::from([(CHECKER, 1.0)]);
+        }
+        self.rewards.iter().map(|(name, weight)| (name.as_str(), *weight)).collect()
+    }
+
+    /// The advantages of rewards.
+    pub fn advantages(&self, rewards: &[f64], groups: &[u64]) -> Result<Advantages> {
+        advantages(rewards, groups, self.scale.unwrap_or_default(), self.min_std)
     }
 
     /// The updates that are made of a batch of rollouts.
@@ -224,7 +252,7 @@ impl GroupConfig {
 
     /// Whether a reward is asked for, be it for the log alone.
     pub fn asks(&self, name: &str) -> bool {
-        self.rewards.contains_key(name)
+        self.weights().contains_key(name)
     }
 }
 
@@ -243,6 +271,18 @@ impl ModelsConfig {
     /// The judge's folder.
     pub fn judge(&self) -> Result<Option<Folder>> {
         self.judge.as_deref().map(|name| folder(Some(name), &[], "models.judge")).transpose()
+    }
+
+    /// Bytes of the weights of all of them.
+    pub fn bytes(&self) -> Result<usize> {
+        let (pipeline, dtype) = (self.pipeline()?, self.dtype.dtype());
+        let mut parts = vec![(self.vlm()?, dtype)];
+        // The autoencoder computes in f32 in any case.
+        for (name, dtype) in [("transformer", dtype), ("text_encoder", dtype), ("vae", DType::F32)] {
+            parts.push((pipeline.require(name)?, dtype));
+        }
+        parts.extend(self.judge()?.map(|folder| (folder, dtype)));
+        parts.iter().map(|(folder, dtype)| frozen::bytes(folder, *dtype)).sum()
     }
 
     /// Width and height of pictures.
@@ -264,17 +304,42 @@ impl ModelsConfig {
 
 impl GrpoConfig {
     /// The adapter that is trained for a role: the one that `models` names, or a new one; `usual` are the layers where the
-    /// config names none.
-    pub fn learned(&self, role: &str, usual: &[&str]) -> Result<Adapter> {
+    /// config names none. `None` where all weights are trained.
+    pub fn learned(&self, role: &str, usual: &[&str]) -> Result<Option<Adapter>> {
         match self.models.adapter(role)? {
-            Some(peft) => Ok(peft.learned()),
-            None => self.adapter.fresh(usual, self.seed),
+            Some(_) if self.adapter.rank == 0 => {
+                usage!("adapter.rank = 0 trains all weights, which go on from those of models, not from models.{role}")
+            }
+            None if self.adapter.rank == 0 && self.models.dtype != Precision::F32 => {
+                usage!("adapter.rank = 0 trains all weights, which is done in f32: set models.dtype to f32")
+            }
+            None if self.adapter.rank == 0 => Ok(None),
+            Some(peft) => Ok(Some(peft.learned())),
+            None => Ok(Some(self.adapter.fresh(usual, self.seed)?)),
         }
+    }
+
+    /// Refuses more updates of a batch than there are micro-batches to make them of.
+    fn check_updates(&self) -> Result<()> {
+        let (micro, batches) = (self.micro_batch(), self.train.batch.div_ceil(self.micro_batch().max(1)));
+        if self.group.minibatches > batches.max(1) {
+            usage!(
+                "group.minibatches = {} is more than the {batches} micro-batches of a step (train.batch = {} by \
+                 train.micro_batch = {micro})",
+                self.group.minibatches,
+                self.train.batch,
+            );
+        }
+        Ok(())
+    }
+
+    fn micro_batch(&self) -> usize {
+        if self.train.micro_batch == 0 { self.train.batch } else { self.train.micro_batch.min(self.train.batch) }
     }
 
     /// How the Editor's losses are cut into pieces.
     pub fn pieces(&self) -> Pieces {
-        let micro = if self.train.micro_batch == 0 { self.train.batch } else { self.train.micro_batch };
+        let micro = self.micro_batch();
         let rows = if self.group.rows == 0 { usize::MAX } else { self.group.rows };
         Pieces { window: self.editor.window, rows, all: micro * self.group.size }
     }
@@ -308,6 +373,7 @@ impl RunConfig for GrpoConfig {
     }
 
     fn build(&self, device: &Device) -> Result<Box<dyn Objective>> {
+        self.check_updates()?;
         match self.objective {
             Learner::Actor => Ok(Box::new(Actor::new(self, device)?)),
             Learner::Editor => Ok(Box::new(Editor::new(self, device)?)),
@@ -341,10 +407,33 @@ mod tests {
             (config(1, &[("gain", 1.0)]), "at least 2"),
             (config(8, &[("gian", 1.0)]), "no reward \"gian\""),
             (config(8, &[("oracle", 0.0)]), "no reward a weight"),
-            (config(8, &[]), "no reward a weight"),
+            (GroupConfig { min_std: -1.0, ..config(8, &[]) }, "min_std"),
         ] {
             let error = config.check(&["oracle"]).unwrap_err();
             assert!(error.is::<Usage>() && error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn without_other_rewards_the_checkers_counts() {
+        let group = GroupConfig::default();
+        assert!(group.check(&[]).is_ok() && group.asks(CHECKER) && !group.asks("oracle"));
+        let config = GrpoConfig::default();
+        assert_eq!(toml::from_str::<GrpoConfig>(&config.to_toml().unwrap()).unwrap().group, config.group);
+    }
+
+    #[test]
+    fn more_updates_than_micro_batches_are_refused() {
+        let config = |minibatches, micro_batch| {
+            let mut config = GrpoConfig::default();
+            config.group.minibatches = minibatches;
+            (config.train.batch, config.train.micro_batch) = (8, micro_batch);
+            config.check_updates()
+        };
+        assert!(config(3, 3).is_ok() && config(1, 0).is_ok() && config(8, 1).is_ok());
+        for (minibatches, micro_batch, words) in [(4, 3, "= 4 is more than the 3"), (2, 0, "= 2 is more than the 1")] {
+            let error = config(minibatches, micro_batch).unwrap_err();
+            assert!(error.is::<Usage>() && error.to_string().contains(words), "{error}");
         }
     }
 }

@@ -5,8 +5,9 @@
 //! claims. A trajectory ends when all of them hold, or when the rounds are spent.
 //!
 //! A turn is worth what it changed: the rewards of `[group]`, compared among the turns of this round in the group. A trajectory
-//! is worth what came of it: how much better its best picture is than its first, whether it passes, and how many of its turns
-//! left the picture as it was, which is what stopping too early is where only the Checker stops. Both advantages are fused,
+//! is worth what came of it: how much better its best picture is than its first, whether it passes, how many of its turns left
+//! the picture as it was, which is what stopping too early is where only the Checker stops, and how much they broke. Both
+//! advantages are fused,
 //!
 //! ```text
 //! A = turn * A_turn + whole * A_trajectory
@@ -21,7 +22,7 @@ use super::{
     actor::{self, well_formed},
     editor::{self, LossKind},
     flow_steps::{Carried, Edits, Learned, carry_out, window_of},
-    grpo::{ADVANTAGE_BOUND, TokenBatch, TokenLoss, advantages, token_loss},
+    grpo::{ADVANTAGE_BOUND, Advantages, TokenBatch, token_loss},
     grpo_config::GrpoConfig,
     means::Means,
     objective_diffuser::tiled,
@@ -30,14 +31,16 @@ use super::{
     pose::{Poser, Problem, TOGETHER},
     replay::{Asked, Replay, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
+    run::TOKENS,
+    trained::Trained,
 };
 use crate::{
     flow::field::{pack, unpack},
-    models::{Adapter, built_in, peft},
+    models::built_in,
     rig::{
         cycle::{self, Cast},
         prompts,
-        roles::{Checker, Picture, Target, Verdict, score},
+        roles::{Picture, Target, Verdict, score},
         vlm_roles::EDIT,
     },
     scene::{
@@ -64,11 +67,13 @@ pub struct JointConfig {
     /// Weights of a turn's own advantage and of its trajectory's.
     pub turn: f64,
     pub whole: f64,
-    /// Weights of what a trajectory is worth: how much better its best picture is than its first, whether it passes, and the
-    /// share of its turns that changed nothing.
+    /// Weights of what a trajectory is worth: how much better its best picture is than its first, whether it passes, the share
+    /// of its turns that changed nothing, and by how much its turns made the picture they edited worse, which the best picture
+    /// does not show.
     pub improvement: f64,
     pub success: f64,
     pub idle: f64,
+    pub broken: f64,
     /// Weights of the two losses.
     pub actor: f64,
     pub editor: f64,
@@ -87,6 +92,7 @@ impl Default for JointConfig {
             improvement: 1.0,
             success: 1.0,
             idle: -0.25,
+            broken: 0.0,
             actor: 1.0,
             editor: 1.0,
             actor_lr: 0.3,
@@ -106,10 +112,14 @@ struct Turn {
     source_of: Vec<usize>,
     questions: Vec<String>,
     answers: Vec<Answer>,
+    /// Of questions and answers.
+    tokens: usize,
     carried: Carried,
-    /// For each row, and the same as a column of what counts.
+    /// For each row, and what of it counts.
     advantages: Tensor,
     counts: Tensor,
+    /// Tokens that count.
+    seen: f64,
     /// As in the Actor's stage.
     old: Option<Tensor>,
     reference: Option<Tensor>,
@@ -138,6 +148,7 @@ struct State<'a> {
     failed: Vec<String>,
     turns: usize,
     idle: usize,
+    broken: f64,
 }
 
 impl State<'_> {
@@ -153,7 +164,8 @@ pub struct Joint {
     actor: Arc<Vlm>,
     editor: Learned,
     /// Of the Actor and of the Editor.
-    adapters: [Adapter; 2],
+    trained: [Trained; 2],
+    frozen: usize,
     kept: Kept<Vec<Turn>>,
 }
 
@@ -168,18 +180,20 @@ impl Joint {
         if joint.rounds < 2 {
             usage!("joint.rounds is at least 2: the drawing and an edit");
         }
-        let of = [config.learned(built_in::ACTOR, actor::TARGETS)?, config.learned(built_in::EDITOR, editor::TARGETS)?];
         let at = (models.dtype.dtype(), device);
-        let (critic, policy) = rollout::critic(models, at, Some(&of[0]))?;
-        let (klein, mut flows) = rollout::learners(&models.pipeline()?, at, &of[1..])?;
+        let (critic, policy, of_actor) = rollout::actor(models, at, config.learned(built_in::ACTOR, actor::TARGETS)?)?;
+        let adapter = || config.learned(built_in::EDITOR, editor::TARGETS);
+        let (klein, mut flows) = rollout::editors(&models.pipeline()?, at, adapter, 1)?;
+        let (learned, of_editor) = flows.pop().context("an Editor to be trained")?;
         let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: config.clone(),
             poser: Poser::new((klein, None), critic, actor.source, objects, (actor.steps, actor.guidance), size)?,
             judges: Judges::open(config, device)?,
-            actor: Arc::new(policy.context("the Actor has an adapter")?),
-            editor: flows.pop().context("the Editor has an adapter")?,
-            adapters: of,
+            actor: Arc::new(policy),
+            editor: learned,
+            trained: [of_actor, of_editor],
+            frozen: models.bytes()?,
             kept: Kept::default(),
         })
     }
@@ -206,7 +220,10 @@ impl Joint {
         let streams: Vec<Stream> = rows.iter().map(stream).collect();
         let pixels: Vec<&RgbImage> = sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
         let written = write(&self.actor, &pixels, &asked, 1.0, &streams)?;
-        let (answers, instructions): (Vec<Answer>, Vec<String>) = written.into_iter().unzip();
+        let tokens = written.iter().map(|w| w.tokens).sum();
+        let read: Vec<bool> = written.iter().map(|w| w.edit.is_some()).collect();
+        let (answers, instructions): (Vec<Answer>, Vec<String>) =
+            written.into_iter().map(|w| (w.answer, w.edit.unwrap_or_default())).unzip();
 
         let latents = |r: &usize| states[*r].best.latents().cloned().context("a picture without latents");
         let edits =
@@ -228,7 +245,7 @@ impl Joint {
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
         let targets = rows.iter().map(|r| &states[*r].problem.target);
         let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(targets).collect();
-        let after = self.poser.critic.check(&asked)?;
+        let after = rollout::check(&self.poser.critic, &asked);
 
         let before: Vec<&[Verdict]> = rows.iter().map(|r| states[*r].verdicts.as_slice()).collect();
         let mut rewards = rollout::by_verdicts(group, &before, &after)?;
@@ -247,11 +264,19 @@ impl Joint {
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
             asked.iter().zip(rows).map(|((p, t), r)| (*p, *t, &states[*r].problem.graph)).collect();
         rewards.extend(self.judges.rewards(group, &judged)?);
+        let known: Vec<bool> = read.iter().zip(&after).map(|(read, after)| *read && rollout::known(after)).collect();
+        rollout::withhold(&mut rewards, known.iter().copied());
 
-        for (((r, picture), after), instruction) in rows.iter().zip(&pictures).zip(after).zip(instructions) {
+        let played = rows.iter().zip(&pictures).zip(after).zip(instructions).zip(known);
+        for ((((r, picture), after), instruction), known) in played {
             let state = &mut states[*r];
-            state.idle += usize::from(still(state.best.pixels()?, picture.pixels()?));
             state.turns += 1;
+            // Nothing follows from what is not known.
+            if !known {
+                continue;
+            }
+            state.idle += usize::from(still(state.best.pixels()?, picture.pixels()?));
+            state.broken += (score(&state.verdicts).unwrap_or(1.0) - score(&after).unwrap_or(1.0)).max(0.0);
             let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
             if rank(&after) > rank(&state.verdicts) {
                 (state.best, state.verdicts) = (picture.clone(), after);
@@ -262,20 +287,35 @@ impl Joint {
         }
         let none = Tensor::zeros(rows.len(), DType::F32, klein.device())?;
         let (advantages, counts) = (none.clone(), none);
-        let turn =
-            Turn { sources, source_of, questions, answers, carried, advantages, counts, old: None, reference: None };
+        let (old, reference) = (None, None);
+        let turn = Turn {
+            sources,
+            source_of,
+            questions,
+            answers,
+            tokens,
+            carried,
+            advantages,
+            counts,
+            seen: 0.0,
+            old,
+            reference,
+        };
         Ok((turn, rewards))
     }
 
     /// The advantages of whole trajectories, and what to log of them.
-    fn whole(&self, states: &[State]) -> Result<(Vec<f32>, Metrics)> {
+    fn whole(&self, states: &[State]) -> Result<(Advantages, Metrics)> {
         let GrpoConfig { joint, group, .. } = &self.config;
         let better = |s: &State| score(&s.verdicts).unwrap_or(1.0) - score(&s.problem.verdicts).unwrap_or(1.0);
         let success = |s: &State| f64::from(u8::from(s.passes()));
         let idle = |s: &State| s.idle as f64 / s.turns.max(1) as f64;
-        let worth = |s: &State| joint.improvement * better(s) + joint.success * success(s) + joint.idle * idle(s);
+        let worth = |s: &State| {
+            let came = joint.improvement * better(s) + joint.success * success(s);
+            came + joint.idle * idle(s) + joint.broken * s.broken
+        };
         let worths: Vec<f64> = states.iter().map(worth).collect();
-        let found = advantages(&worths, &group.numbers(states.len()), group.scale)?;
+        let found = group.advantages(&worths, &group.numbers(states.len()))?;
         let mean = |of: &dyn Fn(&State) -> f64| states.iter().map(of).sum::<f64>() / states.len().max(1) as f64;
         let metrics = [
             ("trajectory/reward", found.reward),
@@ -284,35 +324,28 @@ impl Joint {
             ("trajectory/improvement", mean(&better)),
             ("trajectory/success", mean(&success)),
             ("trajectory/idle", mean(&idle)),
+            ("trajectory/broken", mean(&|s| s.broken)),
             ("trajectory/turns", mean(&|s| s.turns as f64)),
         ];
-        Ok((found.values, metrics.map(|(name, value)| (name.to_owned(), value)).into()))
+        Ok((found, metrics.map(|(name, value)| (name.to_owned(), value)).into()))
     }
 
-    /// The Actor's loss on a turn.
-    fn actor_loss(&self, turn: &Turn) -> Result<Step> {
+    /// The Actor's loss on a turn, with the turn's share of the tokens of the update.
+    fn actor_loss(&self, turn: &Turn, active: f64) -> Result<Step> {
         let replayed = turn.replay(&self.actor)?;
         let answers: Vec<&Answer> = turn.answers.iter().collect();
         let (drawn, mask) = drawn(&answers, replayed.log_probs.device())?;
         let old = turn.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
         let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.actor))?;
-        let actor = &self.config.actor;
         let tokens = TokenBatch {
             log_probs: &replayed.log_probs,
             old: &old,
             reference: turn.reference.as_ref(),
             mask: &mask.broadcast_mul(&turn.counts.unsqueeze(1)?)?,
             advantages: &turn.advantages,
-            active: None,
+            active: Some(active),
         };
-        let loss = TokenLoss {
-            kind: actor.loss,
-            eps_low: actor.eps_low,
-            eps_high: actor.eps_high,
-            beta: actor.kl,
-            max_length: EDIT,
-        };
-        let loss = token_loss(&loss, &tokens)?;
+        let loss = token_loss(&self.config.actor.token_loss(), &tokens)?;
         let metrics = [
             ("entropy", replayed.entropy),
             ("actor/kl", loss.kl),
@@ -346,15 +379,19 @@ impl Joint {
 
 impl Objective for Joint {
     fn vars(&self) -> BTreeMap<String, Var> {
-        let of = |role: &'static str, adapter: &Adapter| {
-            adapter.vars().into_iter().map(move |(name, var)| (format!("{role}.{name}"), var))
+        let of = |role: &'static str, trained: &Trained| {
+            trained.vars().into_iter().map(move |(name, var)| (format!("{role}.{name}"), var))
         };
-        of(built_in::ACTOR, &self.adapters[0]).chain(of(built_in::EDITOR, &self.adapters[1])).collect()
+        of(built_in::ACTOR, &self.trained[0]).chain(of(built_in::EDITOR, &self.trained[1])).collect()
     }
 
     fn group(&self, name: &str, shape: &[usize]) -> Group {
         let group = optim::default_group(name, shape);
         if name.starts_with(built_in::ACTOR) { Group { lr: self.config.joint.actor_lr, ..group } } else { group }
+    }
+
+    fn frozen(&self) -> usize {
+        self.frozen
     }
 
     /// The Actor's loss and each of the Editor's steps, turn by turn.
@@ -378,6 +415,7 @@ impl Objective for Joint {
                 failed: Vec::new(),
                 turns: 0,
                 idle: 0,
+                broken: 0.0,
             })
             .collect();
         let (mut turns, mut worth, mut means) = (Vec::new(), Vec::new(), Means::default());
@@ -390,36 +428,47 @@ impl Objective for Joint {
             let groups: Vec<u64> = rows.iter().map(|r| (r / group.size) as u64).collect();
             let judged = judge(group, &rewards, &groups)?;
             judged.metrics.into_iter().for_each(|metric| means.add(metric, rows.len() as f64));
-            let length = turn.answers.iter().map(|a| a.ids.len()).sum::<usize>() as f64 / rows.len() as f64;
-            means.add(("completions/mean_length".to_owned(), length), rows.len() as f64);
+            let mean = |of: &dyn Fn(usize) -> f64| {
+                turn.answers.iter().map(|a| of(a.ids.len())).sum::<f64>() / rows.len() as f64
+            };
+            let clipped = mean(&|length| f64::from(u8::from(length >= EDIT)));
+            means.add(("completions/mean_length".to_owned(), mean(&|length| length as f64)), rows.len() as f64);
+            means.add(("completions/clipped_ratio".to_owned(), clipped), rows.len() as f64);
             worth.push((rows, judged.advantages, judged.counts));
             turns.push(turn);
         }
         let (whole, more) = self.whole(&states)?;
         for (turn, (rows, of_turn, counts)) in turns.iter_mut().zip(worth) {
             let bound = ADVANTAGE_BOUND as f32;
+            let known = |(counts, r): (&f32, &usize)| if whole.missing[*r] { 0.0 } else { *counts };
+            let counts: Vec<f32> = counts.iter().zip(&rows).map(known).collect();
             let fuse = |((of_turn, counts), r): ((&f32, &f32), &usize)| {
-                let fused = joint.turn as f32 * of_turn + joint.whole as f32 * whole[*r];
+                let fused = joint.turn as f32 * of_turn + joint.whole as f32 * whole.values[*r];
                 counts * fused.clamp(-bound, bound)
             };
             let fused: Vec<f32> = of_turn.iter().zip(&counts).zip(&rows).map(fuse).collect();
+            turn.seen = actor::seen(turn.answers.iter(), &counts);
             let device = self.poser.klein.device();
             (turn.advantages, turn.counts) = (Tensor::new(fused, device)?, Tensor::new(counts, device)?);
             if group.updates() > 1 {
                 let models = (&*self.poser.klein, &*self.editor.still);
-                if models.0.dtype() != DType::F32 {
-                    turn.carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
-                }
+                turn.carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
                 turn.old = Some(turn.replay(&self.actor)?.log_probs.detach());
             }
             if actor.kl != 0.0 {
                 turn.reference = Some(turn.replay(&self.poser.critic.checker)?.log_probs.detach());
             }
         }
-        self.kept.keep(batch, turns);
         let mut metrics = means.metrics();
         metrics.extend(more);
+        let tokens = turns.iter().map(|turn| turn.tokens).sum::<usize>() as f64;
+        metrics.push((TOKENS.to_owned(), tokens / batch.rows.len().max(1) as f64));
+        self.kept.keep(batch, turns);
         Ok(metrics)
+    }
+
+    fn accept(&self, collected: &Metrics) -> Result<()> {
+        rollout::accept(&self.config.group, collected)
     }
 
     fn loss(&self, batch: &Batch) -> Result<Step> {
@@ -431,18 +480,22 @@ impl Objective for Joint {
             let loss = Tensor::zeros((), DType::F32, self.poser.klein.device())?;
             return Ok(Step { loss, metrics: Metrics::new() });
         };
+        // Every row of every turn of the update weighs the same.
+        let together = self.kept.together(batch);
+        let all = || together.iter().flat_map(|turns| turns.iter());
+        let share = turn.rows() as f64 / all().map(Turn::rows).sum::<usize>().max(1) as f64;
         let (Step { loss, metrics }, weight) = match part {
-            0 => (self.actor_loss(turn)?, joint.actor),
+            0 => (self.actor_loss(turn, share * all().map(|turn| turn.seen).sum::<f64>())?, joint.actor),
             _ => {
                 let models = (&*self.poser.klein, &self.editor);
                 let (piece, first) = ((pieces, part - 1), batch.update == 0);
-                let step = turn.carried.loss(editor, models, piece, &turn.advantages, first)?;
+                let step = turn.carried.loss(editor, models, piece, (&turn.advantages, &turn.counts), first)?;
                 let named = step.metrics.into_iter().map(|(name, value)| (format!("editor/{name}"), value));
                 (Step { loss: step.loss, metrics: named.collect() }, joint.editor)
             }
         };
-        // Every row of every turn weighs the same.
-        let share = turn.rows() as f64 / turns.iter().map(Turn::rows).sum::<usize>() as f64;
+        // Of the update; the mean over the batch's rows is asked for.
+        let share = share * batch.together.len() as f64 / batch.rows.len().max(1) as f64;
         Ok(Step { loss: (loss * (weight * share))?, metrics })
     }
 
@@ -478,12 +531,12 @@ impl Objective for Joint {
         Ok(fs::write(folder.join("loops.txt"), words)?)
     }
 
-    /// Both adapters, each in a folder of its role.
+    /// Both, each in a folder of its role.
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
-        for (role, adapter) in [built_in::ACTOR, built_in::EDITOR].into_iter().zip(&self.adapters) {
+        for (role, trained) in [built_in::ACTOR, built_in::EDITOR].into_iter().zip(&self.trained) {
             let folder = folder.join(role);
             fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-            peft::write(adapter, &folder, dtype)?;
+            trained.save(&folder, dtype)?;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ impl Means {
         }
     }
 
-    pub fn metrics(self) -> Metrics {
-        self.0.into_iter().map(|(name, sum, weight)| (name, sum / weight)).collect()
+    pub fn metrics(&self) -> Metrics {
+        self.0.iter().map(|(name, sum, weight)| (name.clone(), sum / weight)).collect()
     }
 }

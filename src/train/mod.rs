@@ -12,6 +12,7 @@ pub mod drawn;
 pub mod editor;
 pub mod ema;
 pub mod flow_steps;
+pub mod frozen;
 pub mod grpo;
 pub mod grpo_config;
 pub mod joint;
@@ -34,6 +35,7 @@ pub mod rollout;
 pub mod run;
 pub mod schedule;
 mod slices;
+pub mod trained;
 mod vlm_measure;
 pub mod vlm_tasks;
 
@@ -59,6 +61,8 @@ pub struct Batch {
     pub rows: Range<usize>,
     /// Samples in the whole batch.
     pub size: usize,
+    /// The rows of all micro-batches of the update, `rows` among them.
+    pub together: Range<usize>,
     /// Which of the step's updates, counted from 0.
     pub update: usize,
     /// Which piece of the loss, counted from 0.
@@ -106,6 +110,11 @@ pub trait Objective: Sync {
     /// The trained variables by their names in the saved model, in f32.
     fn vars(&self) -> BTreeMap<String, Var>;
 
+    /// Bytes of the models that are used but not trained.
+    fn frozen(&self) -> usize {
+        0
+    }
+
     /// How a step is worked off.
     fn work(&self) -> Work {
         Work::default()
@@ -117,6 +126,12 @@ pub trait Objective: Sync {
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let _ = batch;
         Ok(Vec::new())
+    }
+
+    /// Is shown what the micro-batches of a step have collected together, before its first update. An error ends the run.
+    fn accept(&self, collected: &Metrics) -> Result<()> {
+        let _ = collected;
+        Ok(())
     }
 
     /// Makes on the host what [`Objective::loss`] needs for `batch`, and keeps it until then. Where a device computes, this is

@@ -419,7 +419,8 @@ mod tests {
     fn parts_and_whole_pictures_give_every_variable_a_gradient() {
         let objective = small();
         for step in 0..2 {
-            let Step { loss, .. } = objective.loss(&Batch { step, rows: 0..2, size: 2, update: 0, piece: 0 }).unwrap();
+            let Step { loss, .. } =
+                objective.loss(&Batch { step, rows: 0..2, size: 2, together: 0..2, update: 0, piece: 0 }).unwrap();
             let grads = loss.backward().unwrap();
             assert!(objective.vars().values().all(|var| grads.get(var).is_some()));
         }

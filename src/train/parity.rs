@@ -164,7 +164,7 @@ fn what_is_prepared_ahead_is_what_the_loss_makes_itself() {
     for section in [DIFFUSER, VLM] {
         let config: PretrainConfig = toml::from_str(&format!("{section}{COMMON}")).unwrap();
         let objective = config.build(&Device::Cpu).unwrap();
-        let batch = Batch { step: 3, rows: 2..4, size: 4, update: 0, piece: 0 };
+        let batch = Batch { step: 3, rows: 2..4, size: 4, together: 0..4, update: 0, piece: 0 };
         let other = Batch { step: 4, ..batch.clone() };
         let loss = |batch: &Batch| objective.loss(batch).unwrap().loss.to_scalar::<f32>().unwrap();
         let want = [loss(&batch), loss(&other)];

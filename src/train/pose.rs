@@ -1,13 +1,13 @@
 //! Prompts with pictures that miss them: what the Actor, the Editor and the whole loop are trained on.
 
-use super::rollout::{decoder, through_latents};
+use super::rollout::{self, decoder, through_latents};
 use crate::{
     flow::{Klein, Unwatched},
     models::flux2::Flux2,
     rig::{
         klein::{Editing, Painter, Painting},
         prompts,
-        roles::{Checker, Decode, Diffuser, Draw, Picture, Target, Verdict},
+        roles::{Decode, Diffuser, Draw, Picture, Target, Verdict},
         vlm_roles::Critic,
     },
     scene::{
@@ -93,13 +93,13 @@ impl Poser {
         Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_editor(self.editor.clone())
     }
 
-    /// Problems by number. What the Checker finds nothing wrong with is replaced as long as [`ATTEMPTS`] last.
+    /// Problems by number. What the Checker finds nothing wrong with, or cannot tell, is replaced as long as [`ATTEMPTS`] last.
     pub fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
         let mut problems: Vec<Problem> = Vec::with_capacity(indices.len());
         let first = if self.source == Source::Draw { 0 } else { DRAWN };
         for attempt in first..ATTEMPTS {
-            let solved = |i: &usize| problems.get(*i).is_none_or(|p| p.verdicts.iter().all(|v| v.yes));
-            let open: Vec<usize> = (0..indices.len()).filter(solved).collect();
+            let teaches = |p: &Problem| rollout::known(&p.verdicts) && !p.verdicts.iter().all(|v| v.yes);
+            let open: Vec<usize> = (0..indices.len()).filter(|i| !problems.get(*i).is_some_and(teaches)).collect();
             if open.is_empty() {
                 break;
             }
@@ -135,7 +135,7 @@ impl Poser {
         }
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(&problems).map(|(p, (t, ..))| (p, t)).collect();
-        let verdicts = self.critic.check(&asked)?;
+        let verdicts = rollout::check(&self.critic, &asked);
         let all = problems.into_iter().zip(pictures.iter().cloned()).zip(verdicts);
         Ok(all
             .map(|(((target, graph, seed), picture), verdicts)| Problem { target, graph, picture, verdicts, seed })

@@ -19,29 +19,44 @@ use candle_core::{D, DType, Device, Tensor};
 use image::RgbImage;
 use serde::Deserialize;
 
-/// Draws an edit for each `(picture, question)`, question `i` from `streams[i]`: as answered, and in words.
+/// An answer of the Actor.
+pub struct Written {
+    pub answer: Answer,
+    /// The edit in words; `None` if the answer cannot be read.
+    pub edit: Option<String>,
+    /// Tokens of the question and of the answer.
+    pub tokens: usize,
+}
+
+/// Draws an edit for each `(picture, question)`, question `i` from `streams[i]`. The pictures have one size.
 pub fn write(
     vlm: &Vlm,
     pictures: &[&RgbImage],
     asked: &[(usize, &str)],
     temperature: f64,
     streams: &[Stream],
-) -> Result<Vec<(Answer, String)>> {
+) -> Result<Vec<Written>> {
     #[derive(Deserialize)]
-    struct Written {
+    struct Read {
         edit: String,
     }
     let questions: Vec<Question> =
         asked.iter().map(|(picture, text)| Question { picture: Some(*picture), text }).collect();
     let sampling = Sampling { temperature, max_tokens: EDIT };
     let answers = vlm.answer(&vlm.look(pictures)?, &questions, &prompts::reflect_schema(), sampling, streams)?;
-    let read = |answer: Answer| -> Result<(Answer, String)> {
+    let read = |answer: &Answer| -> Result<Read> {
         let text = vlm.chat.decode(&answer.ids)?;
-        let Written { edit } =
-            serde_json::from_str(&text).with_context(|| format!("the Actor's answer is no edit: {text}"))?;
-        Ok((answer, edit))
+        serde_json::from_str(&text).with_context(|| format!("the Actor's answer is no edit: {text}"))
     };
-    answers.into_iter().map(read).collect()
+    let device = vlm.model.decoder.device();
+    let first = pictures.first().map(|picture| vlm.images.patches([*picture], device)).transpose()?;
+    let grid = first.and_then(|patches| patches.grids.first().copied());
+    let written = |(answer, (_, question)): (Answer, &(usize, &str))| {
+        let edit = read(&answer).inspect_err(|error| tracing::warn!("{error:#}")).ok().map(|read| read.edit);
+        let tokens = vlm.question(question, grid)?.len() + answer.ids.len();
+        Ok(Written { answer, edit, tokens })
+    };
+    answers.into_iter().zip(asked).map(written).collect()
 }
 
 /// An answer to a question about picture `picture`.

@@ -4,8 +4,8 @@
 use super::{
     Batch, Metrics,
     flow_steps::Learned,
-    grpo::advantages,
-    grpo_config::{Combine, GroupConfig, GrpoConfig, ModelsConfig},
+    grpo_config::{CHECKER, Combine, GroupConfig, GrpoConfig, ModelsConfig},
+    trained::{Trained, Whole},
 };
 use crate::{
     flow::Klein,
@@ -15,8 +15,8 @@ use crate::{
         qwen3_vl::{self, Qwen3VL},
     },
     rig::{
-        reward::{ByVerdicts, Reward as _, Sample, Weighted},
-        roles::{Checker, Decode, Picture, Target, Verdict, score},
+        reward::{ByVerdicts, Reward as _, Sample},
+        roles::{Checker, Claim, Decode, Picture, Target, Verdict, score},
         vlm_roles::{Critic, LOOKS},
     },
     scene::{graph::SceneGraph, tabletop::oracle},
@@ -104,16 +104,55 @@ pub fn pipeline(
     Ok((Arc::new(klein), adapted))
 }
 
-/// The frozen pipeline, and the policy of each trained adapter.
-pub fn learners(folder: &Folder, at: (DType, &Device), adapters: &[Adapter]) -> Result<(Arc<Klein>, Vec<Learned>)> {
-    let both: Vec<Adapter> = adapters.iter().flat_map(|adapter| [adapter.clone(), adapter.still()]).collect();
-    let (klein, adapted) = pipeline(folder, at, &both)?;
-    let (mut learned, mut adapted) = (Vec::new(), adapted.into_iter());
-    while let (Some(policy), Some(still)) = (adapted.next(), adapted.next()) {
-        learned.push(Learned { policy, still: Arc::new(still) });
+/// Checker and Actor as the config has them, both frozen, and the Actor that is trained: by the adapter, or, without one, in
+/// all its weights.
+pub fn actor(models: &ModelsConfig, at: (DType, &Device), adapter: Option<Adapter>) -> Result<(Critic, Vlm, Trained)> {
+    let (critic, policy) = critic(models, at, adapter.as_ref())?;
+    match adapter.zip(policy) {
+        Some((adapter, policy)) => Ok((critic, policy, Trained::Adapter(adapter))),
+        None => {
+            let folder = models.vlm()?;
+            let whole = Whole::open(&folder, "model", at.1)?;
+            let policy = Vlm::of(Qwen3VL::new(&folder.json("config.json")?, &whole.params)?, &folder)?;
+            Ok((critic, policy, Trained::Whole(whole)))
+        }
     }
-    Ok((klein, learned))
 }
+
+/// The frozen pipeline, and `count` policies that are trained: each by an adapter that `adapter` makes, or, if it makes none,
+/// in all weights of the transformer.
+pub fn editors(
+    folder: &Folder,
+    at: (DType, &Device),
+    adapter: impl Fn() -> Result<Option<Adapter>>,
+    count: usize,
+) -> Result<(Arc<Klein>, Vec<(Learned, Trained)>)> {
+    let adapters = (0..count).map(|_| adapter()).collect::<Result<Vec<_>>>()?;
+    let both: Vec<Adapter> = adapters.iter().flatten().flat_map(|adapter| [adapter.clone(), adapter.still()]).collect();
+    let (klein, adapted) = pipeline(folder, at, &both)?;
+    let mut adapted = adapted.into_iter();
+    let learner = |adapter: Option<Adapter>| {
+        let (policy, still, trained) = match adapter {
+            Some(adapter) => {
+                let (policy, still) = adapted.next().zip(adapted.next()).context("a transformer for each adapter")?;
+                (policy, still, Trained::Adapter(adapter))
+            }
+            None => {
+                let folder = folder.require("transformer")?;
+                let whole = Whole::open(&folder, "diffusion_pytorch_model", at.1)?;
+                let config = folder.json("config.json")?;
+                let policy = Flux2::new(&config, &whole.params)?;
+                (policy, Flux2::new(&config, &whole.still())?, Trained::Whole(whole))
+            }
+        };
+        Ok((Learned { policy, still: Arc::new(still) }, trained))
+    };
+    let learners = adapters.into_iter().map(learner).collect::<Result<_>>()?;
+    Ok((klein, learners))
+}
+
+/// The metric of the share of rewards that are missing.
+const MISSING: &str = "rewards/missing";
 
 /// What one step's micro-batches have collected, each by its rows.
 pub struct Kept<T>(Mutex<BTreeMap<usize, Arc<T>>>);
@@ -132,6 +171,12 @@ impl<T> Kept<T> {
     pub fn of(&self, batch: &Batch) -> Result<Arc<T>> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.get(&batch.rows.start).cloned().context("an update before its rollouts")
+    }
+
+    /// What all micro-batches of the update have collected.
+    pub fn together(&self, batch: &Batch) -> Vec<Arc<T>> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.range(batch.together.clone()).map(|(_, collected)| collected.clone()).collect()
     }
 }
 
@@ -161,7 +206,7 @@ impl Judges {
             let asked: Vec<(&Picture, &Target)> =
                 pictures.iter().map(|(picture, target, _)| (*picture, *target)).collect();
             let of = |verdicts: &Vec<Verdict>| score(verdicts).unwrap_or(1.0);
-            rewards.push(("judge".to_owned(), judge.check(&asked)?.iter().map(of).collect()));
+            rewards.push(("judge".to_owned(), check(judge, &asked).iter().map(of).collect()));
         }
         if group.asks("oracle") {
             let of = |(picture, _, graph): &(&Picture, &Target, &SceneGraph)| {
@@ -190,17 +235,64 @@ pub fn through_latents(klein: &Klein, decode: &Decode, pixels: &RgbImage, size: 
     Ok(Picture::from_latents(latents, decode.clone()))
 }
 
+/// The Checker's verdicts on pictures. Where it fails on one, they have no probability, and are not [`known`].
+pub fn check(checker: &impl Checker, jobs: &[(&Picture, &Target)]) -> Vec<Vec<Verdict>> {
+    match (checker.check(jobs), jobs) {
+        (Ok(verdicts), _) => verdicts,
+        (Err(error), [(_, target)]) => {
+            tracing::warn!("the Checker fails on a picture: {error:#}");
+            let unknown = |claim: &Claim| Verdict {
+                claim: claim.clone(),
+                yes: false,
+                p_yes: f64::NAN,
+                reflection: String::new(),
+            };
+            vec![target.claims.iter().map(unknown).collect()]
+        }
+        // The others are not to blame.
+        (Err(_), jobs) => {
+            let (some, rest) = jobs.split_at(jobs.len() / 2);
+            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| check(checker, jobs)).collect()
+        }
+    }
+}
+
+/// Whether the Checker gave every claim a probability.
+pub fn known(verdicts: &[Verdict]) -> bool {
+    verdicts.iter().all(|verdict| verdict.p_yes.is_finite())
+}
+
+/// The mean score of the verdicts on some pictures, as far as they are known.
+pub fn mean_score<'a>(verdicts: impl Iterator<Item = &'a [Verdict]>) -> f64 {
+    let scores: Vec<f64> = verdicts.filter_map(score).filter(|score| score.is_finite()).collect();
+    scores.iter().sum::<f64>() / scores.len().max(1) as f64
+}
+
 /// A reward by name, one number for each rollout; one that is not finite is missing.
 pub type Reward = (String, Vec<f64>);
+
+/// Takes back the rewards of rollouts about which not all is known.
+pub fn withhold(rewards: &mut [Reward], known: impl Iterator<Item = bool> + Clone) {
+    for (_, values) in rewards {
+        values.iter_mut().zip(known.clone()).filter(|(_, known)| !known).for_each(|(value, _)| *value = f64::NAN);
+    }
+}
 
 /// The rewards by verdicts that `config` asks for: `before` and `after` are those on the picture before and after each
 /// rollout.
 pub fn by_verdicts(config: &GroupConfig, before: &[&[Verdict]], after: &[Vec<Verdict>]) -> Result<Vec<Reward>> {
-    let known = |name: &&String| ByVerdicts::ALL.iter().any(|r| r.name() == name.as_str());
-    let names: Vec<(&str, f64)> = config.rewards.keys().filter(known).map(|name| (name.as_str(), 1.0)).collect();
     let samples: Vec<Sample> =
         before.iter().zip(after).map(|(before, after)| Sample { before: Some(before), after }).collect();
-    Ok(Weighted::named(names)?.score(&samples)?.parts)
+    let find = |name: &str| match name {
+        CHECKER => Some(ByVerdicts::Satisfied),
+        name => ByVerdicts::ALL.into_iter().find(|reward| reward.name() == name),
+    };
+    let weights = config.weights();
+    let named = weights.keys().filter_map(|name| Some(((*name).to_owned(), find(name)?)));
+    let mut rewards: Vec<Reward> =
+        named.map(|(name, reward)| Ok((name, reward.score(&samples)?))).collect::<Result<_>>()?;
+    withhold(&mut rewards, before.iter().zip(after).map(|(before, after)| known(before) && known(after)));
+    Ok(rewards)
 }
 
 /// What the rollouts of some groups are worth.
@@ -212,31 +304,42 @@ pub struct Judged {
     pub metrics: Metrics,
 }
 
+/// Ends a run in which too many of a step's rewards are missing.
+pub fn accept(config: &GroupConfig, collected: &Metrics) -> Result<()> {
+    match collected.iter().find(|(name, _)| name == MISSING) {
+        Some((_, missing)) if *missing > config.max_missing => {
+            bail!("{:.0}% of a step's rewards are missing (group.max_missing allows less)", 100.0 * missing)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Weighs the rewards of rollouts, of which `groups` names each one's group. The metrics have TRL's names.
 pub fn judge(config: &GroupConfig, rewards: &[Reward], groups: &[u64]) -> Result<Judged> {
     let count = groups.len();
-    let weight = |name: &str| config.rewards.get(name).copied().unwrap_or(0.0);
+    let weights = config.weights();
+    let weight = |name: &str| weights.get(name).copied().unwrap_or(0.0);
     let mut total = vec![0.0; count];
     for (name, values) in rewards.iter().filter(|(name, _)| weight(name) != 0.0) {
         total.iter_mut().zip(values).for_each(|(total, value)| *total += weight(name) * value);
     }
-    let summed = advantages(&total, groups, config.scale)?;
+    let summed = config.advantages(&total, groups)?;
     let missing = summed.missing_count() as f64 / count.max(1) as f64;
-    if missing > config.max_missing {
-        bail!("{:.0}% of a step's rewards are missing (group.max_missing allows less)", 100.0 * missing);
-    }
     let mut metrics = vec![
         ("reward".to_owned(), summed.reward),
         ("reward_std".to_owned(), summed.reward_std),
         ("frac_reward_zero_std".to_owned(), summed.frac_reward_zero_std()),
-        ("rewards/missing".to_owned(), missing),
+        (MISSING.to_owned(), missing),
     ];
     let mut apart = vec![0.0; count];
     for (name, values) in rewards {
-        let alone = advantages(values, groups, config.scale)?;
+        let alone = config.advantages(values, groups)?;
         apart.iter_mut().zip(&alone.values).for_each(|(sum, value)| *sum += weight(name) as f32 * value);
-        metrics.push((format!("rewards/{name}/mean"), alone.reward));
-        metrics.push((format!("rewards/{name}/std"), alone.reward_std));
+        // Where all are missing, there is no mean.
+        if alone.missing_count() < count {
+            metrics.push((format!("rewards/{name}/mean"), alone.reward));
+            metrics.push((format!("rewards/{name}/std"), alone.reward_std));
+        }
     }
     let chosen = match config.combine {
         Combine::SumThenNormalise => summed.values,
@@ -271,7 +374,7 @@ mod tests {
     fn config(combine: Combine) -> GroupConfig {
         let rewards =
             BTreeMap::from([("gain".to_owned(), 1.0), ("format".to_owned(), 0.5), ("oracle".to_owned(), 0.0)]);
-        GroupConfig { size: 2, combine, rewards, ..GroupConfig::default() }
+        GroupConfig { size: 2, min_std: 0.0, combine, rewards, ..GroupConfig::default() }
     }
 
     fn rewards(gain: [f64; 4]) -> Vec<Reward> {
@@ -306,8 +409,51 @@ mod tests {
         let one = judge(&config(Combine::SumThenNormalise), &rewards([0.0, 1.0, f64::NAN, 0.5]), &[0, 0, 1, 1])?;
         assert_eq!((one.counts.as_slice(), one.advantages[2]), (&[1.0, 1.0, 0.0, 1.0][..], 0.0));
         assert_eq!(metric(&one, "rewards/missing"), 0.25);
-        let two = judge(&config(Combine::SumThenNormalise), &rewards([0.0, f64::NAN, f64::NAN, 0.5]), &[0, 0, 1, 1]);
-        assert!(two.err().expect("an error").to_string().contains("50%"));
+        let config = config(Combine::SumThenNormalise);
+        accept(&config, &one.metrics)?;
+        let two = judge(&config, &rewards([0.0, f64::NAN, f64::NAN, 0.5]), &[0, 0, 1, 1])?;
+        assert!(accept(&config, &two.metrics).expect_err("an error").to_string().contains("50%"));
+        let none = judge(&config, &rewards([f64::NAN; 4]), &[0, 0, 1, 1])?;
+        assert!(none.counts.iter().chain(&none.advantages).all(|x| *x == 0.0));
+        assert!(!none.metrics.iter().any(|(name, _)| name == "rewards/gain/mean"));
+        Ok(())
+    }
+
+    /// Fails on pictures of one pixel, alone or among others, and is not sure of those of two.
+    struct Moody;
+
+    impl Checker for Moody {
+        fn check(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>> {
+            let of = |(picture, target): &(&Picture, &Target)| {
+                let p_yes = match picture.pixels()?.width() {
+                    1 => bail!("no answer"),
+                    2 => f64::NAN,
+                    _ => 0.75,
+                };
+                let verdict =
+                    |c: &Claim| Verdict { claim: c.clone(), yes: p_yes >= 0.5, p_yes, reflection: String::new() };
+                Ok(target.claims.iter().map(verdict).collect())
+            };
+            jobs.iter().map(of).collect()
+        }
+    }
+
+    #[test]
+    fn what_the_checker_fails_on_is_missing_and_takes_nothing_along() -> Result<()> {
+        let pictures = [9, 1, 2, 9, 9].map(|width| Picture::from_pixels(RgbImage::new(width, 1)));
+        let target = Target { prompt: String::new(), claims: vec![Claim::Object("ball".into())] };
+        let jobs: Vec<(&Picture, &Target)> = pictures.iter().map(|picture| (picture, &target)).collect();
+        let after = check(&Moody, &jobs);
+        assert_eq!(after.iter().map(|v| known(v)).collect::<Vec<_>>(), [true, false, false, true, true]);
+        assert_eq!(mean_score(after.iter().map(Vec::as_slice)), 0.75);
+        assert!(check(&Moody, &[]).is_empty());
+        let before = vec![after[0].as_slice(); 5];
+        let config = GroupConfig { size: 5, ..GroupConfig::default() };
+        let rewards = by_verdicts(&config, &before, &after)?;
+        assert_eq!(rewards[0].0, CHECKER);
+        let judged = judge(&config, &rewards, &[0; 5])?;
+        assert_eq!(judged.counts, [1.0, 0.0, 0.0, 1.0, 1.0]);
+        assert_eq!((metric(&judged, "rewards/checker/mean"), metric(&judged, MISSING)), (1.0, 0.4));
         Ok(())
     }
 

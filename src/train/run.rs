@@ -34,6 +34,9 @@ use std::{
     time::Instant,
 };
 
+/// The metric, TRL's, of the tokens that were read and written so far. An objective gives a step's mean over its rows.
+pub const TOKENS: &str = "num_tokens";
+
 /// The precision of saved models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -111,8 +114,10 @@ pub struct Plan {
     pub parameters: usize,
     /// Parameters trained by Muon; AdamW trains the others.
     pub muon: usize,
-    /// Bytes of variables, gradients, moments and average; activations come on top.
+    /// Bytes of variables, gradients, moments and average, and of the frozen models beside them; activations come on top.
     pub memory: usize,
+    /// Bytes of the frozen models alone.
+    pub frozen: usize,
     pub done: u64,
     pub steps: u64,
     pub batch: usize,
@@ -161,6 +166,9 @@ struct State {
     optim: OptimState,
     ema_updates: u64,
     best: Option<Best>,
+    /// Tokens that were read and written so far, where an objective counts them.
+    #[serde(default)]
+    tokens: u64,
 }
 
 /// Trains `objective` in the run folder `folder`, from its last checkpoint if it has one.
@@ -277,6 +285,8 @@ struct Run<'a> {
     best: Option<Best>,
     /// Steps done.
     step: u64,
+    /// As in [`State`].
+    tokens: u64,
 }
 
 impl<'a> Run<'a> {
@@ -295,17 +305,19 @@ impl<'a> Run<'a> {
         let optimizer = Optimizer::new(optim, &vars, |name, shape| objective.group(name, shape))?;
         let ema = Ema::new(&vars, config.ema)?;
         let (schedule, lr) = (&optim.schedule, optim.lr);
-        Ok(Self { objective, config, vars, optimizer, schedule, lr, ema, best: None, step: 0 })
+        Ok(Self { objective, config, vars, optimizer, schedule, lr, ema, best: None, step: 0, tokens: 0 })
     }
 
     fn plan(&self) -> Plan {
         let parameters = self.vars.values().map(|v| v.elem_count()).sum();
         let (muon, moments) = self.optimizer.sizes();
+        let frozen = self.objective.frozen();
         Plan {
             tensors: self.vars.len(),
             parameters,
             muon,
-            memory: 4 * (3 * parameters + moments),
+            memory: 4 * (3 * parameters + moments) + frozen,
+            frozen,
             done: self.step,
             steps: self.config.steps,
             batch: self.config.batch,
@@ -327,16 +339,19 @@ impl<'a> Run<'a> {
         (0..size).step_by(micro).map(|start| start..(start + micro).min(size)).collect()
     }
 
-    /// Those of each update of a step.
+    /// Those of each update of a step: as even parts as whole micro-batches make.
     fn updates(&self) -> Vec<Vec<Range<usize>>> {
         let Work { epochs, minibatches, .. } = self.objective.work();
         let all = self.micro_batches();
-        let epoch: Vec<&[Range<usize>]> = all.chunks(all.len().div_ceil(minibatches.max(1))).collect();
-        epoch.iter().cycle().take(epoch.len() * epochs.max(1)).map(|micro| micro.to_vec()).collect()
+        let parts = minibatches.min(all.len()).max(1);
+        let part = |i: usize| all[i * all.len() / parts..(i + 1) * all.len() / parts].to_vec();
+        (0..epochs.max(1)).flat_map(|_| (0..parts).map(part)).collect()
     }
 
+    /// A batch of its own, as rollouts are collected.
     fn batch(&self, rows: &Range<usize>) -> Batch {
-        Batch { step: self.step, rows: rows.clone(), size: self.config.batch, update: 0, piece: 0 }
+        let together = 0..self.config.batch;
+        Batch { step: self.step, rows: rows.clone(), size: self.config.batch, together, update: 0, piece: 0 }
     }
 
     fn on_cpu(&self) -> bool {
@@ -357,6 +372,7 @@ impl<'a> Run<'a> {
         for (batch, metrics) in batches.iter().zip(parts) {
             metrics?.into_iter().for_each(|metric| means.add(metric, batch.rows.len() as f64));
         }
+        objective.accept(&means.metrics())?;
         Ok(means)
     }
 
@@ -365,11 +381,13 @@ impl<'a> Run<'a> {
     fn gradients(&self, update: usize, micro: &[Range<usize>], means: &mut Means) -> Result<Gradients> {
         let (objective, vars): (&dyn Objective, _) = (&*self.objective, &self.vars);
         let (pieces, size) = (objective.work().pieces.max(1), micro.iter().map(Range::len).sum::<usize>() as f64);
+        let together = micro.first().map_or(0, |rows| rows.start)..micro.last().map_or(0, |rows| rows.end);
         let work = |rows: &Range<usize>| -> Result<(Metrics, Gradients)> {
             let weight = rows.len() as f64 / size;
             let (mut loss, mut more, mut total) = (0.0, Means::default(), Gradients::new());
             for piece in 0..pieces {
-                let compute = || objective.loss(&Batch { update, piece, ..self.batch(rows) });
+                let compute =
+                    || objective.loss(&Batch { together: together.clone(), update, piece, ..self.batch(rows) });
                 let (step, tape) =
                     if self.config.recompute { Tape::record(compute) } else { (compute(), Tape::default()) };
                 let step = step?;
@@ -440,7 +458,16 @@ impl<'a> Run<'a> {
         self.step += 1;
         let mut metrics = means.metrics();
         self.objective.observe(&metrics);
-        metrics.push(("learning_rate".into(), self.lr * factor));
+        if let Some((_, tokens)) = metrics.iter_mut().find(|(name, _)| name == TOKENS) {
+            self.tokens += (*tokens * self.config.batch as f64).round() as u64;
+            *tokens = self.tokens as f64;
+        }
+        let OptimState { spikes, bad, .. } = self.optimizer.state;
+        metrics.extend([
+            ("learning_rate".into(), self.lr * factor),
+            ("spikes".into(), spikes as f64),
+            ("skipped".into(), (spikes + bad) as f64),
+        ]);
         Ok((metrics, told.0, told.1))
     }
 
@@ -506,7 +533,12 @@ impl<'a> Run<'a> {
         for (name, tensor) in self.objective.state()? {
             add("objective", &name, &tensor);
         }
-        let state = State { optim: self.optimizer.state.clone(), ema_updates: self.ema.updates, best: self.best };
+        let state = State {
+            optim: self.optimizer.state.clone(),
+            ema_updates: self.ema.updates,
+            best: self.best,
+            tokens: self.tokens,
+        };
         Checkpoint { step: self.step, state: serde_json::to_value(state)?, tensors }.write(checkpoints)?;
         checkpoint::prune(checkpoints, self.config.keep, self.best.map(|best| best.step))?;
         self.export(folder, "model")
@@ -538,7 +570,7 @@ impl<'a> Run<'a> {
             let var = name.rsplit_once('.').and_then(|(var, _)| vars.get(var));
             checkpoint.take(&format!("optim/{name}"), var.map(|v| v.dims()).unwrap_or_default())
         })?;
-        self.best = state.best;
+        (self.best, self.tokens) = (state.best, state.tokens);
         self.step = checkpoint.step;
         let mut rest = HashMap::new();
         for (name, tensor) in checkpoint.tensors {

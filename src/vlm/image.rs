@@ -81,6 +81,13 @@ impl ImageProcessor {
     fn validate(&self) -> Result<()> {
         ensure!(self.patch_size > 0 && self.merge_size > 0 && self.temporal_patch_size > 0, "patches of no size");
         ensure!(self.resample == 3, "only bicubic resampling is supported");
+        let side = self.patch_size.saturating_mul(self.merge_size);
+        let (least, most) = self.bounds();
+        // Qwen3-VL's own looks at 16 million pixels at most.
+        ensure!(
+            side <= 1 << 12 && self.temporal_patch_size <= 64 && least <= 1 << 24 && least <= most,
+            "impossible sizes: {self:?}"
+        );
         Ok(())
     }
 

@@ -142,8 +142,9 @@ impl View {
         best.1
     }
 
-    /// Tries every assignment of seen objects to the graph's objects from `next` on; only equal names branch, so the
-    /// search is short, and `budget` bounds it for graphs that repeat a name many times.
+    /// Tries every assignment of seen objects to the graph's objects from `next` on, and to leave one without where others
+    /// could have all that fits it; only such names branch, so the search is short, and `budget` bounds it for graphs that
+    /// repeat a name many times.
     fn assign(
         &self,
         graph: &SceneGraph,
@@ -161,17 +162,22 @@ impl View {
             }
             return;
         };
-        let mut any = false;
+        let fits = |i: usize, object: &Object| self.objects[i].is(object, false);
+        let mut spare = 0;
         for i in 0..self.objects.len() {
-            if self.objects[i].is(object, false) && !chosen.contains(&Some(i)) && *budget > 0 {
+            if fits(i, object) && !chosen.contains(&Some(i)) && *budget > 0 {
                 *budget -= 1;
-                any = true;
+                spare += 1;
                 chosen[next] = Some(i);
                 self.assign(graph, next + 1, chosen, best, budget);
                 chosen[next] = None;
             }
         }
-        if !any {
+        let rivals =
+            graph.objects[next + 1..].iter().filter(|o| (0..self.objects.len()).any(|i| fits(i, object) && fits(i, o)));
+        let is_free = spare == 0;
+        if is_free || spare <= rivals.count() && *budget > 0 {
+            *budget = budget.saturating_sub(usize::from(!is_free));
             self.assign(graph, next + 1, chosen, best, budget);
         }
     }
@@ -217,6 +223,19 @@ mod tests {
     fn seen(shape: Shape, colour: Colour, size: Size, x: f32, y: f32) -> Seen {
         let r = if size == Size::Small { 11.0 } else { 20.0 };
         Seen { shape, colour, size, bounds: BoundingBox { x0: x - r, y0: y - r, x1: x + r, y1: y + r } }
+    }
+
+    #[test]
+    fn what_fits_two_names_goes_where_more_then_holds() {
+        let ball = seen(Shape::Ball, Colour::Red, Size::Small, 30.0, 60.0);
+        let cube = seen(Shape::Cube, Colour::Blue, Size::Small, 90.0, 60.0);
+        let view = View { objects: vec![ball, cube], in_front: vec![] };
+        let graph = parse("a ball above a star, and a red ball left of a blue cube").unwrap();
+        let found = view.judge(&graph);
+        assert_eq!(found.relations, [false, true], "{found:?}");
+        // Many names for few things end soon.
+        let many = "a red ball, ".repeat(20) + "a blue cube";
+        assert_eq!(view.judge(&parse(&many).unwrap()).satisfied(), 2);
     }
 
     /// A small red ball left of a large blue cube, and a small green star in front of the cube.

@@ -1,4 +1,5 @@
-//! Compiles the CUDA kernels to PTX, which the driver compiles for the GPU at hand.
+//! Compiles the CUDA kernels to PTX, which the driver compiles for the GPU at hand; without the feature `cuda` there is
+//! nothing to compile.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -7,6 +8,8 @@ const SOURCES: [&str; 2] = ["kernels", "attention"];
 
 fn main() {
     println!("cargo:rerun-if-changed={FOLDER}");
+    // The built-in models are part of the program: a file that comes or goes makes another one.
+    println!("cargo:rerun-if-changed=weights/tabletop");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;

@@ -4,6 +4,7 @@ use crate::{
     models::{Adapter, Linear, Params},
     train::optim::{self, OptimConfig, Optimizer, Outcome},
 };
+use anyhow::Context;
 use candle_core::{Device, Var};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -57,7 +58,8 @@ fn token_case(
     let (old, reference, mask, eps) = (get("old"), get("reference"), get("mask"), numbers(&case["eps"]));
     let beta = case["beta"].as_f64().expect("a number");
     let config = TokenLoss { kind, eps_low: eps[0], eps_high: eps[1], beta, max_length: 9 };
-    let (reference, active) = (Some(&reference), Some(30.0));
+    // The fixture's bnpo divides by the tokens at hand.
+    let (reference, active) = (Some(&reference), (kind != TokenLossKind::Bnpo).then_some(30.0));
     token_loss(&config, &TokenBatch { log_probs, old: &old, reference, mask: &mask, advantages, active })
 }
 
@@ -67,7 +69,7 @@ fn advantages_are_those_of_pytorch() -> Result<()> {
     let rewards = numbers(&golden["rewards"]);
     let groups = [7, 7, 7, 7, 3, 3, 3, 3, 5, 5, 5, 5];
     for (name, scale) in [("group", Scale::Group), ("batch", Scale::Batch), ("none", Scale::None)] {
-        let got = advantages(&rewards, &groups, scale)?;
+        let got = advantages(&rewards, &groups, scale, 0.0)?;
         for (got, want) in got.values.iter().zip(numbers(&golden[name])) {
             close(f64::from(*got), want, name);
         }
@@ -80,21 +82,21 @@ fn advantages_are_those_of_pytorch() -> Result<()> {
 
 #[test]
 fn groups_are_told_apart_by_their_id_alone() -> Result<()> {
-    let sorted = advantages(&[0.0, 1.0, 5.0, 9.0], &[1, 1, 2, 2], Scale::Group)?;
-    let mixed = advantages(&[5.0, 0.0, 9.0, 1.0], &[2, 1, 2, 1], Scale::Group)?;
+    let sorted = advantages(&[0.0, 1.0, 5.0, 9.0], &[1, 1, 2, 2], Scale::Group, 0.0)?;
+    let mixed = advantages(&[5.0, 0.0, 9.0, 1.0], &[2, 1, 2, 1], Scale::Group, 0.0)?;
     assert_eq!([2, 0, 3, 1].map(|i| sorted.values[i]), mixed.values[..]);
     Ok(())
 }
 
 #[test]
 fn missing_rewards_are_counted_and_change_nothing_else() -> Result<()> {
-    let with = advantages(&[0.0, f64::NAN, 1.0, f64::INFINITY], &[1; 4], Scale::Group)?;
-    let without = advantages(&[0.0, 1.0], &[1; 2], Scale::Group)?;
+    let with = advantages(&[0.0, f64::NAN, 1.0, f64::INFINITY], &[1; 4], Scale::Group, 0.0)?;
+    let without = advantages(&[0.0, 1.0], &[1; 2], Scale::Group, 0.0)?;
     assert_eq!(with.values, [without.values[0], 0.0, without.values[1], 0.0]);
     assert_eq!((with.missing_count(), &with.missing), (2, &vec![false, true, false, true]));
     close(with.reward, 0.5, "reward");
-    assert!(advantages(&[0.0], &[1, 2], Scale::Group).is_err());
-    assert_eq!(advantages(&[], &[], Scale::Batch)?.reward, 0.0);
+    assert!(advantages(&[0.0], &[1, 2], Scale::Group, 0.0).is_err());
+    assert_eq!(advantages(&[], &[], Scale::Batch, 0.0)?.reward, 0.0);
     Ok(())
 }
 
@@ -102,7 +104,22 @@ fn missing_rewards_are_counted_and_change_nothing_else() -> Result<()> {
 fn advantages_are_bounded() -> Result<()> {
     let mut rewards = vec![0.0; 100];
     rewards[0] = 1.0;
-    assert_eq!(advantages(&rewards, &[0; 100], Scale::Group)?.values[0], 5.0);
+    assert_eq!(advantages(&rewards, &[0; 100], Scale::Group, 0.0)?.values[0], 5.0);
+    Ok(())
+}
+
+#[test]
+fn rewards_that_hardly_differ_stay_small() -> Result<()> {
+    let largest = |rewards: &[f64], min_std| -> Result<f32> {
+        let found = [Scale::Group, Scale::Batch].map(|scale| advantages(rewards, &[0; 4], scale, min_std));
+        let found = found.into_iter().collect::<Result<Vec<_>>>()?;
+        assert_eq!(found[0].values, found[1].values, "of one group");
+        Ok(found[0].values.iter().fold(0.0, |most, a| most.max(a.abs())))
+    };
+    let noise = [1.0, 1.0005, 1.0, 1.001];
+    assert!(largest(&noise, 0.0)? > 1.0 && largest(&noise, 0.02)? < 0.05);
+    let spread = [0.0, 0.5, 0.0, 1.0];
+    assert_eq!(largest(&spread, 0.02)?, largest(&spread, 0.0)?);
     Ok(())
 }
 
@@ -139,25 +156,86 @@ fn token_losses_are_those_of_pytorch() -> Result<()> {
 #[test]
 fn masked_tokens_may_hold_anything() -> Result<()> {
     let row = |x: [f32; 3]| Tensor::new(&[x], &Device::Cpu);
-    let (old, mask, advantages) = (row([-1.0; 3])?, row([1.0, 1.0, 0.0])?, Tensor::new(&[1f32], &Device::Cpu)?);
-    let loss = |last: f32| -> Result<f64> {
-        let log_probs = row([-0.9, -1.1, last])?;
-        let reference = None;
-        let batch = TokenBatch {
-            log_probs: &log_probs,
-            old: &old,
-            reference,
-            mask: &mask,
-            advantages: &advantages,
-            active: None,
+    let (mask, advantages) = (row([1.0, 1.0, 0.0])?, Tensor::new(&[1f32], &Device::Cpu)?);
+    for (_, kind) in TOKEN_LOSSES {
+        // Everything that comes of a batch whose masked place holds `last`.
+        let loss = |last: f32| -> Result<(f64, f64, Vec<f32>)> {
+            let log_probs = Var::from_tensor(&row([-0.9, -1.1, last])?)?;
+            let (old, reference) = (row([-1.0, -1.0, last])?, row([-1.2, -0.8, last])?);
+            let batch = TokenBatch {
+                log_probs: &log_probs,
+                old: &old,
+                reference: Some(&reference),
+                mask: &mask,
+                advantages: &advantages,
+                active: None,
+            };
+            let found = token_loss(&TokenLoss { kind, beta: 0.1, ..TokenLoss::default() }, &batch)?;
+            let gradient = found.loss.backward()?.get(&log_probs).context("a gradient")?.flatten_all()?.to_vec1()?;
+            Ok((scalar(&found.loss)?, found.kl, gradient))
         };
-        Ok(scalar(&token_loss(&TokenLoss::default(), &batch)?.loss)?)
-    };
-    assert_eq!(loss(-1.0)?, loss(-60.0)?);
+        let plain = loss(-1.0)?;
+        assert!(plain.2[0] != 0.0 && plain.2[2] == 0.0, "{kind:?}: {plain:?}");
+        for last in [-60.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(loss(last)?, plain, "{kind:?} with {last}");
+        }
+    }
+    let old = row([-1.0; 3])?;
     let config = TokenLoss { beta: 0.1, ..TokenLoss::default() };
     let batch =
         TokenBatch { log_probs: &old, old: &old, reference: None, mask: &mask, advantages: &advantages, active: None };
     assert!(token_loss(&config, &batch).is_err());
+    Ok(())
+}
+
+#[test]
+fn an_update_is_the_same_in_any_micro_batches() -> Result<()> {
+    let golden = golden();
+    let tokens = &golden["tokens"];
+    let get = |name: &str| tensor(&tokens[name], &[4, 6]);
+    let (log_probs, old, reference, mask) = (get("log_probs"), get("old"), get("reference"), get("mask"));
+    let advantages = tensor(&golden["sample_advantages"], &[4]);
+    let all = scalar(&mask.sum_all()?)?;
+    for (name, kind) in TOKEN_LOSSES {
+        let (eps_low, eps_high) = kind.clip();
+        let config = TokenLoss { kind, eps_low, eps_high, beta: 0.1, max_length: 9 };
+        let update = |micro: usize| -> Result<f64> {
+            let mut sum = 0.0;
+            for start in (0..4).step_by(micro) {
+                let some = |x: &Tensor| x.narrow(0, start, micro);
+                let share = micro as f64 / 4.0;
+                let batch = TokenBatch {
+                    log_probs: &some(&log_probs)?,
+                    old: &some(&old)?,
+                    reference: Some(&some(&reference)?),
+                    mask: &some(&mask)?,
+                    advantages: &some(&advantages)?,
+                    active: Some(all * share),
+                };
+                sum += share * scalar(&token_loss(&config, &batch)?.loss)?;
+            }
+            Ok(sum)
+        };
+        close(update(2)?, update(4)?, name);
+        close(update(1)?, update(4)?, name);
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_without_a_reward_teach_a_flow_nothing() -> Result<()> {
+    let flow = &golden()["flow"];
+    let get = |name: &str| tensor(&flow[name], &[4, 3, 2]);
+    let v = Var::from_tensor(&get("v"))?;
+    let (old, x_t, x0, t) = (get("old"), get("x_t"), get("x0"), tensor(&flow["t"], &[4]));
+    let tensor = |x: [f32; 4]| Tensor::new(&x, &Device::Cpu);
+    let (advantages, counts) = (tensor([1.0, 0.0, -1.0, 0.0])?, tensor([1.0, 0.0, 1.0, 1.0])?);
+    let batch = NftBatch { v: &v, old: &old, x_t: &x_t, x0: &x0, t: &t, advantages: &advantages, counts: &counts };
+    for loss in [nft_loss(&batch, 0.5)?, velocity_kl(&v, &old, &counts, 0.7)?] {
+        let gradient = loss.backward()?.get(&v).context("a gradient")?.abs()?.flatten_from(1)?.sum(1)?;
+        let gradient: Vec<f32> = gradient.to_vec1()?;
+        assert!(gradient[1] == 0.0 && [0, 2, 3].iter().all(|row| gradient[*row] > 0.0), "{gradient:?}");
+    }
     Ok(())
 }
 
@@ -179,10 +257,11 @@ fn flow_losses_are_those_of_pytorch() -> Result<()> {
     assert!(grpo.clip_low + grpo.clip_high > 0.0);
     let guard = guard_loss((&log_probs, &old), (&means, &old_means), (std, length), &advantages, eps)?;
     check("guard", &guard.loss, &means, &flow["cases"]["guard"]);
-    check("kl", &velocity_kl(&means, &old_means, 0.7)?, &means, &flow["cases"]["kl"]);
+    let counts = advantages.ones_like()?;
+    check("kl", &velocity_kl(&means, &old_means, &counts, 0.7)?, &means, &flow["cases"]["kl"]);
     let v = Var::from_tensor(&get("v"))?;
     let (old, x_t, x0, t) = (get("old"), get("x_t"), get("x0"), tensor(&flow["t"], &[4]));
-    let batch = NftBatch { v: &v, old: &old, x_t: &x_t, x0: &x0, t: &t, advantages: &advantages };
+    let batch = NftBatch { v: &v, old: &old, x_t: &x_t, x0: &x0, t: &t, advantages: &advantages, counts: &counts };
     check("nft", &nft_loss(&batch, number("nft_beta"))?, &v, &flow["cases"]["nft"]);
     Ok(())
 }
@@ -294,7 +373,8 @@ fn whole_updates_of_an_editor_are_those_of_pytorch_and_peft() -> Result<()> {
     })?;
     updates("diffusion-nft", &steps["cases"]["nft"], |layer| {
         let v = layer.forward(&x)?;
-        let batch = NftBatch { v: &v, old: &old_v, x_t: &x, x0: &x0, t: &t, advantages: &advantages };
+        let (old, counts) = (&old_v, &advantages.ones_like()?);
+        let batch = NftBatch { v: &v, old, x_t: &x, x0: &x0, t: &t, advantages: &advantages, counts };
         Ok(nft_loss(&batch, beta)?)
     })
 }

@@ -1,0 +1,148 @@
+//! Pretraining of each model for a few steps: what is stopped and resumed ends bit for bit as what was not.
+
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device};
+use rlrig::{
+    scene::tabletop::{render::render, split::Split, tasks},
+    train::{
+        pretrain::PretrainConfig,
+        request::Request,
+        run::{End, Event},
+    },
+};
+use serde_json::json;
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+/// Twenty pictures of other prompts than theirs, as a Diffuser might have drawn them.
+fn draw(folder: &Path) {
+    let mut lines = String::new();
+    for index in 0..20 {
+        let [sample, other] = [0, 1].map(|seed| tasks::text_to_image(seed, Split::Train, index, 2, 3));
+        let (id, file) = (format!("train-{index:02}"), format!("{index}.png"));
+        render(&other.scene).save(folder.join(&file)).unwrap();
+        let line = json!({ "id": id, "dataset": "tabletop", "prompt": sample.prompt, "file": file });
+        lines += &format!("{line}\n");
+    }
+    fs::write(folder.join("samples.jsonl"), lines).unwrap();
+}
+
+/// Trains, at most until `stop_at`; what was measured.
+fn train(request: &Request, stop_at: Option<u64>) -> (End, HashMap<String, f64>) {
+    let (stop, mut measured) = (AtomicBool::new(false), HashMap::new());
+    let prepared = request.prepare::<PretrainConfig>().unwrap();
+    let end = prepared.train(&stop, &mut |event| match event {
+        Event::Step(step, _) => stop.store(Some(step) == stop_at, Ordering::Relaxed),
+        Event::Evaluated(_, metrics) => measured.extend(metrics.iter().cloned()),
+        _ => {}
+    });
+    (end.unwrap(), measured)
+}
+
+/// Trains by a config straight through, and again with a stop after the first step; both must end in the same files. What
+/// the first run measured.
+fn resumes_exactly(dir: &Path, config: &str, files: &[&str]) -> HashMap<String, f64> {
+    let file = dir.join("config.toml");
+    fs::write(&file, config).unwrap();
+    let run = |name: &str| {
+        let (config, out) = (Some(file.clone()), Some(dir.join(name)));
+        Request { config, resume: None, out, set: Vec::new() }
+    };
+    let (end, measured) = train(&run("straight"), None);
+    assert_eq!(end, End::Done);
+    assert_eq!(train(&run("stopped"), Some(1)).0, End::Stopped(1));
+    let resume = Request { config: None, resume: Some(dir.join("stopped")), out: None, set: Vec::new() };
+    assert_eq!(train(&resume, None).0, End::Done);
+    for file in files {
+        let bytes = |name: &str| fs::read(dir.join(name).join("model").join(file)).unwrap();
+        assert!(bytes("straight") == bytes("stopped"), "the resumed run ends in another {file}");
+    }
+    measured
+}
+
+fn weights(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("weights/tabletop").join(folder)
+}
+
+#[test]
+fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (drawn, start) = (dir.path().join("drawn"), weights("vlm"));
+    fs::create_dir(&drawn).unwrap();
+    draw(&drawn);
+    let config = format!(
+        "objective = 'vlm'
+         train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1 }}
+         vlm = {{ start = {start:?}, drawn = {drawn:?}, drawn_share = 0.9, act = 1.0, evaluation = 2 }}"
+    );
+    let measured = resumes_exactly(dir.path(), &config, &["model.safetensors"]);
+    assert!(["edits/mend", "drawn/mend", "drawn/verdicts"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
+}
+
+#[test]
+fn a_diffuser_learns_to_draw_and_edit_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (drawn, vae) = (dir.path().join("drawn"), weights("vae"));
+    fs::create_dir(&drawn).unwrap();
+    draw(&drawn);
+    // The head that tells what lies where is part of the state, not of the model: a third step shows whether it came back.
+    let config = format!(
+        "objective = 'diffuser'
+         train = {{ steps = 3, batch = 4, micro_batch = 2, evaluate_every = 3, checkpoint_every = 1, ema = 0.9 }}
+         [diffuser]
+         autoencoder = {vae:?}
+         drawn = {drawn:?}
+         heads = 2
+         head_dim = 16
+         double_blocks = 1
+         single_blocks = 1
+         text = {{ vocabulary = 320, hidden = 32, layers = 2, heads = 2 }}
+         evaluation = {{ prompts = 1, steps = 2, guidance = 3.0 }}
+         stages = [
+             {{ steps = 1, min_objects = 1, max_objects = 1, edits = 0.5 }},
+             {{ steps = 0, min_objects = 2, max_objects = 3, edits = 0.5, touching = 1.0 }},
+         ]"
+    );
+    let files = ["transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"];
+    let measured = resumes_exactly(dir.path(), &config, &files);
+    assert!(["eval/perfect", "eval/edit_perfect"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
+}
+
+#[test]
+fn a_decoder_trained_alone_leaves_the_latents_as_they_are_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let init = weights("vae");
+    let config = format!(
+        "objective = 'autoencoder'
+         train = {{ steps = 3, batch = 2, evaluate_every = 3, checkpoint_every = 1, ema = 0.5, precision = 'f32' }}
+         autoencoder = {{ init = {init:?}, decoder_only = true, touching = 1.0, crop = 32, crop_steps = 2, held_out = 2 }}"
+    );
+    const FILE: &str = "diffusion_pytorch_model.safetensors";
+    let measured = resumes_exactly(dir.path(), &config, &[FILE]);
+    assert!(measured["psnr"] > 25.0 && (0.0..=1.0).contains(&measured["perfect"]), "{measured:?}");
+    let open = |path: PathBuf| candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let (before, after) = (open(init.join(FILE)), open(dir.path().join("straight/model").join(FILE)));
+    // Nothing reads the count of batches.
+    for (name, before) in before.iter().filter(|(name, _)| *name != "bn.num_batches_tracked") {
+        let change = (before.to_dtype(DType::F32).unwrap() - after[name].to_dtype(DType::F32).unwrap()).unwrap();
+        let change = change.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let is_decoder = name.starts_with("decoder.") || name.starts_with("post_quant_conv.");
+        assert!(is_decoder || change == 0.0, "{name} changed by {change}");
+        assert!(name != "decoder.conv_out.weight" || change > 0.0, "the decoder learned nothing");
+    }
+    let refused = config.replace("decoder_only = true", "decoder_only = true, coarse = 1.0");
+    fs::write(dir.path().join("config.toml"), refused).unwrap();
+    let request = Request {
+        config: Some(dir.path().join("config.toml")),
+        resume: None,
+        out: Some(dir.path().join("no")),
+        set: vec![],
+    };
+    let error = request.prepare::<PretrainConfig>().and_then(|run| run.train(&AtomicBool::new(false), &mut |_| {}));
+    assert!(format!("{:#}", error.err().unwrap()).contains("decoder_only"));
+}
