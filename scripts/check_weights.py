@@ -78,6 +78,16 @@ def picture(folder):
     assert difference <= 1, "rlrig and diffusers draw different pictures"
 
 
+def calibrated(p, kind):
+    """A probability as the calibration in the VLM's folder, if there is one, has it."""
+    file = FOLDER / "vlm" / "calibration.json"
+    if not file.exists():
+        return p
+    scaling = json.loads(file.read_text())[kind]
+    p = min(max(p, 1e-4), 1 - 1e-4)
+    return 1 / (1 + np.exp(-(scaling["scale"] * np.log(p / (1 - p)) + scaling["bias"])))
+
+
 def answers(image):
     """The greedy answers of transformers about a picture's claims, and their odds of "yes", beside those of rlrig."""
     folder = FOLDER / "vlm"
@@ -121,6 +131,7 @@ def answers(image):
             objects[words] = p_yes
         else:
             p_yes = min(p_yes, *(objects[claim["relation"][end]] for end in ("subject", "object")))
+        p_yes = calibrated(p_yes, "object" if "object" in claim else "relation")
         print(f"{words}: {answer['reflection']}; P(yes) {p_yes:.4f} and {verdict['p_yes']:.4f} of rlrig")
         assert answer["reflection"] == verdict.get("reflection", ""), "rlrig and transformers see different things"
         assert abs(p_yes - verdict["p_yes"]) < 1e-3, "rlrig and transformers are not equally sure"

@@ -329,6 +329,8 @@ pub enum EvalCommand {
     Compare(EvalCompare),
     /// Join the shards of one evaluation
     Merge(EvalMerge),
+    /// Fit the Checker's probabilities to what the pixel oracle says of the pictures of runs
+    Calibrate(EvalCalibrate),
 }
 
 #[derive(Args, Debug)]
@@ -353,6 +355,22 @@ pub struct EvalMerge {
     /// A new or empty folder
     #[arg(short, long, value_name = "DIR")]
     pub out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example, on scenes that no table is made of:\n  \
+    rlrig eval --split val --limit 200 --mode diffuser loop --out val/\n  \
+    rlrig eval calibrate val/ --out VLM_FOLDER/calibration.json")]
+pub struct EvalCalibrate {
+    /// Folders of runs on the tabletop world with this Checker
+    #[arg(value_name = "DIR", required = true, num_args = 1..)]
+    pub runs: Vec<PathBuf>,
+    /// Where the calibration goes; a VLM's folder is read with the calibration.json in it [default: stdout]
+    #[arg(short, long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Overwrite a file that exists
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -204,6 +204,30 @@ fn a_judge_apart_answers_too_and_threads_change_nothing() {
 }
 
 #[test]
+fn what_the_checker_says_is_fitted_to_the_oracle() {
+    let rig = Rig::new();
+    eval(&rig, "raw", &["--mode", "diffuser"]);
+    let calibrate = |arguments: &[&str]| rig.command(&[&["eval", "calibrate"], arguments].concat()).output().unwrap();
+    let output = calibrate(&["raw", "--out", "vlm/calibration.json"]);
+    assert!(output.status.success(), "{}", rlrig::stderr(&output));
+    rlrig::refuses(&calibrate(&["raw", "--out", "vlm/calibration.json"]), 2, "--force", "an existing file");
+    // The same pictures by the calibrated Checker, whose calibration is that of what it says behind it.
+    eval(&rig, "fitted", &["--mode", "diffuser"]);
+    let said = |out: &str| -> Vec<f64> {
+        let lines = lines(&rig, out);
+        lines.iter().flat_map(|l| l["claims"].as_array().unwrap()).map(|c| c["checker"].as_f64().unwrap()).collect()
+    };
+    assert_ne!(said("raw"), said("fitted"));
+    let scales = |runs: &[&str]| -> Vec<f64> {
+        let fitted: Value = serde_json::from_slice(&calibrate(runs).stdout).unwrap();
+        ["object", "relation", "only"].map(|kind| fitted[kind]["scale"].as_f64().unwrap()).to_vec()
+    };
+    let off = |(a, b): (&f64, &f64)| (a - b).abs() > 0.02;
+    assert!(!scales(&["raw"]).iter().zip(&scales(&["fitted"])).any(off));
+    rlrig::refuses(&calibrate(&["vlm"]), 2, "no run of rlrig eval", "a folder that is no run");
+}
+
+#[test]
 fn a_mode_with_an_adapter_that_is_not_on_is_refused() {
     let rig = Rig::new();
     for mode in ["loop-actor", "loop-editor", "loop-untrained"] {

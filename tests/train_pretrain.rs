@@ -77,11 +77,15 @@ fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
     draw(&drawn);
     let config = format!(
         "objective = 'vlm'
-         train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1 }}
+         train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1, samples_every = 2 }}
          vlm = {{ start = {start:?}, drawn = {drawn:?}, drawn_share = 0.9, act = 1.0, evaluation = 2 }}"
     );
     let measured = resumes_exactly(dir.path(), &config, &["model.safetensors"]);
     assert!(["edits/mend", "drawn/mend", "drawn/verdicts"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
+    let samples = fs::read_dir(dir.path().join("straight/samples")).unwrap().next().unwrap().unwrap().path();
+    let words = fs::read_to_string(samples.join("answers.txt")).unwrap();
+    assert_eq!(words.matches("    edit: ").count(), 16);
+    assert!(words.contains(" (yes) ") && words.contains(" (no) ") && samples.join("answers.png").is_file());
 }
 
 #[test]

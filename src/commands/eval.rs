@@ -34,6 +34,7 @@ pub fn run(args: &Eval) -> Result<()> {
     match &args.command {
         Some(EvalCommand::Compare(args)) => eval_join::compare(args),
         Some(EvalCommand::Merge(args)) => eval_join::merge(args),
+        Some(EvalCommand::Calibrate(args)) => eval_join::calibrate(args),
         None => evaluate(&args.run),
     }
 }
@@ -202,7 +203,7 @@ impl Models {
         let judge = args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge")).transpose()?;
         let source: Option<&Source> = judge.as_ref().map(|found| &found.source);
         let mut told = json!({
-            "steps": painting.steps, "guidance": painting.guidance, "looks": critic.looks, "editor": format!("{:?}", painting.editing),
+            "steps": painting.steps, "guidance": painting.guidance, "looks": critic.looks, "calibration": critic.calibration, "editor": format!("{:?}", painting.editing),
         });
         told["model"] = serde_json::to_value(&pipeline.source)?;
         told["vlm"] = serde_json::to_value(&vlm.source)?;
@@ -285,7 +286,7 @@ impl Models {
             Kept::Memory(_) => HashSet::new(),
         };
         let key = |sample: &Sample| Key { mode, seed, split: sample.split.clone(), id: sample.id.clone() };
-        let left: Vec<Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).cloned().collect();
+        let left: Vec<&Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).collect();
         let (editor, actor) = mode.adapters();
         let painter = self.bare_painter.as_ref().filter(|_| !editor).unwrap_or(&self.painter);
         let critic = self.bare_critic.as_ref().filter(|_| !actor).unwrap_or(&self.critic);

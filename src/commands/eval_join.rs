@@ -1,8 +1,8 @@
-//! `rlrig eval compare` and `rlrig eval merge`: runs that are already made.
+//! `rlrig eval compare`, `merge` and `calibrate`: runs that are already made.
 
 use super::{eval::shard_numbers, show::Console};
 use crate::{
-    cli::{EvalCompare, EvalMerge},
+    cli::{EvalCalibrate, EvalCompare, EvalMerge},
     eval::{
         compare::{self, Compared},
         folder::{Folder, different},
@@ -10,9 +10,14 @@ use crate::{
         modes::Mode,
         table,
     },
+    io,
+    rig::{
+        calibration::{Calibration, calibration_error},
+        roles::Claim,
+    },
     usage,
 };
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -120,4 +125,36 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
     let results = whole.finish(config, versions, flaws)?;
     Console::new(true, 0).result(table::markdown(&results).trim_end())?;
     Ok(())
+}
+
+/// Fits the Checker's calibration to the oracle's truths in some runs.
+pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
+    let mut said: Vec<(Claim, f64, bool)> = Vec::new();
+    for path in &args.runs {
+        let (folder, config) = Folder::open(path)?;
+        // Runs are fitted to what the VLM itself said in them.
+        let before: Calibration = match &config["calibration"] {
+            Value::Null => Calibration::default(),
+            told => {
+                serde_json::from_value(told.clone()).with_context(|| format!("the config of {}", path.display()))?
+            }
+        };
+        let answers = folder.lines().iter().flat_map(|line| &line.claims);
+        said.extend(answers.filter_map(|a| Some((a.claim.clone(), before.of(&a.claim).undo(a.checker), a.oracle?))));
+    }
+    if said.is_empty() {
+        usage!("there is no claim in these runs of which the pixel oracle tells the truth");
+    }
+    let found = Calibration::fit(said.iter().map(|(claim, p, truth)| (claim, *p, *truth)));
+    let console = Console::new(true, 0);
+    let error = |of: &dyn Fn(&Claim, f64) -> f64| {
+        calibration_error(&said.iter().map(|(claim, p, truth)| (of(claim, *p), *truth)).collect::<Vec<_>>())
+    };
+    let (raw, fitted) = (error(&|_, p| p), error(&|claim, p| found.of(claim).apply(p)));
+    eprintln!("expected calibration error of these {} claims: {raw:.3} before, {fitted:.3} after", said.len());
+    let json = serde_json::to_string_pretty(&found)? + "\n";
+    match &args.out {
+        Some(path) => io::write_file(path, json.as_bytes(), args.force),
+        None => Ok(console.result(json.trim_end())?),
+    }
 }

@@ -168,7 +168,7 @@ fn open_vlm(
     let params = params.adapted(both.clone());
     let model = qwen3_vl::Qwen3VL::new(&config, &params)?;
     params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
-    Ok((Critic::new(Arc::new(Vlm::of(model, folder)?)), params, both))
+    Ok((Critic::of(Vlm::of(model, folder)?, folder)?, params, both))
 }
 
 /// The adapters of the Editor or the Actor alone.

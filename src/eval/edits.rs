@@ -2,9 +2,12 @@
 //! that does, and whether the Editor carried it out. Of the tabletop world alone, where the pixel oracle tells.
 
 use super::metrics::{Metrics, Oracle, truth};
-use crate::scene::{
-    graph::SceneGraph,
-    tabletop::{edit::Edit, plan},
+use crate::{
+    rig::roles::Claim,
+    scene::{
+        graph::SceneGraph,
+        tabletop::{edit::Edit, plan},
+    },
 };
 use serde::{Deserialize, Serialize};
 
@@ -13,35 +16,55 @@ use serde::{Deserialize, Serialize};
 pub struct Review {
     /// There is an edit that brings the picture nearer to its prompt.
     pub mendable: bool,
-    /// This one does, carried out as it says.
+    /// This one can be read, and is about what the Checker denied: it names such a thing, or removes one where something is
+    /// too much.
+    pub addressed: bool,
+    /// It would bring the picture nearer, carried out as it says.
     pub helpful: bool,
     /// The picture came nearer, or farther from it.
     pub better: bool,
     pub worse: bool,
 }
 
-/// Reviews an edit; nothing if the picture was right before.
-pub fn review(instruction: &str, before: &Oracle, after: &Oracle, graph: &SceneGraph) -> Option<Review> {
+/// Reviews an edit of a picture of which the Checker denied some claims; nothing if the picture was right before.
+pub fn review(
+    instruction: &str,
+    (before, after): (&Oracle, &Oracle),
+    graph: &SceneGraph,
+    denied: &[&Claim],
+) -> Option<Review> {
     let Oracle { reading, judgement, .. } = before;
     let mends = |edit: &Edit| plan::mends(edit, &reading.scene, graph);
     if judgement.perfect() {
         return None;
     }
-    let helpful = Edit::parse(instruction).is_ok_and(|edit| mends(&edit));
+    let edit = Edit::parse(instruction).ok();
+    let helpful = edit.as_ref().is_some_and(mends);
     Some(Review {
         mendable: helpful || plan::edits(&reading.view, graph).iter().any(mends),
+        addressed: edit.is_some_and(|edit| denied.iter().any(|claim| is_about(&edit, claim))),
         helpful,
         better: after.judgement.better_than(judgement),
         worse: judgement.better_than(&after.judgement),
     })
 }
 
+fn is_about(edit: &Edit, claim: &Claim) -> bool {
+    // The last word of a phrase is its label.
+    let names = |phrase: &str| edit.named().iter().any(|named| phrase.split(' ').next_back() == Some(&named.label));
+    match claim {
+        Claim::Object(object) => names(object),
+        Claim::Relation { subject, object, .. } => names(subject) || names(object),
+        Claim::Only(_) => matches!(edit, Edit::Remove { .. }),
+    }
+}
+
 impl Review {
     /// The names under which `results.json` has the shares of each.
-    pub const NAMES: [&'static str; 4] = ["mendable", "helpful", "better", "worse"];
+    pub const NAMES: [&'static str; 5] = ["mendable", "addressed", "helpful", "better", "worse"];
 
     pub fn metrics(&self) -> Metrics {
-        let truths = [self.mendable, self.helpful, self.better, self.worse];
+        let truths = [self.mendable, self.addressed, self.helpful, self.better, self.worse];
         Self::NAMES.iter().zip(truths).map(|(name, yes)| ((*name).to_owned(), truth(yes))).collect()
     }
 }
@@ -74,15 +97,18 @@ mod tests {
         let [red, blue, cube] = [(Colour::Red, Shape::Ball), (Colour::Blue, Shape::Ball), (Colour::Blue, Shape::Cube)];
         let both = picture(&graph, &[blue, cube]);
         let [red, blue, cube] = [red, blue, cube].map(|thing| picture(&graph, &[thing]));
+        let (ball, nothing_else) = (Claim::Object("red ball".into()), Claim::Only(vec!["red ball".into()]));
+        let denied = [&ball, &nothing_else];
         let reviewed = |edit: &str, before: &Oracle, after: &Oracle| {
-            let Review { mendable, helpful, better, worse } = review(edit, before, after, &graph).unwrap();
-            [mendable, helpful, better, worse]
+            let review = review(edit, (before, after), &graph, &denied).unwrap();
+            [review.mendable, review.addressed, review.helpful, review.better, review.worse]
         };
-        assert_eq!(reviewed("make the blue ball red", &blue, &red), [true, true, true, false]);
-        assert_eq!(reviewed("make the blue ball red", &blue, &cube), [true, true, false, false]);
-        assert_eq!(reviewed("make the green ball red", &blue, &red), [true, false, true, false]);
-        assert_eq!(reviewed("paint it nicer", &cube, &cube), [true, false, false, false]);
-        assert_eq!(reviewed("add a blue cube", &blue, &both), [true, false, false, true]);
-        assert_eq!(review("make the red ball blue", &red, &blue, &graph), None);
+        assert_eq!(reviewed("make the blue ball red", &blue, &red), [true, true, true, true, false]);
+        assert_eq!(reviewed("make the blue ball red", &blue, &cube), [true, true, true, false, false]);
+        assert_eq!(reviewed("make the green ball red", &blue, &red), [true, true, false, true, false]);
+        assert_eq!(reviewed("paint it nicer", &cube, &cube), [true, false, false, false, false]);
+        assert_eq!(reviewed("add a blue cube", &blue, &both), [true, false, false, false, true]);
+        assert_eq!(review("make the red ball blue", (&red, &blue), &graph, &denied), None);
+        assert!(is_about(&Edit::parse("remove the green star").unwrap(), &nothing_else));
     }
 }

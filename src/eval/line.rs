@@ -160,7 +160,10 @@ impl Made<'_> {
                 Action::Draw => None,
                 Action::Edit { source, instruction, .. } => {
                     let reviewed = oracle.zip(oracles.get(*source)).filter(|_| mode.edits());
-                    let review = reviewed.and_then(|(after, before)| review(instruction, before, after, graph));
+                    let denied = outcome.turns[*source].verdicts.iter().filter(|v| !v.yes).map(|v| &v.claim);
+                    let denied: Vec<&Claim> = denied.collect();
+                    let review =
+                        reviewed.and_then(|(after, before)| review(instruction, (before, after), graph, &denied));
                     Some(Edited { from: source + 1, instruction: instruction.clone(), review })
                 }
             },
@@ -259,7 +262,7 @@ pub mod tests {
         assert_eq!((drawn.metrics["oracle_mean"], mended.metrics["oracle_mean"]), (0.0, 1.0));
         assert!(!drawn.correct && drawn.reason.contains(" "));
         assert!(mended.correct && mended.reason.is_empty(), "{}", mended.reason);
-        let review = Review { mendable: true, helpful: false, better: true, worse: false };
+        let review = Review { mendable: true, addressed: false, helpful: false, better: true, worse: false };
         assert_eq!(mended.edit, Some(Edited { from: 1, instruction: "add all".into(), review: Some(review) }));
         assert_eq!(mended.cost, Cost { evaluations: 40, seconds: 1.0 });
         assert_eq!(mended.file, "pictures/loop/test/test-3-0-2.png");

@@ -42,8 +42,8 @@ pub fn noise(seed: u64, index: u64) -> u64 {
 
 impl Play<'_> {
     /// Plays over `samples`; `keep` gets each prompt's lines and pictures as it ends. What is cancelled is not kept.
-    pub fn run(&self, samples: &[Sample], keep: &mut Keep) -> Result<()> {
-        let job = |sample: &Sample| Job { target: sample.target(self.only), seed: noise(self.seed, sample.index) };
+    pub fn run(&self, samples: &[&Sample], keep: &mut Keep) -> Result<()> {
+        let job = |sample: &&Sample| Job { target: sample.target(self.only), seed: noise(self.seed, sample.index) };
         let jobs: Vec<Job> = samples.iter().map(job).collect();
         let options = self.mode.options(self.options);
         let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
@@ -54,7 +54,7 @@ impl Play<'_> {
                     Event::Finished { job, outcome } if outcome.ending != cycle::Ending::Cancelled => {
                         let judged = self.judge(&jobs[job].target, outcome)?;
                         let made = Made {
-                            sample: &samples[job],
+                            sample: samples[job],
                             mode: self.mode,
                             seed: self.seed,
                             noise: jobs[job].seed,

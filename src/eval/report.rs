@@ -141,7 +141,7 @@ fn edits(results: &Results) -> String {
     let heads: String = Review::NAMES.iter().map(|name| format!("<th>{name}</th>")).collect();
     format!(
         "<h2>Edits of wrong pictures</h2>\n<div class=\"wide\"><table>\n<tr><th>mode</th>{heads}</tr>\n{rows}</table></div>\n\
-         <p class=\"faint\">By the oracle: an edit could help; the one asked for would; the picture got better; worse.</p>\n"
+         <p class=\"faint\">By the oracle: an edit could help; the one asked for is about what the Checker denied; it would help; the picture got better; worse.</p>\n"
     )
 }
 

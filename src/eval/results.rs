@@ -180,7 +180,7 @@ fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::line::tests::mended;
+    use crate::eval::{edits::Review, line::tests::mended};
 
     fn lines() -> Vec<Line> {
         (0..12).flat_map(|i| [mended(i, Mode::Diffuser), mended(i, Mode::Loop)].concat()).collect()
@@ -198,8 +198,8 @@ mod tests {
         assert_eq!((diffuser.by_round.len(), looped.by_round.len()), (1, 3));
         let by_round: Vec<f64> = looped.by_round.iter().map(|round| round["judge_all"].mean).collect();
         assert_eq!(by_round, [0.0, 1.0, 1.0]);
-        let edits = ["mendable", "helpful", "better", "worse"].map(|name| looped.edits[name].mean);
-        assert_eq!((edits, diffuser.edits.len()), ([1.0, 0.0, 1.0, 0.0], 0));
+        let edits = Review::NAMES.map(|name| looped.edits[name].mean);
+        assert_eq!((edits, diffuser.edits.len()), ([1.0, 0.0, 0.0, 1.0, 0.0], 0));
         assert_eq!((diffuser.cost["evaluations"].mean, looped.cost["evaluations"].mean), (40.0, 80.0));
         assert_eq!((looped.cost["rounds"].mean, looped.cost["seconds"].mean), (2.0, 2.0));
         assert_eq!(looped.by_split["test"]["sg_iou"], looped.metrics["sg_iou"]);

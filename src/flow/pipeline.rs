@@ -120,16 +120,18 @@ impl Klein {
             index.class_name
         );
         let part = |name: &str| folder.require(name);
+        let sub = |name: &str| format!("the model in {}", folder.file(name));
         let stem = "diffusion_pytorch_model";
         let params = Params::open(&part("transformer")?, stem, dtype, device)?.adapted(adapters);
         let config = part("transformer")?.json("config.json")?;
-        let transformer = flux2::Flux2::new(&config, &params)?;
+        let transformer = flux2::Flux2::new(&config, &params).with_context(|| sub("transformer"))?;
         params.finish(|_| false)?;
         let others = others.into_iter().map(|adapters| flux2::Flux2::new(&config, &params.again(adapters)));
         let others = others.collect::<Result<_>>()?;
         // The autoencoder is small, and half precision shows in its pictures.
         let params = Params::open(&part("vae")?, stem, DType::F32, device)?;
-        let autoencoder = autoencoder::Autoencoder::new(&part("vae")?.json("config.json")?, &params)?;
+        let autoencoder =
+            autoencoder::Autoencoder::new(&part("vae")?.json("config.json")?, &params).with_context(|| sub("vae"))?;
         let text = TextEncoder::open(&part("text_encoder")?, &part("tokenizer")?, dtype, device)?;
         let TextConfig { prompt_embedding } = part("text_encoder")?.json("config.json")?;
         let schedule = Schedule::open(&part("scheduler")?)?;

@@ -6,7 +6,7 @@
 
 use super::{Folder, Init, Linear, Params};
 use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, recompute, rms_norm, select_rows, silu};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -447,7 +447,7 @@ impl Qwen3 {
     pub fn open(folder: &Folder, dtype: DType, device: &Device) -> Result<Self> {
         let config: Config = folder.json("config.json")?;
         let params = Params::open(folder, "model", dtype, device)?;
-        let model = Self::new(&config, &params)?;
+        let model = Self::new(&config, &params).with_context(|| format!("the model in {}", folder.name()))?;
         params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
         Ok(model)
     }

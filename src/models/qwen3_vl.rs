@@ -11,7 +11,7 @@ use super::{
     qwen3::{self, Angles, Cache, Decoder, Head},
 };
 use crate::tensor::{Mask, Rotation, attention, gelu, gelu_tanh, layer_norm, recompute, rope, select_rows};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -404,7 +404,7 @@ impl Qwen3VL {
     pub fn open(folder: &Folder, dtype: DType, device: &Device) -> Result<Self> {
         let config: Config = folder.json("config.json")?;
         let params = Params::open(folder, "model", dtype, device)?;
-        let model = Self::new(&config, &params)?;
+        let model = Self::new(&config, &params).with_context(|| format!("the model in {}", folder.name()))?;
         params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
         Ok(model)
     }

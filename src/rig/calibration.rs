@@ -1,4 +1,115 @@
-//! Whether what the Checker says with some probability comes true as often.
+//! Whether what the Checker says with some probability comes true as often, and how to make it so.
+
+use super::roles::Claim;
+use crate::models::Folder;
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// What makes a Checker's probabilities come true as often as they say: of each kind of claim a [`Scaling`]. A VLM's folder
+/// may have one in `calibration.json`; `rlrig eval calibrate` fits it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    pub object: Scaling,
+    pub relation: Scaling,
+    /// Of nothing else being there.
+    pub only: Scaling,
+}
+
+/// The file of a [`Calibration`] in a VLM's folder.
+pub const FILE: &str = "calibration.json";
+
+impl Calibration {
+    /// That of a VLM's folder; without a file nothing is changed.
+    pub fn open(folder: &Folder) -> Result<Self> {
+        if !folder.has(FILE) {
+            return Ok(Self::default());
+        }
+        let found: Self = folder.json(FILE)?;
+        let scalings = [found.object, found.relation, found.only];
+        let good = scalings.iter().all(|s| s.scale.is_finite() && s.scale > 0.0 && s.bias.is_finite());
+        ensure!(good, "{}: a scale is above 0, and a bias is a number", folder.file(FILE));
+        Ok(found)
+    }
+
+    pub fn of(&self, claim: &Claim) -> Scaling {
+        match claim {
+            Claim::Object(_) => self.object,
+            Claim::Relation { .. } => self.relation,
+            Claim::Only(_) => self.only,
+        }
+    }
+
+    /// The best for claims with the probabilities that were said of them, and whether they were true.
+    pub fn fit<'a>(said: impl Iterator<Item = (&'a Claim, f64, bool)> + Clone) -> Self {
+        let of = |kind: fn(&Claim) -> bool| {
+            let claims: Vec<(f64, bool)> =
+                said.clone().filter(|(claim, ..)| kind(claim)).map(|(_, p, truth)| (p, truth)).collect();
+            Scaling::fit(&claims)
+        };
+        Self {
+            object: of(|claim| matches!(claim, Claim::Object(_))),
+            relation: of(|claim| matches!(claim, Claim::Relation { .. })),
+            only: of(|claim| matches!(claim, Claim::Only(_))),
+        }
+    }
+}
+
+/// Platt's scaling (1999): the log odds of a probability, times `scale`, plus `bias`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scaling {
+    pub scale: f64,
+    pub bias: f64,
+}
+
+impl Default for Scaling {
+    fn default() -> Self {
+        Self { scale: 1.0, bias: 0.0 }
+    }
+}
+
+impl Scaling {
+    pub fn apply(self, p: f64) -> f64 {
+        if self == Self::default() { p } else { probability(self.scale * log_odds(p) + self.bias) }
+    }
+
+    /// What was scaled to `p`.
+    pub fn undo(self, p: f64) -> f64 {
+        if self == Self::default() { p } else { probability((log_odds(p) - self.bias) / self.scale) }
+    }
+
+    /// The most probable scaling by Newton's method, with a prior that is worth a claim or so: that none is needed.
+    fn fit(said: &[(f64, bool)]) -> Self {
+        const STEPS: usize = 50;
+        let (mut a, mut b) = (1.0, 0.0);
+        for _ in 0..STEPS {
+            // Gradient and curvature of the negative log likelihood, and of the prior.
+            let (mut ga, mut gb, mut aa, mut ab, mut bb) = (a - 1.0, b, 1.0, 0.0, 1.0);
+            for (p, truth) in said {
+                let x = log_odds(*p);
+                let q = probability(a * x + b);
+                let (off, w) = (q - f64::from(u8::from(*truth)), q * (1.0 - q));
+                (ga, gb) = (ga + off * x, gb + off);
+                (aa, ab, bb) = (aa + w * x * x, ab + w * x, bb + w);
+            }
+            let determinant = aa * bb - ab * ab;
+            (a, b) = (a - (bb * ga - ab * gb) / determinant, b - (aa * gb - ab * ga) / determinant);
+        }
+        // What says the opposite of the truth is not to be believed at all.
+        Self { scale: a.max(1e-3), bias: b }
+    }
+}
+
+/// Bounded, since a VLM is sometimes sure to the last bit.
+fn log_odds(p: f64) -> f64 {
+    let p = p.clamp(1e-4, 1.0 - 1e-4);
+    (p / (1.0 - p)).ln()
+}
+
+fn probability(log_odds: f64) -> f64 {
+    1.0 / (1.0 + (-log_odds).exp())
+}
 
 /// Ten bins of probability: what was said in sum, how much of it came true, and how often something was said.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -34,6 +145,44 @@ pub fn calibration_error(said: &[(f64, bool)]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_too_sure_is_made_as_sure_as_it_is_right() {
+        // Three of four come true, whatever is said with 0.99; of other claims one of four.
+        let said: Vec<(f64, bool)> =
+            (0..400).map(|i| (if i < 200 { 0.99 } else { 0.01 }, (i % 4 != 0) == (i < 200))).collect();
+        let scaling = Scaling::fit(&said);
+        let scaled: Vec<(f64, bool)> = said.iter().map(|(p, truth)| (scaling.apply(*p), *truth)).collect();
+        assert!((scaled[0].0 - 0.75).abs() < 0.01 && (scaled[300].0 - 0.25).abs() < 0.01, "{scaling:?}");
+        assert!(calibration_error(&said) > 0.2 && calibration_error(&scaled) < 0.02);
+        assert!((scaling.undo(scaling.apply(0.3)) - 0.3).abs() < 1e-9);
+        assert!(scaling.apply(f64::NAN).is_nan());
+        // Nothing known, nothing changed.
+        assert_eq!(Scaling::fit(&[]), Scaling::default());
+        // Never turned over, and always found.
+        let liar: Vec<(f64, bool)> = said.iter().map(|(p, truth)| (*p, !truth)).collect();
+        assert!(Scaling::fit(&liar).scale > 0.0);
+        let sure = Scaling::fit(&vec![(1.0, true); 50]);
+        assert!(sure.scale.is_finite() && sure.apply(1.0) > 0.9, "{sure:?}");
+    }
+
+    #[test]
+    fn each_kind_of_claim_has_its_own_and_a_broken_file_is_named() {
+        let (object, only) = (Claim::Object("ball".into()), Claim::Only(vec!["ball".into()]));
+        let said: Vec<(&Claim, f64, bool)> = (0..100).map(|i| (&object, 0.9, i % 2 == 0)).collect();
+        let found = Calibration::fit(said.into_iter());
+        assert!((found.of(&object).apply(0.9) - 0.5).abs() < 0.02 && found.of(&only) == Scaling::default());
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::from(dir.path());
+        assert_eq!(Calibration::open(&folder).unwrap(), Calibration::default());
+        let write = |text: &str| std::fs::write(dir.path().join(FILE), text).unwrap();
+        write(&serde_json::to_string(&found).unwrap());
+        assert_eq!(Calibration::open(&folder).unwrap(), found);
+        write(&serde_json::to_string(&found).unwrap().replace("\"scale\":1.0", "\"scale\":-1.0"));
+        assert!(Calibration::open(&folder).unwrap_err().to_string().contains("calibration.json: a scale"));
+        write("{");
+        assert!(format!("{:#}", Calibration::open(&folder).unwrap_err()).contains("calibration.json"));
+    }
 
     #[test]
     fn calibration_is_perfect_when_what_is_said_comes_true() {

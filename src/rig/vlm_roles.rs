@@ -8,10 +8,12 @@
 //! therefore look several times, at the picture moved by a few pixels; a verdict is then the mean of what it says.
 
 use super::{
+    calibration::Calibration,
     prompts,
     roles::{Actor, Checker, Claim, Picture, Reflection, Situation, Target, Verdict},
 };
 use crate::{
+    models::Folder,
     scene::graph::{Object, Relation, SceneGraph},
     tensor::rng::Stream,
     vlm::{
@@ -47,12 +49,19 @@ pub struct Critic {
     pub actor: Arc<Vlm>,
     /// How many times the Checker looks at a picture, up to [`LOOKS`].
     pub looks: usize,
+    /// Of the Checker's probabilities.
+    pub calibration: Calibration,
 }
 
 impl Critic {
-    /// One model in both roles; it looks at a picture once.
+    /// One model in both roles; it looks at a picture once, and what it says is taken as it is.
     pub fn new(vlm: Arc<Vlm>) -> Self {
-        Self { checker: vlm.clone(), actor: vlm, looks: 1 }
+        Self { checker: vlm.clone(), actor: vlm, looks: 1, calibration: Calibration::default() }
+    }
+
+    /// The model of a folder, with the calibration that is there.
+    pub fn of(vlm: Vlm, folder: &Folder) -> Result<Self> {
+        Ok(Self { calibration: Calibration::open(folder)?, ..Self::new(Arc::new(vlm)) })
     }
 
     /// Lets the Checker look so many times.
@@ -117,11 +126,13 @@ fn pixels(by: [i64; 2], picture: &RgbImage) -> [i64; 2] {
     [scaled(by[0], picture.width()), scaled(by[1], picture.height())]
 }
 
-/// The mean of what the looks at one picture say of its claims, with the words of the first look that decided alike.
-fn mean(looks: &[Vec<Verdict>]) -> Vec<Verdict> {
+/// The calibrated mean of what the looks at one picture say of its claims, with the words of the first look that decided
+/// alike.
+fn mean(looks: &[Vec<Verdict>], calibration: &Calibration) -> Vec<Verdict> {
     let claims = looks.first().map_or(0, |verdicts| verdicts.len());
     let of_claim = |c: usize| {
         let p_yes = looks.iter().map(|verdicts| verdicts[c].p_yes).sum::<f64>() / looks.len() as f64;
+        let p_yes = calibration.of(&looks[0][c].claim).apply(p_yes);
         // To four digits: what is behind them differs between machines.
         let p_yes = (p_yes * 1e4).round() / 1e4;
         let yes = p_yes >= 0.5;
@@ -196,7 +207,7 @@ impl Checker for Critic {
                 verdicts[*job].push(found);
             }
         }
-        Ok(verdicts.iter().map(|looks| mean(looks)).collect())
+        Ok(verdicts.iter().map(|looks| mean(looks, &self.calibration)).collect())
     }
 }
 
@@ -267,7 +278,7 @@ impl Read {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::calibration::Scaling, *};
 
     #[test]
     fn a_relation_is_at_most_as_probable_as_its_objects() {
@@ -296,11 +307,14 @@ mod tests {
             reflection: reflection.into(),
         };
         let (yes, no) = (vec![verdict(0.6, "ball")], vec![verdict(0.1, "cube")]);
-        assert_eq!(mean(&[yes.clone(), no]), [verdict(0.35, "cube")]);
+        let mean = |looks: &[Vec<Verdict>]| mean(looks, &Calibration::default());
+        assert_eq!(mean(&[yes.clone(), no.clone()]), [verdict(0.35, "cube")]);
         assert_eq!(mean(std::slice::from_ref(&yes)), yes);
         assert_eq!(mean(&[]), []);
         // None says what the mean is.
         assert_eq!(mean(&[vec![verdict(0.49996, "cone")]]), [verdict(0.5, "cone")]);
+        let trusting = Calibration { object: Scaling { scale: 1.0, bias: 3.0 }, ..Calibration::default() };
+        assert_eq!(super::mean(&[no], &trusting), [verdict(0.6906, "cube")]);
         assert_eq!(pixels([3, -2], &RgbImage::new(256, 64)), [6, -1]);
     }
 

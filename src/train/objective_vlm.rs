@@ -482,6 +482,10 @@ impl Objective for VlmObjective {
         Ok(metrics)
     }
 
+    fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
+        self.write_samples(folder)
+    }
+
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
         for (name, bytes) in &self.files {
             let path = folder.join(name);

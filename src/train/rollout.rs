@@ -89,7 +89,7 @@ fn vlm(folder: &Folder, (dtype, device): (DType, &Device), adapter: Option<&Adap
     let adapted = |adapter: &Adapter| Vlm::of(Qwen3VL::new(&config, &params.again(vec![adapter.clone()]))?, folder);
     let adapted = adapter.map(adapted).transpose()?;
     adapter.map(Adapter::check).transpose()?;
-    Ok((Critic::new(Arc::new(Vlm::of(frozen, folder)?)), adapted))
+    Ok((Critic::of(Vlm::of(frozen, folder)?, folder)?, adapted))
 }
 
 /// The frozen pipeline, and copies of its transformer on the same weights, each with an adapter.

@@ -1,7 +1,7 @@
 //! How good the VLM under training is, by the code that the loop runs: verdicts and edits on renders, and on drawn
 //! pictures.
 
-use super::{Metrics, drawn::Drawn, objective_vlm::VlmObjective, vlm_tasks};
+use super::{Metrics, drawn::Drawn, objective_diffuser::tiled, objective_vlm::VlmObjective, vlm_tasks};
 use crate::{
     rig::{
         calibration::calibration_error,
@@ -24,6 +24,7 @@ use crate::{
 use anyhow::Result;
 use image::RgbImage;
 use serde_json::Value;
+use std::{fs, path::Path};
 
 impl VlmObjective {
     /// Verdicts and edits on `count` clean pictures of a split, by the code that the loop runs.
@@ -92,6 +93,38 @@ impl VlmObjective {
         let mut metrics = tally.metrics("drawn/");
         metrics.push(("drawn/mend".to_owned(), helped as f64 / edits.len().max(1) as f64));
         Ok(metrics)
+    }
+}
+
+impl VlmObjective {
+    /// Some held-out pictures that miss their prompts, and in words what the loop makes of them: the verdict on each claim
+    /// beside the truth, and the edit.
+    pub(super) fn write_samples(&self, folder: &Path) -> Result<()> {
+        const SHOWN: u64 = 16;
+        let critic = Critic::new(self.vlm.clone());
+        let samples: Vec<tasks::ActSample> =
+            (0..SHOWN).map(|i| tasks::act(self.seed ^ 0x5eed, Split::Val, i, 3)).collect();
+        let pictures: Vec<Picture> = samples.iter().map(|s| Picture::from_pixels(render(&s.scene))).collect();
+        let targets: Vec<Target> =
+            samples.iter().map(|s| Target::new(&s.prompt, &s.graph).and_nothing_else()).collect();
+        let verdicts = critic.check(&pictures.iter().zip(&targets).collect::<Vec<_>>())?;
+        let situation =
+            |((picture, target), verdicts)| Situation { target, picture, verdicts, earlier: &[], seed: 0, round: 1 };
+        let situations: Vec<Situation> =
+            pictures.iter().zip(&targets).zip(verdicts.iter().map(Vec::as_slice)).map(situation).collect();
+        let edits = critic.reflect(&situations)?;
+        let mut words = String::new();
+        for ((sample, verdicts), edit) in samples.iter().zip(&verdicts).zip(&edits) {
+            words += &format!("{}\n", sample.prompt);
+            for (verdict, truth) in verdicts.iter().zip(vlm_tasks::verdicts(&sample.scene.view(), &sample.graph)) {
+                let said = |yes: bool| if yes { "yes" } else { "no" };
+                words += &format!("    {:.2} ({}) {}\n", verdict.p_yes, said(truth.yes), verdict.claim);
+            }
+            words += &format!("    edit: {}\n", edit.edit);
+        }
+        let shown: Vec<RgbImage> = pictures.iter().map(|p| p.pixels().cloned()).collect::<Result<_>>()?;
+        tiled(&shown, 8).save(folder.join("answers.png"))?;
+        Ok(fs::write(folder.join("answers.txt"), words)?)
     }
 }
 

@@ -137,6 +137,17 @@ impl Edit {
         }
     }
 
+    /// The things that it names.
+    pub fn named(&self) -> Vec<&Object> {
+        match self {
+            Self::Move { what, anchor, .. } | Self::Add { what, place: Some((_, anchor)) } => vec![what, anchor],
+            Self::Swap { first, second } => vec![first, second],
+            Self::Replace { what, by } => vec![what, by],
+            Self::Add { what, place: None } | Self::Remove { what } => vec![what],
+            Self::Recolour { what, .. } | Self::Resize { what, .. } => vec![what],
+        }
+    }
+
     /// The edit in words, of which there are some to choose from.
     pub fn instruction(&self, rng: &mut Stream) -> String {
         self.words(&mut |choices| *rng.choose(choices))
