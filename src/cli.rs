@@ -393,6 +393,13 @@ pub enum Wording {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PictureGraph {
+    /// As LAION-SG's authors have it
+    Listed,
+    Confirmed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EvalMode {
     /// One drawing
     Diffuser,
@@ -442,6 +449,11 @@ pub struct EvalRun {
     /// How prompts are worded [default: caption for tabletop, triples for laion-sg]
     #[arg(long, value_enum, value_name = "W", help_heading = "Data")]
     pub wording: Option<Wording>,
+
+    /// The graph of a picture, which SG-IoU compares: what the judge lists in the words of the one asked for, or what it
+    /// confirms of that one [default: confirmed for tabletop, listed for laion-sg]
+    #[arg(long, value_enum, value_name = "G", help_heading = "Data")]
+    pub graph: Option<PictureGraph>,
 
     /// How pictures are made [default: loop]
     #[arg(long, value_enum, value_name = "NAME", num_args = 1.., conflicts_with = "suite", help_heading = "Modes")]

@@ -133,6 +133,19 @@ fn a_file_with_every_flaw_is_evaluated_end_to_end() {
     assert_eq!(lines(&rig, "run").len(), 8);
     assert!(lines(&rig, "run").iter().all(|line| line["metrics"].get("oracle_mean").is_none()));
     hold_to_schemas(&rig, "run");
+    // The judge, which knows nothing, lists some of the words that were asked for, and no others.
+    for line in lines(&rig, "run") {
+        let words = |part: &str, of: &str| -> Vec<String> {
+            line[part][of].as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect()
+        };
+        for of in ["objects", "predicates"] {
+            let known = words("reference", of);
+            assert!(words("extracted", of).iter().all(|word| known.contains(word)), "{line}");
+        }
+        assert!(line["metrics"].get("sg_iou_attributes").is_none() && line["metrics"].get("sg_iou").is_some());
+    }
+    eval(&rig, "confirmed", &[&data[..], &["--mode", "diffuser", "--graph", "confirmed"]].concat());
+    assert!(lines(&rig, "confirmed").iter().all(|line| line["metrics"].get("sg_iou_attributes").is_some()));
     let results: Value = serde_json::from_slice(&fs::read(rig.path("run/results.json")).unwrap()).unwrap();
     assert_eq!(results["flaws"][0]["dangling_id"]["lines"], serde_json::json!([3]));
     fs::write(rig.path("other.json"), "{\"images\": []}").unwrap();

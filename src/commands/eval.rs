@@ -263,7 +263,7 @@ impl Models {
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "redraw": args.redraw, "accept": args.accept,
-            "only": only(args),
+            "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
             config.extend(told.clone());
@@ -295,6 +295,7 @@ impl Models {
             painter,
             critic,
             judge: self.judge.as_ref().map(|judge| judge as _),
+            lister: lists(args).then(|| self.judge.as_ref().unwrap_or(critic) as _),
             evaluations: &|| self.klein.evaluations(),
             cancelled: &|| stop.load(Ordering::Relaxed),
             options: Options {
@@ -333,6 +334,14 @@ impl Models {
 /// Whether pictures are held to show nothing else. A prompt of the tabletop world tells all of its scene.
 fn only(args: &EvalRun) -> bool {
     args.only.unwrap_or(args.dataset == Dataset::Tabletop)
+}
+
+/// Whether the judge lists what pictures show.
+fn lists(args: &EvalRun) -> bool {
+    match args.graph {
+        Some(graph) => graph == cli::PictureGraph::Listed,
+        None => args.dataset == Dataset::LaionSg,
+    }
 }
 
 fn mode(asked: EvalMode) -> Mode {

@@ -44,7 +44,7 @@ pub struct Line {
     /// Under the run's folder.
     pub file: String,
     pub reference: Lists,
-    /// What the judge confirms of it.
+    /// What the judge lists of the picture, or confirms of the reference.
     pub extracted: Lists,
     pub claims: Vec<Answer>,
     pub metrics: Metrics,
@@ -102,6 +102,8 @@ pub struct Made<'a> {
     pub evaluations: &'a [u64],
     /// The judge's verdicts on each turn, where it is another than the Checker.
     pub judged: Option<&'a [Vec<Verdict>]>,
+    /// What the judge lists of each turn's picture, where it is asked to.
+    pub listed: Option<&'a [Lists]>,
 }
 
 impl Made<'_> {
@@ -122,6 +124,7 @@ impl Made<'_> {
     fn line(&self, i: usize, oracles: &[Oracle], result_after: Vec<usize>) -> Line {
         let Self { sample, mode, outcome, .. } = self;
         let (turn, graph, oracle) = (&outcome.turns[i], &sample.graph, oracles.get(i));
+        let listed = self.listed.map(|listed| &listed[i]);
         let judge = self.judged.map_or(&turn.verdicts, |judged| &judged[i]);
         let p: Vec<f64> = judge.iter().map(|v| v.p_yes).collect();
         // In the order of a target's claims.
@@ -170,8 +173,8 @@ impl Made<'_> {
             filename: file.clone(),
             file,
             reference: Lists::of(graph, iou::label),
-            extracted: metrics::extracted(graph, iou::label, &confirmed),
-            metrics: metrics::metrics(graph, &p, oracle),
+            extracted: listed.cloned().unwrap_or_else(|| metrics::extracted(graph, iou::label, &confirmed)),
+            metrics: metrics::metrics(graph, &p, listed, oracle),
             claims,
             cost: Cost {
                 evaluations: self.evaluations[i],
@@ -248,6 +251,7 @@ pub mod tests {
             rounds: if mode == Mode::Diffuser { 1 } else { 3 },
             evaluations: &evaluations,
             judged: None,
+            listed: None,
         };
         made.lines().unwrap()
     }

@@ -2,7 +2,7 @@
 //!
 //! | names | what |
 //! |---|---|
-//! | `sg_iou`, `ent_iou`, `rel_iou` | LAION-SG's IoU of triples, objects and predicates between the graph and what the judge confirms of it, `strict` as the authors' code has it |
+//! | `sg_iou`, `ent_iou`, `rel_iou` | LAION-SG's IoU of triples, objects and predicates between the graph and that of the picture, `strict` as the authors' code has it |
 //! | `.._derived`, `.._multiset`, `.._attributes` | the same as the paper's text has it; counting what occurs twice; naming objects with their attributes |
 //! | `judge_mean`, `judge_all` | VLM as a judge: the mean P(yes) of the triples, each at most that of its two objects; whether each has at least one half |
 //! | `judge_no_others` | its P(yes) of nothing else being in the picture, where that is asked for |
@@ -13,9 +13,10 @@
 //! | `position` | GenEval's: whether all directions (left, right, above, below) hold |
 //! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the directions: both objects are there, with label and colour; the relation holds; it holds given both (of prompts with one relation, as VISOR's are, the mean is VISOR's) |
 //!
-//! What the judge confirms is a part of the graph that was asked for, since it answers claims and lists nothing of its own:
-//! these IoUs are shares of the graph that is met, and what is too much in a picture costs nothing by them. For that there
-//! are `judge_no_others` and `no_others`.
+//! The graph of a picture is what the judge lists of it in the words of the one that was asked for (as the authors' code has
+//! it; the default of LAION-SG), or what it confirms of that graph claim by claim (the default of the tabletop world, whose
+//! VLM has not learned to list). The latter is a part of it: these IoUs are then shares that are met, and what is too much
+//! in a picture costs nothing by them; for that there are `judge_no_others` and `no_others`.
 
 use crate::{
     rig::roles::Claim,
@@ -74,18 +75,22 @@ pub fn extracted(graph: &SceneGraph, name: impl Fn(&Object) -> String, confirmed
     Lists::held(graph, name, |i| at(objects, i), |i| at(relations, i))
 }
 
-/// The metrics of a picture of `graph` by the judge's P(yes) of each claim, in the order of [`Target`]'s, and by the oracle.
+/// The metrics of a picture of `graph` by the judge's P(yes) of each claim, in the order of [`Target`]'s, by what it lists of
+/// the picture if it does, and by the oracle.
 ///
 /// [`Target`]: crate::rig::roles::Target
-pub fn metrics(graph: &SceneGraph, judge: &[f64], oracle: Option<&Oracle>) -> Metrics {
+pub fn metrics(graph: &SceneGraph, judge: &[f64], listed: Option<&Lists>, oracle: Option<&Oracle>) -> Metrics {
     let mut metrics = Metrics::new();
     let yes: Vec<bool> = judge.iter().map(|p| *p >= 0.5).collect();
-    let (seen, wanted) = (extracted(graph, iou::label, &yes), Lists::of(graph, iou::label));
+    let confirmed = || extracted(graph, iou::label, &yes);
+    let (seen, wanted) = (listed.cloned().unwrap_or_else(confirmed), Lists::of(graph, iou::label));
     add(&mut metrics, "", "", iou::strict(&seen, &wanted));
     add(&mut metrics, "", "_derived", iou::derived(&seen, &wanted));
     add(&mut metrics, "", "_multiset", iou::multiset(&seen, &wanted));
-    let phrases = (extracted(graph, Object::phrase, &yes), Lists::of(graph, Object::phrase));
-    add(&mut metrics, "", "_attributes", iou::strict(&phrases.0, &phrases.1));
+    if listed.is_none() {
+        let phrases = (extracted(graph, Object::phrase, &yes), Lists::of(graph, Object::phrase));
+        add(&mut metrics, "", "_attributes", iou::strict(&phrases.0, &phrases.1));
+    }
     let triples = judge.get(graph.objects.len()..).unwrap_or_default();
     let (triples, others) = triples.split_at(triples.len().min(graph.relations.len()));
     put(&mut metrics, "judge_mean", mean(triples.iter().copied()));
@@ -162,7 +167,7 @@ mod tests {
         let graph = graph();
         assert_eq!((graph.objects.len(), graph.relations.len()), (4, 2));
         // Ball, cube and ring are seen, and the first triple.
-        let m = metrics(&graph, &[0.9, 0.6, 0.2, 0.5, 0.8, 0.4], None);
+        let m = metrics(&graph, &[0.9, 0.6, 0.2, 0.5, 0.8, 0.4], None, None);
         // By label {ball, cube, ring}: all three of three; with attributes three of four.
         assert_eq!((m["sg_iou"], m["ent_iou"], m["rel_iou"]), (0.5, 1.0, 0.5));
         assert_eq!((m["ent_iou_multiset"], m["ent_iou_attributes"]), (0.75, 0.75));
@@ -173,9 +178,19 @@ mod tests {
     }
 
     #[test]
+    fn a_wrong_triple_in_a_list_costs_something() {
+        let wanted = Lists::of(&graph(), iou::label);
+        let mut seen = wanted.clone();
+        seen.triples.push(("ring".into(), "left of".into(), "ball".into()));
+        let listed = |lists: &Lists| metrics(&graph(), &[1.0; 6], Some(lists), None);
+        assert_eq!((listed(&seen)["sg_iou"], listed(&wanted)["sg_iou"]), (2.0 / 3.0, 1.0));
+        assert!(!listed(&seen).contains_key("sg_iou_attributes"), "labels are listed, not attributes");
+    }
+
+    #[test]
     fn the_oracles_findings_give_the_numbers_worked_out_by_hand() {
         let judgement = Judgement { objects: vec![true, true, false, false], relations: vec![true, false], extra: 1 };
-        let m = metrics(&graph(), &[0.0; 6], Some(&oracle(judgement, true, 0.25)));
+        let m = metrics(&graph(), &[0.0; 6], None, Some(&oracle(judgement, true, 0.25)));
         assert_eq!((m["sg_iou"], m["judge_all"]), (0.0, 0.0));
         assert_eq!((m["oracle_mean"], m["oracle_all"], m["oracle_objects"]), (0.5, 0.0, 0.5));
         assert_eq!((m["no_others"], m["oracle_perfect"], m["oracle_sg_iou"]), (0.0, 0.0, 0.5));
@@ -188,12 +203,12 @@ mod tests {
     #[test]
     fn what_is_not_defined_is_absent() {
         let judgement = Judgement { objects: vec![false; 4], relations: vec![false; 2], extra: 0 };
-        let m = metrics(&graph(), &[1.0; 6], Some(&oracle(judgement, false, 0.0)));
+        let m = metrics(&graph(), &[1.0; 6], None, Some(&oracle(judgement, false, 0.0)));
         assert!(!m.contains_key("visor_conditional"));
         assert_eq!((m["sg_iou"], m["judge_all"], m["no_others"]), (1.0, 1.0, 1.0));
-        let closed = metrics(&graph(), &[1.0, 1.0, 1.0, 1.0, 0.25, 0.75, 0.125], None);
+        let closed = metrics(&graph(), &[1.0, 1.0, 1.0, 1.0, 0.25, 0.75, 0.125], None, None);
         assert_eq!((closed["judge_mean"], closed["judge_no_others"]), (0.5, 0.125));
-        let alone = metrics(&parse("red ball").unwrap(), &[1.0], None);
+        let alone = metrics(&parse("red ball").unwrap(), &[1.0], None, None);
         assert!(!alone.contains_key("judge_mean") && alone["sg_iou"] == 0.0 && alone["ent_iou"] == 1.0);
         assert!(m.values().all(|v| (0.0..=1.0).contains(v)));
     }

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     rig::{
         cycle::{self, Event, Job, Options, Outcome, Stage},
-        roles::{Checker, Picture, Target, Verdict},
+        roles::{Checker, Lister, Picture, Target, Verdict},
     },
     tensor::rng::Stream,
 };
@@ -24,6 +24,8 @@ pub struct Play<'a> {
     pub only: bool,
     /// Judges the pictures where it is another than the loop's Checker.
     pub judge: Option<&'a dyn Checker>,
+    /// Lists what the pictures show, if that is to be.
+    pub lister: Option<&'a dyn Lister>,
     /// Counts the painter's network evaluations.
     pub evaluations: &'a dyn Fn() -> u64,
     pub cancelled: &'a dyn Fn() -> bool,
@@ -53,6 +55,11 @@ impl Play<'_> {
                     Event::Stage { stage, jobs } => meter.stage(stage, jobs, (self.evaluations)()),
                     Event::Finished { job, outcome } if outcome.ending != cycle::Ending::Cancelled => {
                         let judged = self.judge(&jobs[job].target, outcome)?;
+                        let listed = self.lister.map(|lister| {
+                            let pictures: Vec<&Picture> = outcome.turns.iter().map(|turn| &turn.picture).collect();
+                            lister.list(&pictures, &samples[job].graph)
+                        });
+                        let listed = listed.transpose()?;
                         let made = Made {
                             sample: samples[job],
                             mode: self.mode,
@@ -62,6 +69,7 @@ impl Play<'_> {
                             rounds: options.rounds,
                             evaluations: &meter.spent[job],
                             judged: judged.as_deref(),
+                            listed: listed.as_deref(),
                         };
                         let pictures = outcome.turns.iter().map(|turn| turn.picture.pixels()).collect::<Result<_>>()?;
                         keep(made.lines()?, pictures)?;

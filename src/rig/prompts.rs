@@ -9,6 +9,7 @@
 //! | a claim ([`check`]) | `{"reflection": "large red ball 70 45, small blue cube 25 40", "verdict": "no"}` |
 //! | an edit ([`reflect`]) | `{"reflection": "too much blue ring", "edit": "remove the blue ring"}` |
 //! | the graph of a prompt ([`parse`]) | `{"objects": ["large red ball", ..], "relations": [[0, "left of", 1], ..]}` |
+//! | the graph of a picture ([`list`]) | `{"scene_graph": [["ball", "left of", "cube"], ..], "object_list": [..], "predicate_list": [..]}` |
 //!
 //! The Checker looks before it decides: it first writes what the picture has of the claim and where, then the verdict. A
 //! verdict in one word from nothing is learned late and is a guess more often; what was seen is also what the Actor needs.
@@ -110,6 +111,43 @@ pub fn parse_schema() -> Value {
             }
         },
         "required": ["objects", "relations"],
+        "additionalProperties": false
+    })
+}
+
+/// The question for what a picture shows in given words, as LAION-SG's authors put it to their judge (their
+/// `test/test_iou.py`): three lists, whose words are those of the graph that was asked for.
+pub fn list(objects: &[String], predicates: &[String]) -> String {
+    format!(
+        "What of this does the picture show? Objects: {}. Relations: {}. Answer in JSON with \"scene_graph\" (the triples \
+         [subject, relation, object] that are to be seen), \"object_list\" and \"predicate_list\", in these words alone.",
+        objects.join("; "),
+        predicates.join("; ")
+    )
+}
+
+/// The JSON schema of an answer to [`list`] with at most `most` triples. Without words a list stays empty.
+pub fn list_schema(objects: &[String], predicates: &[String], most: usize) -> Value {
+    let words = |words: &[String]| match words.is_empty() {
+        true => json!({ "type": "array", "maxItems": 0 }),
+        false => json!({ "type": "array", "items": { "enum": words }, "maxItems": words.len() }),
+    };
+    let triples = match objects.is_empty() || predicates.is_empty() {
+        true => json!({ "type": "array", "maxItems": 0 }),
+        false => json!({
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [{ "enum": objects }, { "enum": predicates }, { "enum": objects }],
+                "items": false
+            },
+            "maxItems": most
+        }),
+    };
+    json!({
+        "type": "object",
+        "properties": { "scene_graph": triples, "object_list": words(objects), "predicate_list": words(predicates) },
+        "required": ["scene_graph", "object_list", "predicate_list"],
         "additionalProperties": false
     })
 }

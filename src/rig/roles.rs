@@ -3,7 +3,7 @@
 //! The paper's Inverse Diffuser is the [`Editor`]. All roles work on many pictures at once: slices in, one result for
 //! each element out, in order. What a role returns for an element must not depend on the others beside it.
 
-use crate::scene::graph::SceneGraph;
+use crate::scene::{graph::SceneGraph, iou::Lists};
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::Tensor;
 use image::RgbImage;
@@ -79,6 +79,12 @@ pub struct Verdict {
     /// What was seen of it and where, in a few words.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reflection: String,
+}
+
+/// Lists what pictures show, in the words of a graph: its labels and predicates.
+pub trait Lister {
+    /// What each of the pictures shows.
+    fn list(&self, pictures: &[&Picture], graph: &SceneGraph) -> Result<Vec<Lists>>;
 }
 
 /// Turns latents into pixels, many at once.

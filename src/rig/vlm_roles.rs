@@ -10,11 +10,14 @@
 use super::{
     calibration::Calibration,
     prompts,
-    roles::{Actor, Checker, Claim, Picture, Reflection, Situation, Target, Verdict},
+    roles::{Actor, Checker, Claim, Lister, Picture, Reflection, Situation, Target, Verdict},
 };
 use crate::{
     models::Folder,
-    scene::graph::{Object, Relation, SceneGraph},
+    scene::{
+        graph::{Object, Relation, SceneGraph},
+        iou::Lists,
+    },
     tensor::rng::Stream,
     vlm::{
         Vlm,
@@ -26,7 +29,7 @@ use crate::{
 use anyhow::{Context, Result};
 use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
-use std::{borrow::Cow, ops::Range, sync::Arc};
+use std::{borrow::Cow, collections::BTreeSet, ops::Range, sync::Arc};
 
 /// Questions that are answered together at most; it bounds the memory that their keys and values take.
 const ROWS: usize = 64;
@@ -246,6 +249,39 @@ impl Actor for Critic {
             }
         }
         Ok(edits)
+    }
+}
+
+impl Lister for Critic {
+    fn list(&self, pictures: &[&Picture], graph: &SceneGraph) -> Result<Vec<Lists>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            scene_graph: Vec<(String, String, String)>,
+            object_list: Vec<String>,
+            predicate_list: Vec<String>,
+        }
+        let distinct = |words: &mut dyn Iterator<Item = &String>| words.cloned().collect::<BTreeSet<_>>();
+        let objects = Vec::from_iter(distinct(&mut graph.objects.iter().map(|object| &object.label)));
+        let predicates = Vec::from_iter(distinct(&mut graph.relations.iter().map(|relation| &relation.predicate)));
+        let most = 2 * graph.relations.len();
+        let (text, schema) = (prompts::list(&objects, &predicates), prompts::list_schema(&objects, &predicates, most));
+        // A word is a few tokens.
+        let max_tokens = 32 + 8 * (objects.len() + predicates.len() + 4 * most);
+        let sampling = Sampling { temperature: 0.0, max_tokens };
+        let mut lists = Vec::with_capacity(pictures.len());
+        for batch in pictures.chunks(ROWS / 4) {
+            let seen: Vec<&RgbImage> = batch.iter().map(|picture| picture.pixels()).collect::<Result<_>>()?;
+            let questions: Vec<Question> =
+                (0..batch.len()).map(|i| Question { picture: Some(i), text: &text }).collect();
+            let unused: Vec<Stream> = (0..batch.len()).map(|i| Stream::new(0, "list", i as u64)).collect();
+            let looked = self.checker.look(&seen)?;
+            for answer in self.checker.answer(&looked, &questions, &schema, sampling, &unused)? {
+                let Answer { scene_graph, object_list, predicate_list } =
+                    read(&self.checker.chat.decode(&answer.ids)?)?;
+                lists.push(Lists { triples: scene_graph, objects: object_list, predicates: predicate_list });
+            }
+        }
+        Ok(lists)
     }
 }
 
