@@ -396,6 +396,7 @@ pub enum Wording {
 pub enum PictureGraph {
     /// As LAION-SG's authors have it
     Listed,
+    /// Claim by claim; what is too much costs nothing
     Confirmed,
 }
 

@@ -17,7 +17,7 @@ use serde_json::json;
 pub fn run(args: &Check) -> Result<()> {
     open::check_accept(args.accept)?;
     open::check_looks(args.looks)?;
-    let strict = args.models.vlm.as_deref().is_none_or(|m| m == built_in::NAME);
+    let strict = built_in::are_named(args.models.vlm.as_deref());
     let ask = ask::understand(&args.prompt, strict)?;
     let picture = Picture::from_pixels(png::read(&args.image)?);
     let device = open::device(&args.models)?;

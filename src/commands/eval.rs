@@ -208,6 +208,12 @@ impl Models {
         told["model"] = serde_json::to_value(&pipeline.source)?;
         told["vlm"] = serde_json::to_value(&vlm.source)?;
         told["judge"] = serde_json::to_value(source)?;
+        if lists(args) && judge.as_ref().unwrap_or(&vlm).is_built_in() {
+            console.say(
+                "the built-in VLM has not learned to list what a picture shows: take SG-IoU by --graph confirmed, or \
+                 another --judge",
+            );
+        }
         told["adapter"] = adapters.told().into();
         told["dtype"] = open::dtype_name(dtype).into();
         let judge = judge.map(|found| -> Result<Critic> {
@@ -215,6 +221,7 @@ impl Models {
             Ok(critic.with_looks(open::looks(args.looks, &found)))
         });
         let judge = judge.transpose()?;
+        told["judge_calibration"] = serde_json::to_value(judge.as_ref().map(|judge| judge.calibration))?;
         let (painter, critic) = (painter().with_editor(editor), critic.with_actor(actor));
         Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, told })
     }

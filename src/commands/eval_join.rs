@@ -7,7 +7,9 @@ use crate::{
         compare::{self, Compared},
         folder::{Folder, different},
         line::Line,
+        metrics::Answer,
         modes::Mode,
+        results::distinct,
         table,
     },
     io,
@@ -28,7 +30,16 @@ use std::{
 pub fn compare(args: &EvalCompare) -> Result<()> {
     let console = Console::new(true, 0);
     let ((a, mode_a), (b, mode_b)) = (side(&args.a)?, side(&args.b)?);
-    let (folder_a, folder_b) = (Folder::open(Path::new(a))?.0, Folder::open(Path::new(b))?.0);
+    let ((folder_a, config_a), (folder_b, config_b)) = (Folder::open(Path::new(a))?, Folder::open(Path::new(b))?);
+    // Older runs say nothing of it: theirs were confirmed.
+    let graph = |config: &Value| config["graph"].as_str().unwrap_or("confirmed").to_owned();
+    if graph(&config_a) != graph(&config_b) {
+        usage!(
+            "{a} and {b} measure another SG-IoU: that of a {} graph, and of a {} one",
+            graph(&config_a),
+            graph(&config_b)
+        );
+    }
     let (lines_a, lines_b) = (folder_a.lines(), folder_b.lines());
     let has = |lines: &[Line]| lines.iter().map(|line| line.mode).collect::<BTreeSet<Mode>>();
     let both: Vec<(Mode, Mode)> = match (mode_a, mode_b) {
@@ -93,9 +104,11 @@ fn complete(parts: &[(Folder, Value)], paths: &[PathBuf]) -> Result<()> {
             usage!("{} and {} are both shard {i}/{n}", other.display(), path.display());
         }
     }
-    let missing: Vec<String> = (1..=of).filter(|i| !found.contains_key(i)).map(|i| format!("{i}/{of}")).collect();
-    if !missing.is_empty() {
-        usage!("shards {} are missing: a part would pass for the whole", missing.join(", "));
+    if found.len() < of {
+        let missing = (1..=of).filter(|i| !found.contains_key(i)).map(|i| format!("{i}/{of}"));
+        let first: Vec<String> = missing.take(8).collect();
+        let more = if of - found.len() > first.len() { ", .." } else { "" };
+        usage!("shards {}{more} are missing: a part would pass for the whole", first.join(", "));
     }
     Ok(())
 }
@@ -130,8 +143,14 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
 /// Fits the Checker's calibration to the oracle's truths in some runs.
 pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
     let mut said: Vec<(Claim, f64, bool)> = Vec::new();
+    let mut first: Option<Value> = None;
     for path in &args.runs {
         let (folder, config) = Folder::open(path)?;
+        let whose = |config: &Value| ["vlm", "looks", "dtype"].map(|key| config[key].clone());
+        if let Some(first) = first.as_ref().filter(|first| whose(first) != whose(&config)) {
+            let (a, b) = (json!(whose(first)), json!(whose(&config)));
+            usage!("{}: its Checker (VLM, looks, dtype) is another: {b} instead of {a}", path.display());
+        }
         // Runs are fitted to what the VLM itself said in them.
         let before: Calibration = match &config["calibration"] {
             Value::Null => Calibration::default(),
@@ -139,8 +158,24 @@ pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
                 serde_json::from_value(told.clone()).with_context(|| format!("the config of {}", path.display()))?
             }
         };
-        let answers = folder.lines().iter().flat_map(|line| &line.claims);
-        said.extend(answers.filter_map(|a| Some((a.claim.clone(), before.of(&a.claim).undo(a.checker), a.oracle?))));
+        for line in distinct(folder.lines()) {
+            let p_of = |object: &str| {
+                let is = |a: &&Answer| matches!(&a.claim, Claim::Object(o) if o == object);
+                line.claims.iter().find(is).map(|a| a.checker)
+            };
+            for answer in &line.claims {
+                // A calibrated relation that is held to its object's probability does not tell its own.
+                let capped = match &answer.claim {
+                    Claim::Relation { subject, object, .. } if before != Calibration::default() => {
+                        [subject, object].iter().any(|o| p_of(o) == Some(answer.checker))
+                    }
+                    _ => false,
+                };
+                let p = before.of(&answer.claim).undo(answer.checker);
+                said.extend(answer.oracle.filter(|_| !capped).map(|truth| (answer.claim.clone(), p, truth)));
+            }
+        }
+        first.get_or_insert(config);
     }
     if said.is_empty() {
         usage!("there is no claim in these runs of which the pixel oracle tells the truth");

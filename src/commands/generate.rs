@@ -47,8 +47,7 @@ pub fn run(args: Generate) -> Result<()> {
         usage!("--rounds is 1 to 100, and --batch 1 to 4096");
     }
     open::check_draws(options.draws, options.rounds)?;
-    let strict =
-        [&args.models.model, &args.models.vlm].iter().all(|m| m.as_deref().is_none_or(|m| m == built_in::NAME));
+    let strict = [&args.models.model, &args.models.vlm].iter().all(|m| built_in::are_named(m.as_deref()));
     let asks = match &from {
         Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
         _ => ask::read(&args.asked, strict)?,

@@ -33,7 +33,7 @@ pub struct Found {
 }
 
 impl Found {
-    fn is_built_in(&self) -> bool {
+    pub fn is_built_in(&self) -> bool {
         matches!(self.folder, Folder::Embedded(_))
     }
 }
@@ -66,7 +66,7 @@ fn find(name: Option<&str>, parts: &[&'static str], flag: &str) -> Result<Found>
             built_in::revision()
         );
     }
-    if let Some(name) = name.filter(|name| *name != built_in::NAME && revision.is_none()) {
+    if let Some(name) = name.filter(|name| !built_in::are_named(Some(name))) {
         let bar = Download::default();
         let Local { path, revision } =
             Hub::from_env()?.locate(name, &|file, done, total| bar.show(file, done, total))?;

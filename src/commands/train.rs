@@ -150,10 +150,10 @@ fn print_plan(plan: &Plan) {
     let millions = |n: usize| n as f64 / 1e6;
     let frozen = match plan.frozen {
         0 => String::new(),
-        bytes => format!(" and {:.0} MB of models that stay as they are", millions(bytes)),
+        bytes => format!(", {:.0} MB of it of models that stay as they are", millions(bytes)),
     };
     eprintln!(
-        "{:.2} M parameters in {} tensors ({:.2} M by Muon), {:.0} MB with gradients, moments, average{frozen}; activations on top",
+        "{:.2} M parameters in {} tensors ({:.2} M by Muon), {:.0} MB with gradients, moments and average{frozen}; activations on top",
         millions(plan.parameters),
         plan.tensors,
         millions(plan.muon),

@@ -9,8 +9,8 @@ use serde::Serialize;
 pub struct Agreement {
     /// The share of claims on whose truth both agree.
     pub accuracy: Estimate,
-    /// 1 for full agreement, 0 for that of chance.
-    pub kappa: Estimate,
+    /// 1 for full agreement, 0 for that of chance; nothing where all claims have one answer.
+    pub kappa: Option<Estimate>,
     pub calibration_error: Estimate,
     pub claims: usize,
 }
@@ -44,14 +44,14 @@ impl Tally {
         (self.said[0][0] + self.said[1][1]) as f64 / self.claims().max(1) as f64
     }
 
-    /// Cohen's kappa: agreement beyond that of two judges who say yes as often, but at random. 0 where chance alone would
-    /// give full agreement.
-    fn kappa(&self) -> f64 {
+    /// Cohen's kappa: agreement beyond that of two judges who say yes as often, but at random. Not defined where chance alone
+    /// gives full agreement.
+    fn kappa(&self) -> Option<f64> {
         let share = |n: usize| n as f64 / self.claims().max(1) as f64;
         let [[_, no_yes], [yes_no, both]] = self.said;
         let (one, other) = (share(yes_no + both), share(no_yes + both));
         let chance = one * other + (1.0 - one) * (1.0 - other);
-        if self.claims() == 0 || 1.0 - chance < 1e-12 { 0.0 } else { (self.accuracy() - chance) / (1.0 - chance) }
+        (self.claims() > 0 && 1.0 - chance > 1e-12).then(|| (self.accuracy() - chance) / (1.0 - chance))
     }
 }
 
@@ -63,17 +63,18 @@ pub fn agreement(prompts: &[Tally]) -> Option<Agreement> {
         drawn.for_each(|i| all.join(&prompts[i]));
         all
     };
-    let of = |value: fn(&Tally) -> f64| {
+    let with_claims = prompts.iter().filter(|tally| tally.claims() > 0).count();
+    let of = |value: fn(&Tally) -> Option<f64>| {
         let statistic = |drawn: &mut dyn Iterator<Item = usize>| {
             let all = joined(drawn);
-            (all.claims() > 0).then(|| value(&all))
+            value(&all).filter(|_| all.claims() > 0)
         };
-        resamples.statistic(&statistic, prompts.iter().filter(|tally| tally.claims() > 0).count())
+        resamples.statistic(&statistic, with_claims)
     };
     Some(Agreement {
-        accuracy: of(Tally::accuracy)?,
-        kappa: of(Tally::kappa)?,
-        calibration_error: of(|all| all.bins.error())?,
+        accuracy: of(|all| Some(all.accuracy()))?,
+        kappa: of(Tally::kappa),
+        calibration_error: of(|all| Some(all.bins.error()))?,
         claims: joined(&mut (0..prompts.len())).claims(),
     })
 }
@@ -94,14 +95,15 @@ mod tests {
 
     #[test]
     fn kappa_is_that_of_the_textbook() {
+        let kappa = |counts| table(counts).kappa().unwrap();
         // 20 and 15 of 50 agree: 0.7; chance 0.5 * 0.6 + 0.5 * 0.4 = 0.5; so 0.4.
-        assert!((table([20, 5, 10, 15]).kappa() - 0.4).abs() < 1e-12);
-        assert_eq!(table([10, 0, 0, 10]).kappa(), 1.0);
-        assert!(table([5, 5, 5, 5]).kappa().abs() < 1e-12);
-        assert_eq!(table([0, 10, 10, 0]).kappa(), -1.0);
-        assert_eq!((table([7, 0, 0, 0]).kappa(), Tally::default().kappa()), (0.0, 0.0));
+        assert!((kappa([20, 5, 10, 15]) - 0.4).abs() < 1e-12);
+        assert_eq!(kappa([10, 0, 0, 10]), 1.0);
+        assert!(kappa([5, 5, 5, 5]).abs() < 1e-12);
+        assert_eq!(kappa([0, 10, 10, 0]), -1.0);
+        assert_eq!((table([7, 0, 0, 0]).kappa(), Tally::default().kappa()), (None, None));
         // Symmetric.
-        assert!((table([20, 5, 10, 15]).kappa() - table([20, 10, 5, 15]).kappa()).abs() < 1e-12);
+        assert!((kappa([20, 5, 10, 15]) - kappa([20, 10, 5, 15])).abs() < 1e-12);
     }
 
     #[test]

@@ -17,7 +17,8 @@ pub struct Review {
     /// There is an edit that brings the picture nearer to its prompt.
     pub mendable: bool,
     /// This one can be read, and is about what the Checker denied: it names such a thing, or removes one where something is
-    /// too much.
+    /// too much. (Older runs do not say.)
+    #[serde(default)]
     pub addressed: bool,
     /// It would bring the picture nearer, carried out as it says.
     pub helpful: bool,

@@ -16,7 +16,8 @@
 //! The graph of a picture is what the judge lists of it in the words of the one that was asked for (as the authors' code has
 //! it; the default of LAION-SG), or what it confirms of that graph claim by claim (the default of the tabletop world, whose
 //! VLM has not learned to list). The latter is a part of it: these IoUs are then shares that are met, and what is too much
-//! in a picture costs nothing by them; for that there are `judge_no_others` and `no_others`.
+//! in a picture costs nothing by them, as other things than those asked for never do; for that there are `judge_no_others` and
+//! `no_others`.
 
 use crate::{
     rig::roles::Claim,

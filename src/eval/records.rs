@@ -115,6 +115,8 @@ pub struct Records<R> {
     state: Place,
     /// What was read of the next record: `{"img_id"`, or nothing.
     begun: Vec<u8>,
+    /// The line at which that is.
+    begun_at: u64,
     pub flaws: Flaws,
     /// Hashes of the ids seen, which is all that grows with the file.
     seen: HashSet<u64>,
@@ -137,6 +139,7 @@ impl<R: BufRead> Records<R> {
             line: 1,
             state: Place::Before,
             begun: Vec::new(),
+            begun_at: 1,
             flaws: Flaws::default(),
             seen: HashSet::new(),
             all: 0,
@@ -155,9 +158,11 @@ impl<R: BufRead> Records<R> {
             }
             let mut value: Option<Value> = serde_json::from_str(&text).ok();
             if value.is_none() {
-                let (mended, flaw) = mended(&text);
+                let (mended, broken) = mended(&text);
                 value = serde_json::from_str(&mended).ok();
-                flaw.filter(|_| value.is_some()).into_iter().for_each(|flaw| self.flaws.add(flaw, at));
+                if value.is_some() && broken && matches!(text, std::borrow::Cow::Borrowed(_)) {
+                    self.flaws.add(Flaw::BrokenUtf8, at);
+                }
             }
             let Some(Value::Object(record)) = &value else {
                 self.flaws.add(Flaw::Malformed, at);
@@ -200,7 +205,7 @@ impl<R: BufRead> Records<R> {
             self.open()?;
         }
         let mut record = std::mem::take(&mut self.begun);
-        let mut first_line = self.line;
+        let mut first_line = if record.is_empty() { self.line } else { self.begun_at };
         let (mut depth, mut quoted, mut escaped) = (usize::from(!record.is_empty()), false, false);
         loop {
             let chunk = self.reader.fill_buf().context("cannot read on")?;
@@ -249,6 +254,7 @@ impl<R: BufRead> Records<R> {
             self.reader.consume(used);
             if let Some(start) = next {
                 self.begun = record.split_off(start);
+                self.begun_at = self.line - self.begun.iter().filter(|byte| **byte == b'\n').count() as u64;
                 return Ok(Some((first_line, record)));
             }
             if record.len() > LONGEST {
@@ -293,13 +299,15 @@ impl<R: BufRead> Records<R> {
 fn begins(bytes: &[u8]) -> Option<usize> {
     let before = bytes.strip_suffix(FIRST_KEY)?;
     let end = before.iter().rposition(|byte| !byte.is_ascii_whitespace())?;
-    (before[end] == b'{').then_some(end)
+    // Not the value of a key.
+    let is_value = before[..end].iter().rfind(|byte| !byte.is_ascii_whitespace()) == Some(&b':');
+    (before[end] == b'{' && !is_value).then_some(end)
 }
 
 /// What Python's `json` writes and JSON does not know, in words of JSON's: numbers that are none as null, halves of a
-/// surrogate pair as the character for what cannot be read. With the last flaw of these that was found.
-fn mended(text: &str) -> (String, Option<Flaw>) {
-    let (mut mended, mut flaw, mut rest) = (String::with_capacity(text.len()), None, text);
+/// surrogate pair as the character for what cannot be read; and whether there was such a half.
+fn mended(text: &str) -> (String, bool) {
+    let (mut mended, mut broken, mut rest) = (String::with_capacity(text.len()), false, text);
     let mut quoted = false;
     while let Some(c) = rest.chars().next() {
         let mut taken = c.len_utf8();
@@ -312,7 +320,7 @@ fn mended(text: &str) -> (String, Option<Flaw>) {
             ('\\', Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => taken = 12,
             ('\\', Some(0xd800..=0xdfff), _) => {
                 mended.push(char::REPLACEMENT_CHARACTER);
-                (flaw, rest) = (Some(Flaw::BrokenUtf8), &rest[6..]);
+                (broken, rest) = (true, &rest[6..]);
                 continue;
             }
             ('\\', ..) if rest.len() > 1 => taken += rest[1..].chars().next().map_or(0, char::len_utf8),
@@ -321,13 +329,13 @@ fn mended(text: &str) -> (String, Option<Flaw>) {
         }
         if let Some(word) = number {
             mended.push_str("null");
-            (flaw, rest) = (Some(Flaw::WrongType), &rest[word.len()..]);
+            rest = &rest[word.len()..];
             continue;
         }
         mended.push_str(&rest[..taken]);
         rest = &rest[taken..];
     }
-    (mended, flaw)
+    (mended, broken)
 }
 
 /// A hash of an id; two ids of half a million share one with a chance below 1e-8.
@@ -546,7 +554,7 @@ mod tests {
         let bare = record(0).replace("\"img_id\": \"0\", ", "").replace('\n', "");
         let (ids, flaws) = found(&format!("[{one}, {two}, {bare}, {bare}]"));
         assert_eq!(ids, ["1", "2", "record-3", "record-4"]);
-        let wrong = [(Flaw::BrokenUtf8, 1), (Flaw::MissingKey, 2), (Flaw::WrongType, 3)];
+        let wrong = [(Flaw::BrokenUtf8, 1), (Flaw::MissingKey, 2), (Flaw::WrongType, 2)];
         assert_eq!(flaws, wrong);
         assert_eq!(
             mended(r#""\ud83d x \ud83d\ude00 \\ud83d" -Infinity"#).0,

@@ -15,14 +15,12 @@ use crate::io::{
 };
 use anyhow::{Context, Result};
 use image::ImageFormat;
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::Cursor,
-    path::Path,
-};
+use std::{collections::BTreeMap, io::Cursor, path::Path};
 
 /// Pictures of each gallery.
 const SHOWN: usize = 8;
+/// Rows of a table by groups at most.
+const ROWS: usize = 40;
 /// Pixels of a shown picture's longer side at most.
 const SIDE: u32 = 320;
 /// A picture file larger than this is none of ours.
@@ -157,7 +155,15 @@ fn groups(results: &Results, metric: &str) -> String {
     let mut html = String::new();
     for (title, group, metric) in by {
         let modes: Vec<BTreeMap<String, Estimates>> = results.modes.values().map(group).collect();
-        let names: BTreeSet<&String> = modes.iter().flat_map(BTreeMap::keys).collect();
+        let mut prompts: BTreeMap<&String, usize> = BTreeMap::new();
+        for (name, estimates) in modes.iter().flatten() {
+            *prompts.entry(name).or_default() += estimates.get(metric).map_or(0, |e| e.n);
+        }
+        // Of many the most frequent, in the order of their names.
+        let mut names: Vec<&String> = prompts.keys().copied().collect();
+        names.sort_by_key(|name| std::cmp::Reverse(prompts[name]));
+        names.truncate(ROWS);
+        names.sort();
         let none = Estimates::new();
         let row = |name: &&String| {
             let cells: String = modes.iter().map(|mode| cell(mode.get(*name).unwrap_or(&none), metric, 3)).collect();
@@ -176,8 +182,9 @@ fn groups(results: &Results, metric: &str) -> String {
 /// How far the judges agree.
 fn agreement(results: &Results) -> String {
     let row = |(name, found): (&String, &Agreement)| {
-        let values = [("accuracy", found.accuracy), ("kappa", found.kappa), ("ece", found.calibration_error)];
-        let values: Estimates = values.map(|(name, estimate)| (name.to_owned(), estimate)).into();
+        let values =
+            [("accuracy", Some(found.accuracy)), ("kappa", found.kappa), ("ece", Some(found.calibration_error))];
+        let values: Estimates = values.into_iter().filter_map(|(name, e)| Some((name.to_owned(), e?))).collect();
         let cells: String = ["accuracy", "kappa", "ece"].iter().map(|name| cell(&values, name, 3)).collect();
         format!("<tr><td>{}</td>{cells}<td>{}</td></tr>\n", escape(&name.replace('_', " ")), found.claims)
     };

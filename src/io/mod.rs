@@ -70,27 +70,27 @@ pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The names of the files under a folder, with `/` between those of folders, in order.
+/// The names of the files under a folder, with `/` between those of folders; those of a folder before those below it. A
+/// folder below that cannot be read is passed over, and so is a link to one.
 pub fn files_under(folder: &Path) -> Result<Vec<String>> {
-    // Links may lead around in a circle.
     const DEEPEST: usize = 8;
-    let mut names = Vec::new();
-    let mut folders = vec![(folder.to_owned(), String::new(), 0)];
-    while let Some((path, prefix, depth)) = folders.pop() {
-        for entry in fs::read_dir(&path).with_context(|| format!("cannot read {}", path.display()))? {
-            let path = entry.with_context(|| format!("cannot read {}", path.display()))?.path();
+    fn add(path: &Path, prefix: &str, depth: usize, names: &mut Vec<(usize, String)>) -> std::io::Result<()> {
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
             // A name that is no text is none that is looked for.
-            let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
-            let name = format!("{prefix}{name}");
-            if !path.is_dir() {
-                names.push(name);
-            } else if depth < DEEPEST {
-                folders.push((path, name + "/", depth + 1));
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if !entry.path().is_dir() {
+                names.push((depth, format!("{prefix}{name}")));
+            } else if depth < DEEPEST && entry.file_type()?.is_dir() {
+                let _ = add(&entry.path(), &format!("{prefix}{name}/"), depth + 1, names);
             }
         }
+        Ok(())
     }
+    let mut names = Vec::new();
+    add(folder, "", 0, &mut names).with_context(|| format!("cannot read {}", folder.display()))?;
     names.sort();
-    Ok(names)
+    Ok(names.into_iter().map(|(_, name)| name).collect())
 }
 
 #[cfg(test)]

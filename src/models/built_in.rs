@@ -10,6 +10,11 @@ static TABLETOP: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/weights/tablet
 /// The name under which they go.
 pub const NAME: &str = "built-in";
 
+/// Whether a flag, given or not, names them, of whatever revision.
+pub fn are_named(given: Option<&str>) -> bool {
+    given.is_none_or(|name| name.strip_prefix(NAME).is_some_and(|rest| rest.is_empty() || rest.starts_with('@')))
+}
+
 /// The folder of the pipeline, with the VLM in `vlm/`.
 pub fn tabletop() -> Folder {
     Folder::Embedded(&TABLETOP)

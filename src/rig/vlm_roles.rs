@@ -44,6 +44,8 @@ pub const LOOKS: usize = MOVES.len();
 pub const VERDICT: usize = 56;
 pub const EDIT: usize = 128;
 const GRAPH: usize = 512;
+/// Triples at most that are listed of a picture.
+const MOST: usize = 64;
 
 /// A vision-language model in the roles of Checker and Actor.
 #[derive(Clone)]
@@ -142,7 +144,9 @@ fn mean(looks: &[Vec<Verdict>], calibration: &Calibration) -> Vec<Verdict> {
         let told = looks.iter().map(|verdicts| &verdicts[c]).find(|v| v.yes == yes).unwrap_or(&looks[0][c]);
         Verdict { yes, p_yes, ..told.clone() }
     };
-    (0..claims).map(of_claim).collect()
+    let mut verdicts: Vec<Verdict> = (0..claims).map(of_claim).collect();
+    agree(&mut verdicts);
+    verdicts
 }
 
 /// Makes the verdicts on one picture consistent: a relation is at most as probable as the objects it is between, which a
@@ -263,10 +267,15 @@ impl Lister for Critic {
         let distinct = |words: &mut dyn Iterator<Item = &String>| words.cloned().collect::<BTreeSet<_>>();
         let objects = Vec::from_iter(distinct(&mut graph.objects.iter().map(|object| &object.label)));
         let predicates = Vec::from_iter(distinct(&mut graph.relations.iter().map(|relation| &relation.predicate)));
-        let most = 2 * graph.relations.len();
+        let most = (2 * graph.relations.len()).min(MOST);
         let (text, schema) = (prompts::list(&objects, &predicates), prompts::list_schema(&objects, &predicates, most));
-        // A word is a few tokens.
-        let max_tokens = 32 + 8 * (objects.len() + predicates.len() + 4 * most);
+        let longest = |words: &[String]| words.iter().map(String::len).max().unwrap_or(0);
+        let (object, predicate) = (longest(&objects), longest(&predicates));
+        // A token is a byte at least; brackets, quotes and commas are a few more.
+        let max_tokens = 64
+            + most * (2 * object + predicate + 12)
+            + objects.len() * (object + 4)
+            + predicates.len() * (predicate + 4);
         let sampling = Sampling { temperature: 0.0, max_tokens };
         let mut lists = Vec::with_capacity(pictures.len());
         for batch in pictures.chunks(ROWS / 4) {

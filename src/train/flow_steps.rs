@@ -4,7 +4,7 @@ use super::{
     Metrics, Step,
     editor::{EditorConfig, LossKind},
     grpo::{self, flow_loss, guard_loss, velocity_kl},
-    rollout::{check_ratio, flow_ratio},
+    rollout::{COARSE_RATIO, check_ratio, flow_ratio},
 };
 use crate::{
     flow::{
@@ -141,7 +141,10 @@ impl Carried {
                 means.push(mean);
                 log_probs.push(log_prob);
             }
-            (self.taken[i].mean, self.taken[i].log_prob) = (Tensor::cat(&means, 0)?, Tensor::cat(&log_probs, 0)?);
+            let (mean, log_prob) = (Tensor::cat(&means, 0)?, Tensor::cat(&log_probs, 0)?);
+            let drawn = &self.taken[i].log_prob;
+            check_ratio(&log_prob, drawn, &drawn.ones_like()?, COARSE_RATIO)?;
+            (self.taken[i].mean, self.taken[i].log_prob) = (mean, log_prob);
         }
         Ok(())
     }
@@ -171,7 +174,7 @@ impl Carried {
         let (mut old_mean, mut old) = (some(&taken.mean)?, some(&taken.log_prob)?);
         let mut metrics = Metrics::new();
         if first_update {
-            let off = check_ratio(&new, &old, &old.ones_like()?, flow_ratio(klein))?;
+            let off = check_ratio(&new, &old, &old.ones_like()?, flow_ratio(klein, rows.len() < all))?;
             metrics.push(("ratio_off".to_owned(), off));
             (old_mean, old) = (mean.detach(), new.detach());
         }

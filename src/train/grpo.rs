@@ -207,7 +207,7 @@ pub fn token_loss(config: &TokenLoss, batch: &TokenBatch) -> Result<Loss> {
     let TokenBatch { log_probs, old, reference, mask, advantages, active } = *batch;
     let advantages = advantages.unsqueeze(1)?; // (B, 1)
     let lengths = mask.sum_keepdim(1)?.clamp(1.0, f64::from(f32::MAX))?; // (B, 1)
-    // What is masked out may hold anything, also NaN, which a factor of 0 would let through.
+    // What is missing counts for nothing, whatever it holds: a factor of 0 would let NaN through.
     let (counts, nothing) = (mask.ne(0.0)?, mask.zeros_like()?);
     let kept = |x: &Tensor| counts.where_cond(x, &nothing);
     let (log_probs, old) = (&kept(log_probs)?, &kept(old)?); // (B, T)

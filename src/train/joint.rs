@@ -506,8 +506,8 @@ impl Objective for Joint {
         let n = played.len().max(1) as f64;
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
         let named = [
-            ("eval/checker_before", mean(&mut played.iter().filter_map(|(.., o)| o.turns[0].score))),
-            ("eval/checker", mean(&mut played.iter().filter_map(|(.., o)| o.best().score))),
+            ("eval/checker_before", rollout::mean_score(played.iter().map(|(.., o)| o.turns[0].verdicts.as_slice()))),
+            ("eval/checker", rollout::mean_score(played.iter().map(|(.., o)| o.best().verdicts.as_slice()))),
             ("eval/turns", mean(&mut played.iter().map(|(.., o)| o.turns.len() as f64))),
         ];
         metrics.extend(named.map(|(name, value)| (name.to_owned(), value)));

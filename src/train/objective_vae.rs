@@ -371,7 +371,6 @@ fn psnr(mse: f64) -> f64 {
     10.0 * (4.0 / mse).log10()
 }
 
-/// Pictures of one size to `(B, 3, H, W)` in `[-1, 1]`.
 /// Pictures `(B, 3, H, W)` in `[-1, 1]` as images.
 fn to_images(x: &Tensor) -> Result<Vec<RgbImage>> {
     let (_, _, h, w) = x.dims4()?;
@@ -383,6 +382,7 @@ fn to_images(x: &Tensor) -> Result<Vec<RgbImage>> {
     rows.into_iter().map(image).collect()
 }
 
+/// Pictures of one size to `(B, 3, H, W)` in `[-1, 1]`.
 fn to_tensor(images: &[RgbImage], device: &Device) -> Result<Tensor> {
     let (w, h) = images.first().map_or((0, 0), |i| (i.width() as usize, i.height() as usize));
     let mut values = vec![0f32; images.len() * 3 * h * w];

@@ -36,9 +36,11 @@ use std::{
 /// by word and reading at once round differently.
 const TOKEN_RATIO: f64 = 1e-3;
 /// The same below f32.
-const COARSE_RATIO: f64 = 0.5;
+pub const COARSE_RATIO: f64 = 0.5;
 /// As [`TOKEN_RATIO`] for a step of the flow, which is replayed in the shape it was taken in. Clip ranges are of this order.
 const FLOW_RATIO: f64 = 1e-6;
+/// And one that is computed in another: a few more bits of what is summed.
+const RESHAPED_RATIO: f64 = 1e-4;
 
 /// The largest difference that a token's ratio may have in the number format of the model. Below f32 it says only that
 /// nothing is badly wrong; the updates compare replays with replays.
@@ -46,9 +48,13 @@ pub fn token_ratio(vlm: &Vlm) -> f64 {
     if vlm.model.decoder.dtype() == DType::F32 { TOKEN_RATIO } else { COARSE_RATIO }
 }
 
-/// The same for a step of the flow.
-pub fn flow_ratio(klein: &Klein) -> f64 {
-    if klein.dtype() == DType::F32 { FLOW_RATIO } else { COARSE_RATIO }
+/// The same for a step of the flow; `reshaped` if it is computed in another shape than it was taken in, which rounds otherwise.
+pub fn flow_ratio(klein: &Klein, reshaped: bool) -> f64 {
+    match (klein.dtype(), reshaped) {
+        (DType::F32, false) => FLOW_RATIO,
+        (DType::F32, true) => RESHAPED_RATIO,
+        _ => COARSE_RATIO,
+    }
 }
 
 /// What the oracle says of held-out pictures, as they were and as they came to be, as means to log.
@@ -262,10 +268,10 @@ pub fn known(verdicts: &[Verdict]) -> bool {
     verdicts.iter().all(|verdict| verdict.p_yes.is_finite())
 }
 
-/// The mean score of the verdicts on some pictures, as far as they are known.
+/// The mean score of the verdicts on some pictures, as far as they are known; not a number if none is.
 pub fn mean_score<'a>(verdicts: impl Iterator<Item = &'a [Verdict]>) -> f64 {
     let scores: Vec<f64> = verdicts.filter_map(score).filter(|score| score.is_finite()).collect();
-    scores.iter().sum::<f64>() / scores.len().max(1) as f64
+    scores.iter().sum::<f64>() / scores.len() as f64
 }
 
 /// A reward by name, one number for each rollout; one that is not finite is missing.
@@ -325,17 +331,19 @@ pub fn judge(config: &GroupConfig, rewards: &[Reward], groups: &[u64]) -> Result
     }
     let summed = config.advantages(&total, groups)?;
     let missing = summed.missing_count() as f64 / count.max(1) as f64;
-    let mut metrics = vec![
-        ("reward".to_owned(), summed.reward),
-        ("reward_std".to_owned(), summed.reward_std),
-        ("frac_reward_zero_std".to_owned(), summed.frac_reward_zero_std()),
-        (MISSING.to_owned(), missing),
-    ];
+    let mut metrics = vec![(MISSING.to_owned(), missing)];
+    // Where all are missing, there is no mean.
+    if missing < 1.0 {
+        metrics.extend([
+            ("reward".to_owned(), summed.reward),
+            ("reward_std".to_owned(), summed.reward_std),
+            ("frac_reward_zero_std".to_owned(), summed.frac_reward_zero_std()),
+        ]);
+    }
     let mut apart = vec![0.0; count];
     for (name, values) in rewards {
         let alone = config.advantages(values, groups)?;
         apart.iter_mut().zip(&alone.values).for_each(|(sum, value)| *sum += weight(name) as f32 * value);
-        // Where all are missing, there is no mean.
         if alone.missing_count() < count {
             metrics.push((format!("rewards/{name}/mean"), alone.reward));
             metrics.push((format!("rewards/{name}/std"), alone.reward_std));

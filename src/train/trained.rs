@@ -1,7 +1,10 @@
 //! What Reflection-GRPO trains of a model: a low-rank adapter on it, or all of its weights.
 
 use super::checkpoint::write_model;
-use crate::models::{Adapter, Folder, Params, peft};
+use crate::{
+    models::{Adapter, Folder, Params, peft},
+    rig::calibration,
+};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Var};
 use std::{collections::BTreeMap, fs, path::Path};
@@ -57,7 +60,9 @@ fn described(folder: &Folder) -> Result<Vec<String>> {
     // The index is of shards, which the one new file replaces.
     let wanted = |name: &String| {
         let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
-        ["json", "jinja", "txt"].contains(&ending) && !name.ends_with(".safetensors.index.json")
+        // And a calibration is of another model now.
+        let stale = name.ends_with(".safetensors.index.json") || name == calibration::FILE;
+        ["json", "jinja", "txt"].contains(&ending) && !stale
     };
     Ok(names.filter(wanted).collect())
 }

@@ -81,6 +81,11 @@ impl Vlm {
             return Ok(grammar.clone());
         }
         let grammar = Arc::new(Grammar::new(schema, self.vocabulary.clone())?);
+        // The words of a schema may be those of one picture.
+        const KEPT: usize = 16;
+        if grammars.len() >= KEPT {
+            grammars.clear();
+        }
         grammars.insert(key, grammar.clone());
         Ok(grammar)
     }

@@ -22,7 +22,10 @@ pub const MARGIN: f32 = 0.04;
 /// Of the scenes with several objects, the share in which two touch: one lies in front of the other, or inside it.
 pub const TOUCHING: f64 = 0.38;
 /// Of those, the share of the latter.
-const INSIDE: f64 = 0.14 / 0.38;
+const INSIDE: f64 = 0.14 / TOUCHING;
+/// Of the edits that bring two things into a relation, the share of those that make them touch, where [`TOUCHING`] is the share
+/// of scenes.
+pub const BROUGHT_TOGETHER: f64 = 0.24;
 const EDGE: f32 = 3.0;
 const GAP: f32 = 3.0;
 

@@ -7,7 +7,7 @@ use super::{
     caption::{self, Style, caption, reference},
     edit::{Edit, Kind},
     plan,
-    sample::{self, MARGIN, TOUCHING},
+    sample::{self, BROUGHT_TOGETHER, MARGIN, TOUCHING},
     split::{self, Split},
     view::{Judgement, View},
     world::{Colour, Scene, Shape, Size},
@@ -225,7 +225,7 @@ fn propose(rng: &mut Stream, scene: &Scene, kind: Kind, touching: f64) -> Option
 
 /// A relation to something of this shape: a direction mostly, or one of two that touch; inside only of rings.
 fn relation_to(rng: &mut Stream, anchor: Shape, touching: f64) -> Spatial {
-    let close = touching * 0.24 / 0.38;
+    let close = touching * BROUGHT_TOGETHER / TOUCHING;
     match rng.uniform() {
         u if u < 1.0 - close => *rng.choose(&Spatial::DIRECTIONS),
         u if u < 1.0 - close / 2.0 || anchor != Shape::Ring => *rng.choose(&[Spatial::InFrontOf, Spatial::Behind]),
