@@ -240,7 +240,7 @@ fn what_the_checker_says_is_fitted_to_the_oracle() {
     let (raw, fitted) = (numbers(&["raw"]), numbers(&["fitted"]));
     assert!(raw.iter().zip(&fitted).all(|(a, b)| (a - b).abs() < 0.02), "{raw:?} {fitted:?}");
     assert!(raw[1].abs() > 0.1 && raw[3].abs() > 0.1, "an untrained Checker is mostly wrong: {raw:?}");
-    rlrig::refuses(&calibrate(&["vlm"]), 2, "no run of rlrig eval", "a folder that is no run");
+    rlrig::refuses(&calibrate(&["vlm"]), 2, "no claim in these runs", "a folder that is no run");
 }
 
 #[test]

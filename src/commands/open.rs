@@ -15,7 +15,7 @@ use crate::{
     usage,
     vlm::Vlm,
 };
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::Arc;
@@ -166,7 +166,7 @@ fn open_vlm(
     let params = Params::open(folder, "model", dtype, device)?;
     let both = adapters.take(Who::Both, &params);
     let params = params.adapted(both.clone());
-    let model = qwen3_vl::Qwen3VL::new(&config, &params)?;
+    let model = qwen3_vl::Qwen3VL::new(&config, &params).with_context(|| format!("the model in {}", folder.name()))?;
     params.finish(|name| config.tie_word_embeddings && name == "lm_head.weight")?;
     Ok((Critic::of(Vlm::of(model, folder)?, folder)?, params, both))
 }
