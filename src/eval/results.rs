@@ -82,7 +82,9 @@ fn mode_results(lines: &[&Line]) -> ModeResults {
 
 /// Means over prompts of what `values` gives of their lines.
 fn estimates<'a>(lines: impl Iterator<Item = &'a Line>, values: impl Fn(&Line) -> Metrics) -> Estimates {
-    let mut prompts: BTreeMap<(&str, &str), BTreeMap<String, (f64, usize)>> = BTreeMap::new();
+    // Of each value its sum, and of how many.
+    type Sums = BTreeMap<String, (f64, usize)>;
+    let mut prompts: BTreeMap<(&str, &str), Sums> = BTreeMap::new();
     for line in lines {
         let prompt = prompts.entry((&line.split, &line.id)).or_default();
         for (name, value) in values(line) {
@@ -93,7 +95,7 @@ fn estimates<'a>(lines: impl Iterator<Item = &'a Line>, values: impl Fn(&Line) -
     let names: BTreeSet<&String> = prompts.values().flat_map(BTreeMap::keys).collect();
     let resamples = Resamples::new(prompts.len());
     let estimate = |name: &&String| {
-        let value = |prompt: &BTreeMap<String, (f64, usize)>| prompt.get(*name).map(|(sum, n)| sum / *n as f64);
+        let value = |prompt: &Sums| prompt.get(*name).map(|(sum, n)| sum / *n as f64);
         Some(((*name).clone(), resamples.estimate(&prompts.values().map(value).collect::<Vec<_>>())?))
     };
     names.iter().filter_map(estimate).collect()

@@ -125,6 +125,9 @@ pub fn actor(models: &ModelsConfig, at: (DType, &Device), adapter: Option<Adapte
     }
 }
 
+/// Policies, each with what is trained of it.
+pub type Editors = Vec<(Learned, Trained)>;
+
 /// The frozen pipeline, and `count` policies that are trained: each by an adapter that `adapter` makes, or, if it makes none,
 /// in all weights of the transformer.
 pub fn editors(
@@ -132,7 +135,7 @@ pub fn editors(
     at: (DType, &Device),
     adapter: impl Fn() -> Result<Option<Adapter>>,
     count: usize,
-) -> Result<(Arc<Klein>, Vec<(Learned, Trained)>)> {
+) -> Result<(Arc<Klein>, Editors)> {
     let adapters = (0..count).map(|_| adapter()).collect::<Result<Vec<_>>>()?;
     let both: Vec<Adapter> = adapters.iter().flatten().flat_map(|adapter| [adapter.clone(), adapter.still()]).collect();
     let (klein, adapted) = pipeline(folder, at, &both)?;
