@@ -11,8 +11,9 @@ use rlrig::{
         Batch, Metrics, Objective, Step, checkpoint,
         checkpoint::Checkpoint,
         optim::OptimConfig,
-        run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
+        run::{self, End, Event, Hooks, Rehearsal},
         schedule::Schedule,
+        train_config::TrainConfig,
     },
 };
 use std::{

@@ -39,6 +39,22 @@ impl Folder {
         }
     }
 
+    /// The names of its files, in order; not those of folders in it.
+    pub fn files(&self) -> Result<Vec<String>> {
+        let paths: Vec<PathBuf> = match self {
+            Self::Disk(path) => {
+                let entries = std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
+                let files = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
+                files.into_iter().filter(|path| path.is_file()).collect()
+            }
+            Self::Embedded(dir) => dir.files().map(|file| file.path().to_owned()).collect(),
+        };
+        let mut names: Vec<String> =
+            paths.iter().filter_map(|path| path.file_name()?.to_str().map(str::to_owned)).collect();
+        names.sort();
+        Ok(names)
+    }
+
     /// The bytes of `file`.
     pub fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
         match self {

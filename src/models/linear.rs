@@ -39,10 +39,29 @@ struct Inner {
     vars: Mutex<BTreeMap<String, Var>>,
 }
 
+impl Inner {
+    fn new(rank: usize, alpha: f64, targets: Vec<String>) -> Self {
+        Self {
+            rank,
+            alpha,
+            targets,
+            loaded: HashMap::new(),
+            seed: 0,
+            trained: false,
+            strength: 1.0,
+            enabled: AtomicBool::new(true),
+            layers: AtomicUsize::new(0),
+            met: Mutex::default(),
+            watched: None,
+            vars: Mutex::default(),
+        }
+    }
+}
+
 impl Adapter {
     /// A new adapter to be trained: `A` random, `B` zero, so that it changes nothing yet.
     pub fn fresh(rank: usize, alpha: f64, targets: Vec<String>, seed: u64) -> Self {
-        Self::with(rank, alpha, targets, HashMap::new(), seed, true, 1.0)
+        Self(Arc::new(Inner { seed, trained: true, ..Inner::new(rank, alpha, targets) }))
     }
 
     /// An adapter read from a file: `loaded` has `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
@@ -54,58 +73,15 @@ impl Adapter {
         strength: f64,
         trained: bool,
     ) -> Self {
-        Self::with(rank, alpha, targets, loaded, 0, trained, strength)
-    }
-
-    fn with(
-        rank: usize,
-        alpha: f64,
-        targets: Vec<String>,
-        loaded: HashMap<String, Tensor>,
-        seed: u64,
-        trained: bool,
-        strength: f64,
-    ) -> Self {
-        let enabled = AtomicBool::new(true);
-        let (layers, vars) = (AtomicUsize::new(0), Mutex::default());
-        let (met, watched) = (Mutex::default(), None);
-        Self(Arc::new(Inner {
-            rank,
-            alpha,
-            targets,
-            loaded,
-            seed,
-            trained,
-            strength,
-            enabled,
-            layers,
-            met,
-            watched,
-            vars,
-        }))
+        Self(Arc::new(Inner { loaded, strength, trained, ..Inner::new(rank, alpha, targets) }))
     }
 
     /// For another model with the weights of one that was built with this trained adapter: the same variables, as they are at
     /// each moment, without gradients. What is only drawn by it keeps no graph.
     pub fn still(&self) -> Self {
-        let Inner { rank, alpha, ref targets, seed, strength, .. } = *self.0;
-        let (targets, loaded, enabled) = (targets.clone(), HashMap::new(), AtomicBool::new(true));
-        let (layers, met, vars) = (AtomicUsize::new(0), Mutex::default(), Mutex::default());
+        let Inner { rank, alpha, ref targets, strength, .. } = *self.0;
         let watched = Some(self.clone());
-        Self(Arc::new(Inner {
-            rank,
-            alpha,
-            targets,
-            loaded,
-            seed,
-            trained: false,
-            strength,
-            enabled,
-            layers,
-            met,
-            watched,
-            vars,
-        }))
+        Self(Arc::new(Inner { strength, watched, ..Inner::new(rank, alpha, targets.clone()) }))
     }
 
     /// Switches the adapter on or off for all its layers.

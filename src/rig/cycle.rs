@@ -167,7 +167,12 @@ pub fn run(
     observe: &mut dyn FnMut(Event) -> Result<()>,
 ) -> Result<Vec<Option<Outcome>>> {
     let mut outcomes: Vec<Option<Outcome>> = jobs.iter().map(|_| None).collect();
-    play(cast, jobs, options, cancelled, observe, &mut |job, outcome| outcomes[job] = Some(outcome))?;
+    run_observed(cast, jobs, options, cancelled, &mut |event| {
+        if let Event::Finished { job, outcome } = &event {
+            outcomes[*job] = Some((*outcome).clone());
+        }
+        observe(event)
+    })?;
     Ok(outcomes)
 }
 
@@ -179,17 +184,6 @@ pub fn run_observed(
     options: &Options,
     cancelled: &dyn Fn() -> bool,
     observe: &mut dyn FnMut(Event) -> Result<()>,
-) -> Result<()> {
-    play(cast, jobs, options, cancelled, observe, &mut |_, _| {})
-}
-
-fn play(
-    cast: Cast,
-    jobs: &[Job],
-    options: &Options,
-    cancelled: &dyn Fn() -> bool,
-    observe: &mut dyn FnMut(Event) -> Result<()>,
-    take: &mut dyn FnMut(usize, Outcome),
 ) -> Result<()> {
     let some = options.rounds > 0 && options.draws > 0 && options.width > 0;
     ensure!(some, "the loop needs at least one round, one drawing and one place");
@@ -210,10 +204,7 @@ fn play(
         for state in active {
             match state.ending(options, stopped) {
                 None => left.push(state),
-                Some(ending) => {
-                    let job = state.job;
-                    cycle.finish(state, ending)?.into_iter().for_each(|outcome| take(job, outcome));
-                }
+                Some(ending) => cycle.finish(state, ending)?,
             }
         }
         active = left;
@@ -406,12 +397,10 @@ impl Cycle<'_> {
         Ok(Some(turns.collect()))
     }
 
-    fn finish(&mut self, state: State, ending: Ending) -> Result<Option<Outcome>> {
-        let State { job, turns, .. } = state;
-        let Some(best) = best(&turns) else { return Ok(None) };
-        let outcome = Outcome { turns, best, ending };
-        (self.observe)(Event::Finished { job, outcome: &outcome })?;
-        Ok(Some(outcome))
+    fn finish(&mut self, state: State, ending: Ending) -> Result<()> {
+        let State { job, turns } = state;
+        let Some(best) = best(&turns) else { return Ok(()) };
+        (self.observe)(Event::Finished { job, outcome: &Outcome { turns, best, ending } })
     }
 }
 

@@ -6,37 +6,28 @@ use candle_core::DType;
 use serde::Deserialize;
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::Read,
-    path::Path,
+    fs::File,
+    io::{Cursor, Read},
 };
 
 /// Bytes that the weights of a model's folder take in `dtype`, by the headers of its safetensors files.
 pub fn bytes(folder: &Folder, dtype: DType) -> Result<usize> {
-    let weights = |path: &Path| path.extension().is_some_and(|extension| extension == "safetensors");
     let mut all = 0usize;
-    let mut add = |path: &Path, file: &mut dyn Read| -> Result<()> {
-        let found = numbers(file).with_context(|| format!("{} is no safetensors file", path.display()))?;
+    for name in folder.files()?.into_iter().filter(|name| name.ends_with(".safetensors")) {
+        let shown = folder.file(&name);
+        // Of a file on disk the header alone is read.
+        let mut file: Box<dyn Read> = match folder.disk() {
+            Some(path) => Box::new(File::open(path.join(&name)).with_context(|| format!("cannot read {shown}"))?),
+            None => Box::new(Cursor::new(folder.read(&name)?)),
+        };
+        let found = numbers(&mut file).with_context(|| format!("{shown} is no safetensors file"))?;
         all = all.saturating_add(found);
-        Ok(())
-    };
-    match folder {
-        Folder::Disk(path) => {
-            for entry in fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))? {
-                let path = entry?.path();
-                if weights(&path) {
-                    add(&path, &mut File::open(&path)?)?;
-                }
-            }
-        }
-        Folder::Embedded(dir) => {
-            for file in dir.files().filter(|file| weights(file.path())) {
-                add(file.path(), &mut file.contents())?;
-            }
-        }
     }
     Ok(all.saturating_mul(dtype.size_in_bytes()))
 }
+
+/// Bytes of a safetensors header at most, as the format has it.
+const LONGEST: u64 = 100_000_000;
 
 /// Numbers in a safetensors file.
 fn numbers(file: &mut dyn Read) -> Result<usize> {
@@ -50,7 +41,7 @@ fn numbers(file: &mut dyn Read) -> Result<usize> {
     let mut length = [0; 8];
     file.read_exact(&mut length)?;
     let mut header = Vec::new();
-    file.take(u64::from_le_bytes(length)).read_to_end(&mut header)?;
+    file.take(u64::from_le_bytes(length).min(LONGEST)).read_to_end(&mut header)?;
     let entries: BTreeMap<String, Entry> = serde_json::from_slice(&header)?;
     let count = |entry: &Entry| entry.shape.iter().fold(1usize, |count, side| count.saturating_mul(*side));
     Ok(entries.values().filter(|e| e.data_offsets.is_some()).map(count).fold(0, usize::saturating_add))
@@ -61,6 +52,7 @@ mod tests {
     use super::*;
     use crate::train::checkpoint::write_model;
     use candle_core::{Device, Tensor};
+    use std::fs;
 
     #[test]
     fn weights_are_counted_by_their_headers() {

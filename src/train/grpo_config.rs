@@ -10,7 +10,7 @@ use super::{
     joint::{Joint, JointConfig},
     optim::OptimConfig,
     request::RunConfig,
-    run::{Precision, TrainConfig},
+    train_config::{Precision, TrainConfig},
 };
 use crate::{
     flow::Klein,
@@ -321,7 +321,7 @@ impl GrpoConfig {
 
     /// Refuses more updates of a batch than there are micro-batches to make them of.
     fn check_updates(&self) -> Result<()> {
-        let (micro, batches) = (self.micro_batch(), self.train.batch.div_ceil(self.micro_batch().max(1)));
+        let (micro, batches) = (self.train.micro_batch(), self.train.micro_batches().len());
         if self.group.minibatches > batches.max(1) {
             usage!(
                 "group.minibatches = {} is more than the {batches} micro-batches of a step (train.batch = {} by \
@@ -333,13 +333,9 @@ impl GrpoConfig {
         Ok(())
     }
 
-    fn micro_batch(&self) -> usize {
-        if self.train.micro_batch == 0 { self.train.batch } else { self.train.micro_batch.min(self.train.batch) }
-    }
-
     /// How the Editor's losses are cut into pieces.
     pub fn pieces(&self) -> Pieces {
-        let micro = self.micro_batch();
+        let micro = self.train.micro_batch();
         let rows = if self.group.rows == 0 { usize::MAX } else { self.group.rows };
         Pieces { window: self.editor.window, rows, all: micro * self.group.size }
     }

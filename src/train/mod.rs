@@ -35,6 +35,7 @@ pub mod rollout;
 pub mod run;
 pub mod schedule;
 mod slices;
+pub mod train_config;
 pub mod trained;
 mod vlm_measure;
 pub mod vlm_tasks;

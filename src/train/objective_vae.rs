@@ -186,6 +186,13 @@ impl VaeObjective {
         to_tensor(&indices.into_par_iter().map(draw).collect::<Vec<_>>(), self.params.device())
     }
 
+    /// Whether the oracle sees in a held-out picture's reconstruction what it was drawn from.
+    fn still_shows(&self, reconstruction: &RgbImage, split: Split, index: u64) -> bool {
+        let mut rng = Stream::new(self.seed, HELD_OUT, index);
+        let (_, graph) = sample::draw_touching(&mut rng, split, 1, 5, self.config.touching);
+        oracle::judge(reconstruction, &graph).perfect()
+    }
+
     /// Mean and variance of every channel of the tokens, over pictures that no step sees.
     fn statistics(&self) -> Result<(Tensor, Tensor)> {
         let channels = self.model.config.token_channels();
@@ -213,15 +220,6 @@ impl VaeObjective {
         let mean: Vec<f32> = mean.into_iter().map(|m| m as f32).collect();
         let device = self.params.device();
         Ok((Tensor::from_vec(mean, channels, device)?, Tensor::from_vec(var, channels, device)?))
-    }
-}
-
-impl VaeObjective {
-    /// Whether the oracle sees in a held-out picture's reconstruction what it was drawn from.
-    fn still_shows(&self, reconstruction: &RgbImage, split: Split, index: u64) -> bool {
-        let mut rng = Stream::new(self.seed, HELD_OUT, index);
-        let (_, graph) = sample::draw_touching(&mut rng, split, 1, 5, self.config.touching);
-        oracle::judge(reconstruction, &graph).perfect()
     }
 }
 
@@ -280,10 +278,12 @@ impl Objective for VaeObjective {
                 let noise = noise.broadcast_mul(&deviation)?;
                 for (error, (_, part)) in errors.iter_mut().zip(parts) {
                     let y = self.model.decode(&(&z + (&noise * part)?)?)?.detach().clamp(-1f32, 1f32)?;
-                    *error += f64::from((y - &x)?.sqr()?.mean((1, 2, 3))?.sum_all()?.to_scalar::<f32>()?);
+                    *error += f64::from((&y - &x)?.sqr()?.mean((1, 2, 3))?.sum_all()?.to_scalar::<f32>()?);
+                    if part == 0.0 {
+                        let shown = to_images(&y)?.into_iter().zip(indices.clone());
+                        perfect += shown.filter(|(y, i)| self.still_shows(y, split, *i)).count() as f64;
+                    }
                 }
-                let decoded = to_images(&self.model.decode(&z)?.detach())?;
-                perfect += decoded.iter().zip(indices).filter(|(y, i)| self.still_shows(y, split, *i)).count() as f64;
                 pictures += x.dim(0)? as f64;
             }
         }

@@ -8,7 +8,7 @@ use super::{
     objective_vlm::{VlmConfig, VlmObjective},
     optim::OptimConfig,
     request::RunConfig,
-    run::TrainConfig,
+    train_config::TrainConfig,
 };
 use anyhow::Result;
 use candle_core::Device;

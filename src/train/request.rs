@@ -3,7 +3,8 @@
 use super::{
     Objective,
     optim::OptimConfig,
-    run::{self, End, Event, Hooks, Rehearsal, TrainConfig},
+    run::{self, End, Event, Hooks, Rehearsal},
+    train_config::TrainConfig,
 };
 use crate::{
     config::{self, Layers},

@@ -19,10 +19,11 @@ use super::{
     log::Log,
     means::Means,
     optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
+    train_config::{Precision, TrainConfig},
 };
 use crate::{tensor::recompute::Tape, usage};
 use anyhow::{Context, Result, anyhow, bail};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -36,76 +37,6 @@ use std::{
 
 /// The metric, TRL's, of the tokens that were read and written so far. An objective gives a step's mean over its rows.
 pub const TOKENS: &str = "num_tokens";
-
-/// The precision of saved models.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl Precision {
-    pub fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::Bf16 => DType::BF16,
-        }
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TrainConfig {
-    pub steps: u64,
-    pub batch: usize,
-    /// Samples worked on at once; 0 is the whole batch. Gradients are summed over the micro-batches.
-    pub micro_batch: usize,
-    /// Whether blocks are computed again for their gradients instead of kept: less memory for more time.
-    pub recompute: bool,
-    /// Whether an NVIDIA GPU multiplies f32 matrices by its tensor cores, which keep 10 of 23 bits of the factors (TF32).
-    pub tf32: bool,
-    /// Decay of the moving average.
-    pub ema: f64,
-    /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end. Where there
-    /// are evaluations, what is trained is evaluated and saved as step 0, and is the first best.
-    pub log_every: u64,
-    pub evaluate_every: u64,
-    pub samples_every: u64,
-    pub checkpoint_every: u64,
-    /// Checkpoints kept beside the best.
-    pub keep: usize,
-    /// The evaluation metric that says which checkpoint is the best.
-    pub best: Option<String>,
-    pub best_is_lowest: bool,
-    /// The run ends after this many evaluations without a new best; 0 lets it go on.
-    pub patience: u64,
-    pub precision: Precision,
-}
-
-impl Default for TrainConfig {
-    fn default() -> Self {
-        Self {
-            steps: 10_000,
-            batch: 32,
-            micro_batch: 0,
-            recompute: false,
-            tf32: false,
-            ema: 0.999,
-            log_every: 1,
-            evaluate_every: 500,
-            samples_every: 500,
-            checkpoint_every: 500,
-            keep: 2,
-            best: None,
-            best_is_lowest: false,
-            patience: 0,
-            precision: Precision::F16,
-        }
-    }
-}
 
 /// What a run is about to do.
 #[derive(Clone, Debug)]
@@ -321,28 +252,15 @@ impl<'a> Run<'a> {
             done: self.step,
             steps: self.config.steps,
             batch: self.config.batch,
-            micro_batch: self.micro_batch(),
+            micro_batch: self.config.micro_batch(),
             recompute: self.config.recompute,
         }
-    }
-
-    fn micro_batch(&self) -> usize {
-        match self.config.micro_batch {
-            0 => self.config.batch,
-            size => size.min(self.config.batch),
-        }
-    }
-
-    /// The rows of each micro-batch of a step.
-    fn micro_batches(&self) -> Vec<Range<usize>> {
-        let (size, micro) = (self.config.batch, self.micro_batch());
-        (0..size).step_by(micro).map(|start| start..(start + micro).min(size)).collect()
     }
 
     /// Those of each update of a step: as even parts as whole micro-batches make.
     fn updates(&self) -> Vec<Vec<Range<usize>>> {
         let Work { epochs, minibatches, .. } = self.objective.work();
-        let all = self.micro_batches();
+        let all = self.config.micro_batches();
         let parts = minibatches.min(all.len()).max(1);
         let part = |i: usize| all[i * all.len() / parts..(i + 1) * all.len() / parts].to_vec();
         (0..epochs.max(1)).flat_map(|_| (0..parts).map(part)).collect()
@@ -366,7 +284,7 @@ impl<'a> Run<'a> {
     /// Lets the objective prepare the step.
     fn collect(&self) -> Result<Means> {
         let objective: &dyn Objective = &*self.objective;
-        let batches: Vec<Batch> = self.micro_batches().iter().map(|rows| self.batch(rows)).collect();
+        let batches: Vec<Batch> = self.config.micro_batches().iter().map(|rows| self.batch(rows)).collect();
         let parts = self.each(&batches, |batch| objective.collect(batch));
         let mut means = Means::default();
         for (batch, metrics) in batches.iter().zip(parts) {
@@ -417,7 +335,7 @@ impl<'a> Run<'a> {
         std::thread::scope(|scope| {
             let (objective, next): (&dyn Objective, _) = (&*self.objective, self.step + 1);
             let batches: Vec<Batch> =
-                self.micro_batches().iter().map(|rows| Batch { step: next, ..self.batch(rows) }).collect();
+                self.config.micro_batches().iter().map(|rows| Batch { step: next, ..self.batch(rows) }).collect();
             let prepare = move || batches.iter().try_for_each(|batch| objective.prepare(batch));
             let prepared = scope.spawn(prepare);
             let gradients = self.gradients(0, micro, means);

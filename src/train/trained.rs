@@ -48,15 +48,6 @@ impl Whole {
 
 /// The files of a model's folder that say what its weights are: its configs and its tokenizer.
 fn described(folder: &Folder) -> Result<Vec<String>> {
-    let paths: Vec<_> = match folder {
-        Folder::Disk(path) => {
-            let entries = fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
-            let files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-            files.into_iter().filter(|path| path.is_file()).collect()
-        }
-        Folder::Embedded(dir) => dir.files().map(|file| file.path().to_owned()).collect(),
-    };
-    let names = paths.iter().filter_map(|path| path.file_name()?.to_str().map(str::to_owned));
     // The index is of shards, which the one new file replaces.
     let wanted = |name: &String| {
         let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
@@ -64,7 +55,7 @@ fn described(folder: &Folder) -> Result<Vec<String>> {
         let stale = name.ends_with(".safetensors.index.json") || name == calibration::FILE;
         ["json", "jinja", "txt"].contains(&ending) && !stale
     };
-    Ok(names.filter(wanted).collect())
+    Ok(folder.files()?.into_iter().filter(wanted).collect())
 }
 
 impl Trained {

@@ -94,9 +94,7 @@ impl VlmObjective {
         metrics.push(("drawn/mend".to_owned(), helped as f64 / edits.len().max(1) as f64));
         Ok(metrics)
     }
-}
 
-impl VlmObjective {
     /// Some held-out pictures that miss their prompts, and in words what the loop makes of them: the verdict on each claim
     /// beside the truth, and the edit.
     pub(super) fn write_samples(&self, folder: &Path) -> Result<()> {

@@ -1,0 +1,230 @@
+//! The command line of `rlrig eval`.
+
+use super::{EditorKind, Inversion, ModelArgs, Print, Sampling};
+use clap::{Args, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+const EVAL_EXAMPLES: &str = "\
+Examples:
+  rlrig eval --limit 32                                          the loop on the tabletop world, judged by its pixel oracle
+  rlrig eval --suite --limit 500 --out eval-tabletop/            every mode on the same prompts and seeds
+  rlrig eval --suite --limit 500 --out eval-tabletop/ --resume   go on after a kill
+  rlrig eval --dataset laion-sg --data LAION-SG_test.json --min-relations 5 --limit 300 --out eval-compsgen/
+  rlrig eval compare eval-tabletop:diffuser eval-tabletop:loop
+  rlrig eval --edits --limit 500";
+
+#[derive(Args, Debug)]
+#[command(after_help = EVAL_EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Eval {
+    #[command(subcommand)]
+    pub command: Option<EvalCommand>,
+    #[command(flatten)]
+    pub run: EvalRun,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum EvalCommand {
+    /// Compare two runs, or two modes, on the prompts that both have: paired differences, intervals, p-values
+    Compare(EvalCompare),
+    /// Join the shards of one evaluation
+    Merge(EvalMerge),
+    /// Fit the Checker's probabilities to what the pixel oracle says of the pictures of runs
+    Calibrate(EvalCalibrate),
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  rlrig eval compare runs/before:loop runs/after:loop")]
+pub struct EvalCompare {
+    /// A run's folder, all its modes or one
+    #[arg(value_name = "DIR[:MODE]")]
+    pub a: String,
+    /// The other
+    #[arg(value_name = "DIR[:MODE]")]
+    pub b: String,
+    /// One JSON document on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct EvalMerge {
+    /// The folders of the shards
+    #[arg(value_name = "DIR", required = true, num_args = 1..)]
+    pub parts: Vec<PathBuf>,
+    /// A new or empty folder
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example, on scenes that no table is made of:\n  \
+    rlrig eval --split val --limit 200 --mode diffuser loop --out val/\n  \
+    rlrig eval calibrate val/ --out VLM_FOLDER/calibration.json")]
+pub struct EvalCalibrate {
+    /// Folders of runs on the tabletop world with this Checker
+    #[arg(value_name = "DIR", required = true, num_args = 1..)]
+    pub runs: Vec<PathBuf>,
+    /// Where the calibration goes; a VLM's folder is read with the calibration.json in it [default: stdout]
+    #[arg(short, long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Overwrite a file that exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Dataset {
+    /// The built-in world, with its pixel oracle
+    #[default]
+    Tabletop,
+    /// LAION-SG's JSON
+    LaionSg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Wording {
+    /// The triples of the scene graph, joined by ";", as in the paper
+    Triples,
+    /// The data set's caption
+    Caption,
+    /// The caption, then the triples
+    Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PictureGraph {
+    /// As LAION-SG's authors have it
+    Listed,
+    /// Claim by claim; what is too much costs nothing
+    Confirmed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EvalMode {
+    /// One drawing
+    Diffuser,
+    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds
+    BestOfN,
+    /// As best-of-n, of a prompt that says first what the Checker misses
+    Rewrite,
+    /// The loop without any adapter
+    LoopUntrained,
+    /// The loop with the Actor's adapters alone
+    LoopActor,
+    /// The loop with the Editor's adapters alone
+    LoopEditor,
+    /// The loop as `rlrig generate` runs it
+    Loop,
+}
+
+#[derive(Args, Debug)]
+pub struct EvalRun {
+    /// What to evaluate on
+    #[arg(long, value_enum, value_name = "D", default_value_t, help_heading = "Data")]
+    pub dataset: Dataset,
+    /// LAION-SG's JSON file, a folder with it, or its id on the hub [default: mengcy/LAION-SG]
+    #[arg(long, value_name = "FILE|DIR|ID", help_heading = "Data")]
+    pub data: Option<PathBuf>,
+    /// Which splits
+    #[arg(long, value_name = "NAME", num_args = 1.., default_value = "test", help_heading = "Data")]
+    pub split: Vec<String>,
+    /// How many prompts of each split, or edits [default: 500 of the tabletop world, all of a file]
+    #[arg(long, visible_alias = "count", value_name = "N", help_heading = "Data")]
+    pub limit: Option<usize>,
+    /// Which scenes of the world; of a file a random subset instead of the first prompts
+    #[arg(long, value_name = "S", help_heading = "Data")]
+    pub subset_seed: Option<u64>,
+    /// Prompts with at least this many objects
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Data")]
+    pub objects: usize,
+    /// Prompts with at least this many relations (5 for CompSGen Bench)
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Data")]
+    pub min_relations: usize,
+    /// Only relations that say where things are
+    #[arg(long, help_heading = "Data")]
+    pub spatial_only: bool,
+    /// Part I of N, counted from 1; `rlrig eval merge` joins them
+    #[arg(long, value_name = "I/N", help_heading = "Data")]
+    pub shard: Option<String>,
+    /// How prompts are worded [default: caption for tabletop, triples for laion-sg]
+    #[arg(long, value_enum, value_name = "W", help_heading = "Data")]
+    pub wording: Option<Wording>,
+
+    /// The graph of a picture, which SG-IoU compares: what the judge lists in the words of the one asked for, or what it
+    /// confirms of that one [default: confirmed for tabletop, listed for laion-sg]
+    #[arg(long, value_enum, value_name = "G", help_heading = "Data")]
+    pub graph: Option<PictureGraph>,
+
+    /// How pictures are made [default: loop]
+    #[arg(long, value_enum, value_name = "NAME", num_args = 1.., conflicts_with = "suite", help_heading = "Modes")]
+    pub mode: Vec<EvalMode>,
+    /// Every mode that the adapters make different
+    #[arg(long, help_heading = "Modes")]
+    pub suite: bool,
+    /// Single edits of the world's renders instead of prompts
+    #[arg(long, conflicts_with_all = ["mode", "suite", "judge", "resume", "shard", "data"], help_heading = "Modes")]
+    pub edits: bool,
+    /// Seeds of the noise, one picture of each prompt for each
+    #[arg(long, value_name = "N", num_args = 1.., default_value = "0", help_heading = "Modes")]
+    pub seed: Vec<u64>,
+    /// Rounds at most
+    #[arg(long, value_name = "R", default_value_t = 4, help_heading = "Modes")]
+    pub rounds: usize,
+    /// How many of the rounds draw before one edits the best picture so far
+    #[arg(long, value_name = "D", default_value_t = 1, help_heading = "Modes")]
+    pub draws: usize,
+    /// Draw anew after an edit that did not help, instead of editing again; `=false` edits in every round, as the paper does
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t = true,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set,
+        help_heading = "Modes"
+    )]
+    pub redraw: bool,
+    /// Accept a picture when the Checker gives every claim at least this probability
+    #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
+    pub accept: f64,
+    /// How many times the Checker looks at a picture, 1 to 5, each time moved by some pixels; a verdict is the mean
+    /// [default: 3 with the built-in one, else 1]
+    #[arg(long, value_name = "K", help_heading = "Modes")]
+    pub looks: Option<usize>,
+    /// Whether pictures may show nothing else than what is asked [default: on the tabletop world, whose prompts tell all]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Modes"
+    )]
+    pub only: Option<bool>,
+    /// How pictures are edited
+    #[arg(long, value_enum, value_name = "E", default_value_t, help_heading = "Modes")]
+    pub editor: EditorKind,
+    /// How a picture is inverted to noise, with --editor inversion
+    #[arg(long, value_enum, value_name = "I", default_value_t, help_heading = "Modes")]
+    pub inversion: Inversion,
+    /// Prompts that are worked on at once; the results do not depend on it
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Modes")]
+    pub batch: usize,
+    /// Another VLM than the Checker as the judge: a hub id or a folder
+    #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
+    pub judge: Option<String>,
+
+    /// A new or empty folder for results.json, samples.jsonl, tables and pictures
+    #[arg(short, long, value_name = "DIR", help_heading = "Output")]
+    pub out: Option<PathBuf>,
+    /// Go on with the folder of --out
+    #[arg(long, requires = "out", help_heading = "Output")]
+    pub resume: bool,
+    #[command(flatten)]
+    pub sampling: Sampling,
+    #[command(flatten)]
+    pub models: ModelArgs,
+    #[command(flatten)]
+    pub print: Print,
+}
