@@ -17,18 +17,17 @@ struct Piece {
 }
 
 thread_local! {
-    /// What is recorded, innermost last. A thread that waits in the middle of one recording may be given another by rayon;
-    /// it finishes that one before it goes on.
-    static RECORDING: RefCell<Vec<Vec<Piece>>> = const { RefCell::new(Vec::new()) };
+    /// What is recorded, innermost last; nothing for work that is not. A thread that waits in the middle of one piece of
+    /// work may be given another by rayon, which it finishes before it goes on, and whose blocks are no part of the first.
+    static RECORDING: RefCell<Vec<Option<Vec<Piece>>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The pieces of a computation in their order; none if it was not recorded.
-#[derive(Default)]
 pub struct Tape(Vec<Piece>);
 
 impl Tape {
-    /// Runs `work` and records its blocks. They must run on this thread, not in parallel to each other.
-    pub fn record<T>(work: impl FnOnce() -> T) -> (T, Self) {
+    /// Runs `work` and records its blocks if `recompute` says so. They must run on this thread, not in parallel to each other.
+    pub fn record<T>(recompute: bool, work: impl FnOnce() -> T) -> (T, Self) {
         /// Takes the recording back, also where `work` panics.
         struct Open;
         impl Drop for Open {
@@ -36,12 +35,12 @@ impl Tape {
                 RECORDING.with_borrow_mut(Vec::pop);
             }
         }
-        RECORDING.with_borrow_mut(|stack| stack.push(Vec::new()));
+        RECORDING.with_borrow_mut(|stack| stack.push(recompute.then(Vec::new)));
         let open = Open;
         let result = work();
-        let pieces = RECORDING.with_borrow_mut(|stack| stack.last_mut().map(std::mem::take)).unwrap_or_default();
+        let pieces = RECORDING.with_borrow_mut(|stack| stack.last_mut().and_then(Option::take));
         drop(open);
-        (result, Self(pieces))
+        (result, Self(pieces.unwrap_or_default()))
     }
 
     /// The gradients of `loss`, which was computed while this tape recorded.
@@ -85,7 +84,7 @@ pub fn cut(x: &Tensor) -> Result<Tensor> {
 }
 
 fn recording() -> bool {
-    RECORDING.with_borrow(|stack| !stack.is_empty())
+    RECORDING.with_borrow(|stack| matches!(stack.last(), Some(Some(_))))
 }
 
 /// The results without their graph, which `again` can make anew.
@@ -96,7 +95,7 @@ fn keep(results: Vec<Tensor>, again: impl Fn() -> Result<Vec<Tensor>> + 'static)
     let results: Vec<Var> = results.iter().map(|x| Var::from_tensor(&x.detach())).collect::<Result<_>>()?;
     let tensors = results.iter().map(|var| var.as_tensor().clone()).collect();
     RECORDING.with_borrow_mut(|stack| {
-        if let Some(pieces) = stack.last_mut() {
+        if let Some(Some(pieces)) = stack.last_mut() {
             pieces.push(Piece { results, again: Box::new(again) });
         }
     });
@@ -140,7 +139,7 @@ mod tests {
         };
         let want = loss()?.backward()?;
         assert_eq!(runs.replace(0), 3);
-        let (recorded, tape) = Tape::record(loss);
+        let (recorded, tape) = Tape::record(true, loss);
         assert_eq!((runs.get(), tape.0.len()), (3, 7));
         let got = tape.backward(&recorded?)?;
         assert_eq!(runs.get(), 6, "each block runs twice");
@@ -158,11 +157,14 @@ mod tests {
         let plain = block(&[&x], double)?.remove(0).sum_all()?.backward()?;
         assert_eq!(values(&plain, &x), [2.0, 2.0]);
         let still = x.detach();
-        let (result, tape) = Tape::record(|| block(&[&still], double));
+        let (result, tape) = Tape::record(true, || block(&[&still], double));
         assert!(tape.0.is_empty() && !result?[0].track_op());
-        // A recording within a recording has its own tape.
-        let ((inner, _), outer) = Tape::record(|| Tape::record(|| block(&[&x], double)));
-        assert!(outer.0.is_empty() && inner?[0].is_variable());
+        // What a thread is given in the middle of a recording has its own tape, or none.
+        let ((inner, tape), outer) = Tape::record(true, || Tape::record(true, || block(&[&x], double)));
+        assert!(tape.0.len() == 1 && outer.0.is_empty() && inner?[0].is_variable());
+        let ((inner, tape), outer) = Tape::record(true, || Tape::record(false, || block(&[&x], double)));
+        assert!(tape.0.is_empty() && outer.0.is_empty());
+        assert_eq!(values(&inner?[0].sum_all()?.backward()?, &x), [2.0, 2.0]);
         assert!(!recording());
         Ok(())
     }

@@ -306,8 +306,7 @@ impl<'a> Run<'a> {
             for piece in 0..pieces {
                 let compute =
                     || objective.loss(&Batch { together: together.clone(), update, piece, ..self.batch(rows) });
-                let (step, tape) =
-                    if self.config.recompute { Tape::record(compute) } else { (compute(), Tape::default()) };
+                let (step, tape) = Tape::record(self.config.recompute, compute);
                 let step = step?;
                 loss += f64::from(step.loss.to_scalar::<f32>()?);
                 step.metrics.into_iter().for_each(|metric| more.add(metric, 1.0));
