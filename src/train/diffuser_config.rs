@@ -61,6 +61,9 @@ pub struct Stage {
     /// Share of the scenes of several objects in which two touch: what overlaps is harder to draw than what lies apart.
     #[serde(default = "touching")]
     pub touching: f64,
+    /// Share of the edits that move something, above what an even draw of the kinds gives: moving is the hardest edit.
+    #[serde(default)]
+    pub moves: f64,
 }
 
 fn touching() -> f64 {
@@ -94,7 +97,14 @@ impl Default for DiffuserConfig {
             drawn_share: 0.5,
             layout: 0.2,
             precision: Precision::Bf16,
-            stages: vec![Stage { steps: 0, min_objects: 1, max_objects: 3, edits: 0.4, touching: touching() }],
+            stages: vec![Stage {
+                steps: 0,
+                min_objects: 1,
+                max_objects: 3,
+                edits: 0.4,
+                touching: touching(),
+                moves: 0.0,
+            }],
             evaluation: Evaluation::default(),
         }
     }
@@ -135,10 +145,10 @@ impl DiffuserConfig {
             crate::usage!("[diffuser] has no stages");
         }
         for s in &self.stages {
-            let shares = [s.edits, s.touching];
+            let shares = [s.edits, s.touching, s.moves];
             if s.min_objects == 0 || s.min_objects > s.max_objects || shares.iter().any(|s| !(0.0..=1.0).contains(s)) {
                 crate::usage!(
-                    "[diffuser] stage {s:?}: objects are from 1 on and in order, edits and touching are shares"
+                    "[diffuser] stage {s:?}: objects are from 1 on and in order, edits, touching and moves are shares"
                 );
             }
         }

@@ -25,7 +25,7 @@ use crate::{
         oracle,
         render::render,
         split::Split,
-        tasks,
+        tasks::{self, Emphasis},
         world::{SIDE, Scene},
     },
     tensor::rng::Stream,
@@ -173,7 +173,8 @@ impl Diffuser {
         let mut example = if let Some(example) = at_hand {
             example
         } else if edit {
-            let sample = tasks::edit_touching(self.seed, Split::Train, index, min, max, touching);
+            let emphasis = Emphasis { touching, moves: stage.moves };
+            let sample = tasks::edit_with(self.seed, Split::Train, index, min, max, emphasis);
             let source = Source { scene: sample.source, drawn: None };
             Example { prompt: sample.instruction, target: sample.target, source: Some(source) }
         } else {

@@ -40,6 +40,21 @@ pub struct EditSample {
     pub after: SceneGraph,
 }
 
+/// What there is more of among the edits than an even draw gives.
+#[derive(Debug, Clone, Copy)]
+pub struct Emphasis {
+    /// Share of the scenes in which two objects touch, and in proportion that of the edits that bring two together.
+    pub touching: f64,
+    /// Share of the edits that move something, whatever an even draw of the others adds.
+    pub moves: f64,
+}
+
+impl Default for Emphasis {
+    fn default() -> Self {
+        Self { touching: TOUCHING, moves: 0.0 }
+    }
+}
+
 /// A picture, and a graph that may be wrong about it.
 #[derive(Debug, Clone)]
 pub struct CheckSample {
@@ -117,14 +132,17 @@ pub fn text_to_image_touching(
 
 /// A scene of `min..=max` objects and an edit of it, of a kind drawn evenly. Often what is removed is there once more.
 pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> EditSample {
-    edit_touching(seed, split, index, min, max, TOUCHING)
+    edit_with(seed, split, index, min, max, Emphasis::default())
 }
 
-/// [`edit`] with this share of scenes in which two objects touch, and as many more or fewer edits that make two touch.
-pub fn edit_touching(seed: u64, split: Split, index: u64, min: usize, max: usize, touching: f64) -> EditSample {
+/// [`edit`] with more of what is hard.
+pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, emphasis: Emphasis) -> EditSample {
+    let Emphasis { touching, moves } = emphasis;
     let rng = &mut stream("edit", seed, split, index);
     loop {
-        let kind = *rng.choose(&Kind::ALL);
+        // A share of none takes no number of the stream.
+        let moved = moves > 0.0 && rng.chance(moves);
+        let kind = if moved { Kind::Move } else { *rng.choose(&Kind::ALL) };
         let least = if matches!(kind, Kind::Move | Kind::Swap) { min.max(2) } else { min };
         let (mut source, mut before) = sample::draw_touching(rng, split, least, max, touching);
         if kind == Kind::Remove && rng.chance(0.5) {

@@ -55,12 +55,22 @@ fn the_curriculum_says_how_many_scenes_have_two_that_touch() {
     };
     assert_eq!((drawn(0.0), drawn(1.0)), (0, 40));
     let brought_together = |touching| {
-        let edits = (0..200).map(|i| edit_touching(0, Split::Train, i, 2, 3, touching).edit);
+        let emphasis = Emphasis { touching, moves: 0.0 };
+        let edits = (0..200).map(|i| edit_with(0, Split::Train, i, 2, 3, emphasis).edit);
         edits.filter(|edit| matches!(edit, Edit::Move { relation, .. } if !relation.is_direction())).count()
     };
     assert!(brought_together(0.0) == 0 && brought_together(1.0) > 6, "{}", brought_together(1.0));
-    let own = text_to_image(0, Split::Train, 7, 2, 3);
-    assert_eq!(own.scene, text_to_image_touching(0, Split::Train, 7, 2, 3, sample::TOUCHING).scene);
+}
+
+#[test]
+fn the_curriculum_says_how_many_edits_move_something() {
+    let moved = |moves| {
+        let emphasis = Emphasis { moves, ..Default::default() };
+        (0..200).filter(|i| edit_with(0, Split::Train, *i, 2, 3, emphasis).kind == Kind::Move).count()
+    };
+    assert_eq!(moved(1.0), 200);
+    // A seventh of those that are drawn evenly move something, too.
+    assert!((10..50).contains(&moved(0.0)) && (90..140).contains(&moved(0.5)), "{} {}", moved(0.0), moved(0.5));
 }
 
 /// The (shape, colour) sets of a split's scenes, of those with two or more objects.
