@@ -15,6 +15,7 @@ pub mod flow_steps;
 pub mod frozen;
 pub mod grpo;
 pub mod grpo_config;
+mod imperfect;
 pub mod joint;
 pub mod layout;
 pub mod log;

@@ -9,6 +9,7 @@ use super::{
     ahead::Ahead,
     checkpoint,
     drawn::{self, Drawn},
+    imperfect::imperfect,
     vlm_tasks::{self, Mix, Row, Task},
 };
 use crate::{
@@ -20,6 +21,7 @@ use crate::{
     rig::prompts,
     scene::tabletop::{split::Split, world::SIDE},
     tensor::{Mask, Precision, cross_entropy, rng::Stream, select_rows},
+    usage,
     vlm::{
         Vlm,
         chat::Chat,
@@ -61,6 +63,8 @@ pub struct VlmConfig {
     pub drawn: Option<PathBuf>,
     /// Their share of all pictures.
     pub drawn_share: f64,
+    /// Share of imperfect pictures ([`super::imperfect`]) among the others.
+    pub imperfect: f64,
     /// Pictures of an evaluation.
     pub evaluation: usize,
     /// Precision of the matrix products.
@@ -101,6 +105,7 @@ impl Default for VlmConfig {
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
             drawn: None,
             drawn_share: 0.4,
+            imperfect: 0.0,
             evaluation: 100,
             multiply: Precision::F32,
             shape: Shape::default(),
@@ -268,6 +273,10 @@ struct Tally {
 
 impl VlmObjective {
     pub fn new(config: &VlmConfig, seed: u64, device: &Device) -> Result<Self> {
+        let shares = [config.act, config.parse, config.drawn_share, config.imperfect];
+        if shares.iter().any(|share| !(0.0..=1.0).contains(share)) {
+            usage!("[vlm] act, parse, drawn_share and imperfect are shares, from 0 to 1");
+        }
         let (params, chat, model_config, files) = match &config.start {
             Some(path) => {
                 let folder = Folder::from(path.clone());
@@ -327,6 +336,10 @@ impl VlmObjective {
             let mut rng = Stream::new(seed, "vlm picture", index);
             if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
                 let drawn = rng.choose(&self.drawn.0).varied(&mut rng);
+                return (vlm_tasks::drawn_rows(seed, index, &drawn, mix), drawn.picture);
+            }
+            if self.config.imperfect > 0.0 && rng.chance(self.config.imperfect) {
+                let drawn = imperfect(seed, index, mix.objects);
                 return (vlm_tasks::drawn_rows(seed, index, &drawn, mix), drawn.picture);
             }
             let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);

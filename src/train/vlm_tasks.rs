@@ -232,8 +232,8 @@ fn mistaken(rng: &mut Stream, view: &View, mut near: Seen) -> Object {
     near.object()
 }
 
-/// Claims of single objects and of relations between two, about half of them true.
-fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
+/// Claims of single objects and of relations between two that are this far from being undecided, about half of them true.
+fn probe(rng: &mut Stream, split: Split, view: &View, margin: f32) -> Option<Verdict> {
     if view.objects.is_empty() {
         return None;
     }
@@ -253,7 +253,7 @@ fn probe(rng: &mut Stream, split: Split, view: &View) -> Option<Verdict> {
                 let which = rng.below(2);
                 objects[which] = mistaken(rng, view, view.objects[[a, b][which]]);
             }
-            if view.certainty(a, spatial, b).abs() < sample::MARGIN
+            if view.certainty(a, spatial, b).abs() < margin
                 || (split == Split::Train && split::held_out(&objects[0], spatial, &objects[1]))
             {
                 continue;
@@ -340,7 +340,7 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     rng.shuffle(&mut checks);
     checks.truncate(mix.claims);
     let view = scene.view();
-    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, split, &view)));
+    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, split, &view, sample::MARGIN)));
     rows.extend(checks.iter().map(check_row));
     if rng.chance(mix.parse) {
         rows.push(parse_row(&mut rng, split, mix.objects));
@@ -383,7 +383,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     }));
     rng.shuffle(&mut checks);
     checks.truncate(mix.claims);
-    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, Split::Train, &reading.view)));
+    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, Split::Train, &reading.view, 0.0)));
     rows.extend(checks.iter().map(check_row));
     rows
 }

@@ -345,7 +345,7 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
 }
 
 /// A scene that a graph describes, changed by up to `most` edits so that it may no longer.
-fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene, SceneGraph) {
+pub fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene, SceneGraph) {
     let (mut scene, graph) = sample::draw(rng, split, 1, max);
     for _ in 0..most {
         let kind = *rng.choose(&[
@@ -373,6 +373,12 @@ fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene,
         }
     }
     (scene, graph)
+}
+
+/// A scene one edit away that training may show; nothing if none was found.
+pub fn neighbour(rng: &mut Stream, scene: &Scene) -> Option<Scene> {
+    let kind = *rng.choose(&Kind::ALL);
+    propose(rng, scene, kind, TOUCHING).and_then(|edit| edit.apply(rng, scene)).filter(sample::trainable)
 }
 
 /// A picture and a graph about it: right, or made wrong by changing the picture or the graph; about half of all claims
