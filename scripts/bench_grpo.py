@@ -59,7 +59,7 @@ def rlrig():
     steps = [line for line in lines if "step_time" in line]
     best = min(steps, key=lambda step: step["step_time"])
     stages = {name: best[f"time/{name}"] for name in ("rollout", "judge")}
-    return stages | {"update": best["step_time"] - sum(stages.values())}, best["claims"]
+    return stages | {"update": best["step_time"] - sum(stages.values())}, best["claims"] * PROBLEMS
 
 
 def velocity(transformer, x, text, reference, t):

@@ -85,24 +85,8 @@ pub struct Generate {
     #[arg(short = 'n', long, value_name = "K", help_heading = "What to draw")]
     pub count: Option<usize>,
 
-    /// Rounds at most: round 1 draws, a later one edits the best picture so far, or draws anew [default: 4]
-    #[arg(long, value_name = "R", help_heading = "The loop")]
-    pub rounds: Option<usize>,
-    /// How many of the rounds draw before one edits the best picture so far [default: 1]
-    #[arg(long, value_name = "D", help_heading = "The loop")]
-    pub draws: Option<usize>,
-    /// Draw anew after an edit that did not help, instead of editing again; `=false` edits in every later round, as the paper
-    /// does [default: true]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
-          help_heading = "The loop")]
-    pub redraw: Option<bool>,
-    /// Accept a picture when the Checker gives every claim at least this probability [default: 0.5]
-    #[arg(long, value_name = "P", help_heading = "The loop")]
-    pub accept: Option<f64>,
-    /// How many times the Checker looks at a picture, 1 to 5, each time moved by some pixels; a verdict is the mean
-    /// [default: 3 with the built-in one, else 1]
-    #[arg(long, value_name = "K", help_heading = "The loop")]
-    pub looks: Option<usize>,
+    #[command(flatten)]
+    pub cycle: CycleArgs,
     /// How pictures are edited [default: reference]
     #[arg(long, value_enum, value_name = "E", help_heading = "The loop")]
     pub editor: Option<EditorKind>,
@@ -115,6 +99,10 @@ pub struct Generate {
 
     #[command(flatten)]
     pub sampling: Sampling,
+    #[command(flatten)]
+    pub painter: PainterArgs,
+    #[command(flatten)]
+    pub critic: CriticArgs,
     #[command(flatten)]
     pub models: ModelArgs,
 
@@ -161,6 +149,29 @@ impl Asked {
     }
 }
 
+/// How the loop runs.
+#[derive(Args, Debug, Default)]
+pub struct CycleArgs {
+    /// Rounds at most: round 1 draws, a later one edits the best picture so far, or draws anew [default: 4]
+    #[arg(long, value_name = "R", help_heading = "The loop")]
+    pub rounds: Option<usize>,
+    /// How many of the rounds draw before one edits the best picture so far; 1 is the paper's [default: 2]
+    #[arg(long, value_name = "D", help_heading = "The loop")]
+    pub draws: Option<usize>,
+    /// Draw anew after an edit that did not help, instead of editing again; `=false` edits in every later round, as the paper
+    /// does [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "The loop")]
+    pub redraw: Option<bool>,
+    /// Accept a picture when the Checker gives every claim at least this probability [default: 0.5]
+    #[arg(long, value_name = "P", help_heading = "The loop")]
+    pub accept: Option<f64>,
+    /// How many times the Checker looks at a picture, 1 to 5, each time moved by some pixels; a verdict is the mean
+    /// [default: 3 with the built-in one, else 1]
+    #[arg(long, value_name = "K", help_heading = "The loop")]
+    pub looks: Option<usize>,
+}
+
 /// How the flow model samples.
 #[derive(Args, Debug, Default)]
 pub struct Sampling {
@@ -172,15 +183,25 @@ pub struct Sampling {
     pub guidance: Option<f64>,
 }
 
-/// Which models, on which device.
+/// Which model draws and edits.
 #[derive(Args, Debug, Default)]
-pub struct ModelArgs {
+pub struct PainterArgs {
     /// The Diffuser and Editor: a hub id or a folder in diffusers' layout [default: built in]
     #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
     pub model: Option<String>,
+}
+
+/// Which model checks and writes edits.
+#[derive(Args, Debug, Default)]
+pub struct CriticArgs {
     /// The Checker and Actor: a hub id or a folder in transformers' layout [default: built in]
     #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
     pub vlm: Option<String>,
+}
+
+/// With which adapters, where and in which number format models are opened.
+#[derive(Args, Debug, Default)]
+pub struct ModelArgs {
     /// A PEFT adapter folder for the Editor or the Actor, with its strength; for Diffuser and Checker too with `all=` in
     /// front; `none` switches the built-in ones off. May be given several times [default: built in]
     #[arg(long, value_name = "[all=]DIR[:SCALE]|none", help_heading = "Models")]
@@ -273,6 +294,8 @@ pub struct Edit {
     #[command(flatten)]
     pub sampling: Sampling,
     #[command(flatten)]
+    pub painter: PainterArgs,
+    #[command(flatten)]
     pub models: ModelArgs,
     #[command(flatten)]
     pub print: Print,
@@ -303,6 +326,8 @@ pub struct Check {
     /// Whether to ask for nothing else than what the prompt names [default: with the built-in models]
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub only: Option<bool>,
+    #[command(flatten)]
+    pub critic: CriticArgs,
     #[command(flatten)]
     pub models: ModelArgs,
     #[command(flatten)]

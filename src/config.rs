@@ -1,4 +1,4 @@
-//! Configuration in layers: defaults < TOML file < environment < `--set key=value` < flags.
+//! Configuration in layers: defaults < TOML file < environment < `--set key=value`.
 //!
 //! A config is a serde struct with `Default` and `deny_unknown_fields`. Every layer is checked as it is added, so that a
 //! mistyped key or a value of the wrong type is reported with the place it came from and, for a key, the nearest right one.
@@ -59,11 +59,6 @@ impl<T: Default + Serialize + DeserializeOwned> Layers<T> {
             self = self.text(key.trim(), value.trim(), &format!("--set {pair}"))?;
         }
         Ok(self)
-    }
-
-    /// Adds one value that a flag of the command line gave.
-    pub fn flag(self, key: &str, value: impl Into<Value>, flag: &str) -> Result<Self> {
-        self.layer(nested(key, value.into()), flag)
     }
 
     /// The config of all layers.
@@ -223,11 +218,9 @@ mod tests {
             .unwrap()
             .set(&["optim.lr=3".into(), "optim.betas=[0.9, 0.999]".into(), "limit=0.5".into()])
             .unwrap()
-            .flag("optim.lr", 4.0, "--lr")
-            .unwrap()
             .resolve()
             .unwrap();
-        let optim = Optim { lr: 4.0, betas: (0.9, 0.999), kind: Kind::Muon };
+        let optim = Optim { lr: 3.0, betas: (0.9, 0.999), kind: Kind::Muon };
         assert_eq!(config, Example { name: "environment".into(), steps: 1, limit: Some(0.5), optim });
         let saved = to_toml(&config).unwrap();
         let (_dir, path) = file(&saved);

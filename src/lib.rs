@@ -1,8 +1,8 @@
 //! rlrig: text-to-image generation that gets spatial relations right, and trains itself to do it better.
 //!
 //! Imports point one way; a test holds the rule:
-//! `tensor, scene, io <- models <- vlm <- flow <- rig's implementations <- train, eval <- commands <- main`, and
-//! `rig::roles` and `rig::cycle` import only `scene`.
+//! `error <- tensor <- scene, io <- models <- vlm <- flow <- rig's implementations <- train, eval <- commands <- main`. Beside
+//! it `config` and `cli` import only `error`, `rig::roles` only `scene`, and `rig::cycle` only `rig::roles`.
 
 pub mod cli;
 pub mod commands;

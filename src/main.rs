@@ -3,7 +3,10 @@
 
 use clap::Parser;
 use rlrig::{cli::Cli, commands, error::Usage};
-use std::{io::IsTerminal, process::ExitCode};
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+};
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
@@ -28,7 +31,15 @@ fn main() -> ExitCode {
     prepare();
     let cli = Cli::parse();
     let level = ["warn", "info", "debug", "trace"][usize::from(cli.verbose.min(3))];
-    let filter = EnvFilter::try_from_env("RLRIG_LOG").unwrap_or_else(|_| EnvFilter::new(format!("warn,rlrig={level}")));
+    let filter = EnvFilter::try_from_env("RLRIG_LOG").unwrap_or_else(|error| {
+        if std::env::var_os("RLRIG_LOG").is_some() {
+            let _ = writeln!(
+                std::io::stderr(),
+                "RLRIG_LOG is passed over, as it is no filter such as rlrig=debug: {error}"
+            );
+        }
+        EnvFilter::new(format!("warn,rlrig={level}"))
+    });
     let ansi = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -40,10 +51,21 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            let _ = writeln!(std::io::stderr(), "error: {}", escaped(&format!("{error:#}")));
             ExitCode::from(if error.chain().any(|e| e.is::<Usage>()) { 2 } else { 1 })
         }
     }
+}
+
+/// Errors name what model files say, and a terminal obeys control characters.
+fn escaped(text: &str) -> String {
+    text.chars().fold(String::new(), |mut shown, c| {
+        match c.is_control() && c != '\n' {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+        shown
+    })
 }
 
 /// `rlrig ... | head` ends quietly when the reader has seen enough.

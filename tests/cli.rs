@@ -55,7 +55,7 @@ fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
 
     let info = rig.command(&["info", "a.png"]).output().unwrap();
     let info = String::from_utf8(info.stdout).unwrap();
-    for part in [PROMPT, "seed      7", "round 3", "left of large blue cube"] {
+    for part in [PROMPT, "seed      7", "1 drawing first, a new drawing after", "round 3", "left of large blue cube"] {
         assert!(info.contains(part), "{part:?} is not in {info}");
     }
     let info = rig.command(&["info", "a.png", "--json"]).output().unwrap();

@@ -50,8 +50,25 @@ fn prompts_that_nothing_can_be_drawn_of() {
     let crowd = serde_json::json!({ "objects": vec![serde_json::json!({ "label": "ball" }); 5000], "relations": [] });
     fs::write(rig.path("graph.json"), crowd.to_string()).unwrap();
     refused("at most 200", &["--graph", "graph.json"]);
-    fs::write(rig.path("graph.json"), "[[[[").unwrap();
-    refused("neither a LAION-SG record", &["--graph", "graph.json"]);
+    let graph = |expected: &str, text: &str| {
+        fs::write(rig.path("graph.json"), text).unwrap();
+        refused(expected, &["--graph", "graph.json"]);
+    };
+    graph("graph.json is neither a LAION-SG record", "[[[[");
+    graph("line 1 column 4", "[[[[");
+    graph("missing field `objects` at line 2", "{\n}");
+    graph("missing field `name` at line 1", r#"{"img_id": "1", "items": []}"#);
+    let related = |subject: &str, predicate: &str, object: &str| {
+        let relation = format!(r#"{{"subject": {subject}, "predicate": "{predicate}", "object": {object}}}"#);
+        format!(r#"{{"objects": [{{"label": "a"}}, {{"label": "b"}}], "relations": [{relation}]}}"#)
+    };
+    graph("invalid value: integer `-1`, expected usize at line 1", &related("0", "on", "-1"));
+    graph("graph.json: relation 0 (\"on\") relates object 1 to itself", &related("1", "on", "1"));
+    graph("has no predicate", &related("0", " ", "1"));
+    graph("relation 0 of the scene graph has 300000 characters", &related("0", &"x".repeat(300_000), "1"));
+    graph("control character", r#"{"objects": [{"label": "a\nb"}]}"#);
+    graph("graph.json, graph 2 of 2: object 0", r#"[{"objects": [{"label": "a"}]}, {"objects": [{"label": ""}]}]"#);
+    graph("nothing to draw", "\u{feff}{\"objects\": []}");
     fs::write(rig.path("bytes.txt"), b"\xff\xfe\x00").unwrap();
     let output = rig.command(&["generate", "--prompt-file", "bytes.txt"]).output().unwrap();
     refuses(&output, 1, "no UTF-8", "bytes");
@@ -78,6 +95,11 @@ fn numbers_out_of_range() {
     bad("--guidance is 0 to 100", &["--guidance=-3"]);
     let output = rig.command(&["generate", "--prompt", PROMPT, "--steps", "0"]).output().unwrap();
     refuses(&output, 2, "--steps is 1 to 1000", "no steps");
+    for limit in ["1000000000", "18446744073709551615"] {
+        rig.bad(2, &format!("--limit {limit}: at most 100000"), "eval", &["--limit", limit]);
+        let edits = rig.command(&["eval", "--edits", "--limit", limit]).output().unwrap();
+        refuses(&edits, 2, "at most 100000", "edits");
+    }
     let output = rig.command(&["generate", "--prompt", PROMPT, "--device", "abacus"]).output().unwrap();
     refuses(&output, 2, "invalid value 'abacus'", "no such device");
 }
@@ -91,6 +113,16 @@ fn outputs_that_cannot_be_written() {
     fs::write(rig.path("there.png"), "mine").unwrap();
     bad(2, "there.png exists", &["--out", "there.png"]);
     assert_eq!(fs::read(rig.path("there.png")).unwrap(), b"mine");
+    bad(2, "--save-noise a.png is where the picture goes", &["--out", "a.png", "--save-noise", "a.png"]);
+    bad(2, "--trajectory ./a.png is where the picture goes", &["--out", "a.png", "--trajectory", "./a.png"]);
+    bad(2, "cannot be written", &["--out", &format!("{}.png", "x".repeat(300))]);
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(rig.path("nowhere.png"), rig.path("link.png")).unwrap();
+        bad(2, "link.png is a link to nothing", &["--out", "link.png"]);
+        fs::remove_file(rig.path("link.png")).unwrap();
+    }
+    assert!(!rig.path("a.png").exists());
     bad(2, "there is no folder", &["--out", "no/such/a.png"]);
     bad(2, "pictures are written as .png", &["--out", "a.jpg"]);
     bad(2, "name a folder", &["--out", "a.png", "-n", "2"]);

@@ -16,6 +16,8 @@ use rlrig::{
 };
 use std::cell::Cell;
 
+/// The loop as the paper has it: one drawing, then edits.
+const PAPER: Options = Options { rounds: 4, draws: 1, redraw: false, accept: 0.5, width: 8 };
 const WIDTH: u32 = 16;
 const COLOURS: [(&str, [u8; 3]); 4] =
     [("red", [255, 0, 0]), ("green", [0, 255, 0]), ("blue", [0, 0, 255]), ("yellow", [255, 255, 0])];
@@ -154,7 +156,7 @@ fn edits_raise_the_share_of_accepted_pictures_and_the_result_is_right() {
     let jobs = jobs(40);
     let accepted = |rounds| {
         let row = Row::default();
-        let outcomes = play(&row, &jobs, &Options { rounds, ..Options::default() });
+        let outcomes = play(&row, &jobs, &Options { rounds, ..PAPER });
         for (outcome, job) in outcomes.iter().zip(&jobs) {
             assert!(outcome.turns.len() <= rounds);
             let checked = row.check(&[(&outcome.best().picture, &job.target)]).unwrap().remove(0);
@@ -169,7 +171,7 @@ fn edits_raise_the_share_of_accepted_pictures_and_the_result_is_right() {
 #[test]
 fn accepted_pictures_leave_the_batch_and_others_take_their_place() {
     let (row, jobs) = (Row::default(), jobs(30));
-    let outcomes = play(&row, &jobs, &Options { width: 4, ..Options::default() });
+    let outcomes = play(&row, &jobs, &Options { width: 4, ..PAPER });
     assert_eq!(row.drawn.get(), 30, "each is drawn once");
     assert_eq!(row.widest.get(), 4, "never more than the width at once");
     assert_eq!(row.edited.get(), outcomes.iter().map(|o| o.turns.len() - 1).sum::<usize>(), "no edit after acceptance");
@@ -180,7 +182,7 @@ fn the_best_picture_wins_when_edits_spoil_it() {
     let row = Row { clumsy: true, ..Row::default() };
     // blue is left of yellow for some seeds only: take one that needs an edit.
     let jobs = jobs(40);
-    let outcomes = play(&row, &jobs, &Options::default());
+    let outcomes = play(&row, &jobs, &PAPER);
     let spent: Vec<&Outcome> = outcomes.iter().filter(|o| o.ending == Ending::Spent).collect();
     assert!(!spent.is_empty());
     for outcome in spent {
@@ -194,16 +196,15 @@ fn the_best_picture_wins_when_edits_spoil_it() {
 
 #[test]
 fn a_strict_threshold_is_never_met() {
-    let outcomes =
-        play(&Row::default(), &jobs(4), &Options { accept: 0.99, rounds: 2, width: 2, ..Options::default() });
+    let outcomes = play(&Row::default(), &jobs(4), &Options { accept: 0.99, rounds: 2, width: 2, ..PAPER });
     assert!(outcomes.iter().all(|o| o.ending == Ending::Spent && o.turns.len() == 2));
 }
 
 #[test]
 fn the_first_rounds_draw_anew_and_the_best_drawing_is_edited() {
-    let options = Options { draws: 3, rounds: 6, ..Options::default() };
+    let options = Options { draws: 3, rounds: 6, ..PAPER };
     let (row, jobs) = (Row::default(), jobs(40));
-    let (outcomes, once) = (play(&row, &jobs, &options), play(&Row::default(), &jobs, &Options::default()));
+    let (outcomes, once) = (play(&row, &jobs, &options), play(&Row::default(), &jobs, &PAPER));
     let drawings = |o: &Outcome| o.turns.iter().filter(|t| t.action == Action::Draw).count();
     assert_eq!(row.drawn.get(), outcomes.iter().map(drawings).sum::<usize>());
     for (outcome, once) in outcomes.iter().zip(&once) {
@@ -230,7 +231,7 @@ fn the_first_rounds_draw_anew_and_the_best_drawing_is_edited() {
 
 #[test]
 fn a_new_drawing_follows_an_edit_that_did_not_help() {
-    let options = Options { redraw: true, rounds: 6, ..Options::default() };
+    let options = Options { redraw: true, rounds: 6, ..PAPER };
     let outcomes = play(&Row::default(), &jobs(40), &options);
     let (mut redrawn, mut edited_again) = (0, 0);
     for Outcome { turns, .. } in &outcomes {
@@ -247,14 +248,14 @@ fn a_new_drawing_follows_an_edit_that_did_not_help() {
 #[test]
 fn a_prompt_without_claims_is_drawn_and_said_to_be_unchecked() {
     let job = Job { target: Target { prompt: "mist".into(), claims: vec![] }, seed: 1 };
-    let outcome = play(&Row::default(), &[job], &Options::default()).remove(0);
+    let outcome = play(&Row::default(), &[job], &PAPER).remove(0);
     assert_eq!((outcome.ending, outcome.turns.len(), outcome.best().score), (Ending::Unchecked, 1, None));
 }
 
 #[test]
 fn cancelling_at_any_stage_keeps_what_is_finished() {
     let jobs = jobs(12);
-    let options = Options { width: 3, ..Options::default() };
+    let options = Options { width: 3, ..PAPER };
     let whole = play(&Row::default(), &jobs, &options);
     for stop in 0..40 {
         let asked = Cell::new(0);
@@ -289,9 +290,9 @@ fn an_error_of_a_role_or_the_observer_ends_the_run() {
     }
     let row = Row::default();
     let cast = Cast { diffuser: &Short, ..row.cast() };
-    let error = run(cast, &jobs(2), &Options::default(), &|| false, &mut |_| Ok(())).unwrap_err();
+    let error = run(cast, &jobs(2), &PAPER, &|| false, &mut |_| Ok(())).unwrap_err();
     assert_eq!(error.to_string(), "the Diffuser answered 0 of 2 jobs");
-    let full = run(row.cast(), &jobs(2), &Options::default(), &|| false, &mut |_| anyhow::bail!("disk full"));
+    let full = run(row.cast(), &jobs(2), &PAPER, &|| false, &mut |_| anyhow::bail!("disk full"));
     assert_eq!(full.unwrap_err().to_string(), "disk full");
 }
 
@@ -300,8 +301,8 @@ proptest! {
     #[test]
     fn results_do_not_depend_on_the_width(n in 1u64..12, width in 1usize..12) {
         let jobs = jobs(n);
-        let wide = play(&Row::default(), &jobs, &Options { width: 64, ..Options::default() });
-        let narrow = play(&Row::default(), &jobs, &Options { width, ..Options::default() });
+        let wide = play(&Row::default(), &jobs, &Options { width: 64, ..PAPER });
+        let narrow = play(&Row::default(), &jobs, &Options { width, ..PAPER });
         for (a, b) in wide.iter().zip(&narrow) {
             prop_assert_eq!((a.ending, a.best, pixels(a)), (b.ending, b.best, pixels(b)));
         }

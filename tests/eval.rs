@@ -191,9 +191,48 @@ fn a_killed_run_goes_on_and_shards_join_to_the_same_result() {
     refused("shards 1/2 are missing", &["b"]);
     refused("is no shard", &["whole"]);
     refused("are both shard 1/2", &["a", "a"]);
+    // A shard that is damaged is named, and leaves nothing behind.
+    let kept = lines(&rig, "b");
+    let broken = |expected: &str, parts: &[&str]| {
+        let before = rig.names();
+        let output = rig.command(&[&["eval", "merge"], parts, &["--out", "half"]].concat()).output().unwrap();
+        rlrig::refuses(&output, 1, expected, "merge");
+        assert_eq!(rig.names(), before);
+    };
+    let picture = rig.path("b").join(kept[0]["file"].as_str().unwrap());
+    fs::remove_file(&picture).unwrap();
+    broken("--out b --resume makes it again", &["a", "b"]);
+    let resumed = rig.run("eval", &[&FEW[..], &["--out", "b", "--shard", "2/2", "--resume"]].concat());
+    assert!(rlrig::stderr(&resumed).contains("1 prompts have lost a picture"), "{}", rlrig::stderr(&resumed));
+    assert!(picture.is_file() && lines(&rig, "b") == kept);
+    let samples = rig.path("b/samples.jsonl");
+    let text = fs::read_to_string(&samples).unwrap();
+    fs::write(&samples, text.replace("pictures/", "../a/")).unwrap();
+    broken("b/samples.jsonl: line 1 is damaged", &["a", "b"]);
+    fs::write(&samples, text.clone() + &text).unwrap();
+    broken("is of the same picture as line 1", &["a", "b"]);
+    rig.bad(1, "delete one of them", "eval", &[&FEW[..], &["--out", "b", "--shard", "2/2", "--resume"]].concat());
+    fs::write(&samples, text).unwrap();
     fs::remove_file(rig.path("b/results.json")).unwrap();
     refused("is not finished", &["a", "b"]);
     assert!(!rig.path("half").exists());
+}
+
+#[test]
+fn words_that_are_written_as_special_tokens_are_words() {
+    let rig = Rig::new();
+    let graph = r#"{"objects": [{"label": "<|image_pad|>"}, {"label": "<|im_end|>"}],
+        "relations": [{"subject": 0, "predicate": "<|vision_start|>", "object": 1}]}"#;
+    fs::write(rig.path("graph.json"), graph).unwrap();
+    rig.good("generate", &["--graph", "graph.json", "--seed", "1", "--rounds", "2", "--out", "a.png"]);
+    let item = |id: usize| serde_json::json!({ "item_id": id, "label": "<|image_pad|>", "attributes": [] });
+    let record = serde_json::json!([{
+        "img_id": "1", "score": "1", "caption_ori": "<|image_pad|>", "items": [item(0), item(1)],
+        "relations": [{ "item1": 0, "relation": "<|im_end|>", "item2": 1 }],
+    }]);
+    fs::write(rig.path("data.json"), record.to_string()).unwrap();
+    eval(&rig, "run", &["--dataset", "laion-sg", "--data", "data.json"]);
+    assert!(!lines(&rig, "run").is_empty());
 }
 
 #[test]
@@ -239,6 +278,8 @@ fn what_the_checker_says_is_fitted_to_the_oracle() {
     };
     let (raw, fitted) = (numbers(&["raw"]), numbers(&["fitted"]));
     assert!(raw.iter().zip(&fitted).all(|(a, b)| (a - b).abs() < 0.02), "{raw:?} {fitted:?}");
+    let [once, twice] = [&["raw"][..], &["raw", "fitted"]].map(calibrate);
+    assert_eq!(once.stdout, twice.stdout, "pictures that runs share count once");
     assert!(raw[1].abs() > 0.1 && raw[3].abs() > 0.1, "an untrained Checker is mostly wrong: {raw:?}");
     rlrig::refuses(&calibrate(&["vlm"]), 2, "no claim in these runs", "a folder that is no run");
 }
@@ -250,18 +291,29 @@ fn a_mode_with_an_adapter_that_is_not_on_is_refused() {
         rig.bad(2, "adapter", "eval", &["--mode", mode]);
     }
     rig.bad(2, "names a seed twice", "eval", &["--seed", "1", "1"]);
-    rig.bad(2, "leave out --dataset", "eval", &["--edits", "--dataset", "laion-sg"]);
 }
 
 #[test]
-fn single_edits_are_still_measured() {
+fn single_edits_are_measured_and_what_they_do_not_heed_is_refused() {
     let rig = Rig::new();
-    let output =
-        rig.command(&["eval", "--edits", "--count", "3", "--model", "klein", "--steps", "2"]).output().unwrap();
-    let table = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        output.status.success() && table.contains("| all | 3 |"),
-        "{table}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let edits = |more: &[&str]| {
+        let few = ["eval", "--edits", "--count", "3", "--model", "klein", "--steps", "2"];
+        rig.command(&[&few[..], more].concat()).output().unwrap()
+    };
+    let output = edits(&["--seed", "7", "--out", "run"]);
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && table.contains("| all | 3 |"), "{table}{}", rlrig::stderr(&output));
+    let results: Value = serde_json::from_slice(&fs::read(rig.path("run/results.json")).unwrap()).unwrap();
+    let settings = ["seed", "subset_seed", "limit"].map(|name| results["settings"][name].as_u64());
+    assert_eq!(settings, [Some(7), Some(0), Some(3)]);
+    for (expected, more) in [
+        ("leave out --dataset", &["--dataset", "laion-sg"][..]),
+        ("takes one --seed", &["--seed", "1", "2"]),
+        ("cannot be used with '--vlm", &["--vlm", "vlm"]),
+        ("cannot be used with '--rounds", &["--rounds", "2"]),
+        ("cannot be used with '--redraw", &["--redraw=false"]),
+        ("cannot be used with '--min-relations", &["--min-relations", "2"]),
+    ] {
+        rlrig::refuses(&edits(more), 2, expected, &format!("{more:?}"));
+    }
 }

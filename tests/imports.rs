@@ -1,4 +1,4 @@
-//! Imports point one way; this test reads every `crate::` path of the sources and holds the rule of `lib.rs`.
+//! Imports point one way; this test reads every `crate::` and `super::` path of the sources and holds the rule of `lib.rs`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,10 +18,9 @@ fn allowed(module: &str) -> &'static [&'static str] {
         "flow" => &["error", "tensor", "scene", "io", "models", "vlm"],
         "rig" => &["error", "tensor", "scene", "io", "models", "flow", "vlm"],
         "rig/roles" => &["scene"],
-        "rig/cycle" => &["scene", "rig/roles"],
-        "config" => &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig"],
+        "rig/cycle" => &["rig/roles"],
         "train" | "eval" => &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config"],
-        "cli" => &["error"],
+        "config" | "cli" => &["error"],
         "commands" => {
             &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config", "train", "eval", "cli"]
         }
@@ -40,21 +39,30 @@ fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// What follows every `crate::` (and `super::` from a file of a folder's top) in code, comments and tests apart.
-fn named(text: &str) -> BTreeSet<String> {
-    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+/// The modules that the code of `module` names by `crate::` and `super::`, comments and tests apart: `top` for one at the
+/// crate's root, `top/inner` for a neighbour within its own.
+fn named(module: &[&str], text: &str) -> BTreeSet<String> {
+    let tests =
+        ["mod tests {", "pub mod tests {", "pub(super) mod tests {"].map(|head| format!("#[cfg(test)]\n{head}"));
+    let code = tests.iter().find_map(|head| text.split_once(head)).map_or(text, |(code, _)| code);
     let code: String =
         code.lines().filter(|l| !l.trim_start().starts_with("//")).map(|l| l.to_owned() + "\n").collect();
-    let mut names = BTreeSet::new();
-    for rest in code.split("crate::").skip(1) {
-        // `use crate::{a::b, c::{d, e}}` names what is at depth 0 of the list.
-        match rest.strip_prefix('{') {
-            Some(list) => names.extend(top_level(list)),
-            None => drop(names.insert(word(rest))),
+    let mut names: BTreeSet<String> = code.split("crate::").skip(1).flat_map(heads).collect();
+    for (i, _) in code.match_indices("super::").filter(|(i, _)| !code[..*i].ends_with("super::")) {
+        let (mut above, mut rest) = (module, &code[i..]);
+        while let Some(next) = rest.strip_prefix("super::") {
+            (above, rest) = (&above[..above.len().saturating_sub(1)], next);
         }
+        let place = |head: String| above.iter().map(|part| format!("{part}/")).collect::<String>() + &head;
+        names.extend(heads(rest).into_iter().map(place));
     }
-    names.remove("");
     names
+}
+
+/// The first words of a path: one, or those at depth 0 of a list such as `{a::b, c::{d, e}}`.
+fn heads(path: &str) -> Vec<String> {
+    let heads = path.strip_prefix('{').map_or_else(|| vec![word(path)], top_level);
+    heads.into_iter().filter(|head| !head.is_empty()).collect()
 }
 
 fn word(text: &str) -> String {
@@ -90,17 +98,13 @@ fn imports_point_one_way() {
         if matches!(inside.as_str(), "main" | "lib") {
             continue;
         }
-        let top = inside.split('/').next().unwrap().to_owned();
+        let module: Vec<&str> = inside.strip_suffix("/mod").unwrap_or(&inside).split('/').collect();
+        let mut names = named(&module, &fs::read_to_string(&file).unwrap());
         let strict = matches!(inside.as_str(), "rig/roles" | "rig/cycle");
-        let rule = allowed(if strict { &inside } else { &top });
-        let text = fs::read_to_string(&file).unwrap();
-        let mut names = named(&text);
-        if strict {
-            // Their neighbours count as imports too.
-            let supers = text.split("super::").skip(1).map(word).filter(|w| !w.is_empty());
-            names.extend(supers.filter(|w| !text.contains("mod tests") || w != "*").map(|w| format!("rig/{w}")));
-        } else {
-            names.remove(&top);
+        let rule = allowed(if strict { &inside } else { module[0] });
+        if !strict {
+            // Neighbours may name each other.
+            names.retain(|name| name.split('/').next() != Some(module[0]));
         }
         // `usage!` is exported at the crate's root and belongs to `error`.
         names.remove("usage");
@@ -112,8 +116,13 @@ fn imports_point_one_way() {
 }
 
 #[test]
-fn the_reader_of_imports_sees_nested_lists() {
+fn the_reader_of_imports_sees_nested_lists_and_modules_above() {
+    let names = |module: &[&str], text: &str| named(module, text).into_iter().collect::<Vec<_>>();
     let text =
         "use crate::{\n    io::png,\n    rig::{cycle, roles::Picture},\n};\nlet x = crate::tensor::rng::Stream;\n";
-    assert_eq!(named(text).into_iter().collect::<Vec<_>>(), ["io", "rig", "tensor"]);
+    assert_eq!(names(&["eval", "line"], text), ["io", "rig", "tensor"]);
+    let text = "use super::{cycle::run, roles::*};\nuse super::super::{train, vlm::Vlm};\npub(super) fn f() {}\n";
+    assert_eq!(names(&["rig", "klein"], text), ["rig/cycle", "rig/roles", "train", "vlm"]);
+    let text = "// crate::train\nuse super::io;\n#[cfg(test)]\npub mod tests {\n    use super::*;\n}\n";
+    assert_eq!(names(&["config"], text), ["io"]);
 }

@@ -72,13 +72,13 @@ fn weights(folder: &str) -> PathBuf {
 #[test]
 fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
-    let (drawn, start) = (dir.path().join("drawn"), weights("vlm"));
+    let (drawn, init) = (dir.path().join("drawn"), weights("vlm"));
     fs::create_dir(&drawn).unwrap();
     draw(&drawn);
     let config = format!(
         "objective = 'vlm'
          train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1, samples_every = 2 }}
-         vlm = {{ start = {start:?}, drawn = {drawn:?}, drawn_share = 0.9, act = 1.0, evaluation = 2 }}"
+         vlm = {{ init = {init:?}, drawn = [{drawn:?}], drawn_share = 0.9, act = 1.0, evaluation = 2 }}"
     );
     let measured = resumes_exactly(dir.path(), &config, &["model.safetensors"]);
     assert!(["edits/mend", "drawn/mend", "drawn/verdicts"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
@@ -100,7 +100,7 @@ fn a_diffuser_learns_to_draw_and_edit_and_resumes() {
          train = {{ steps = 3, batch = 4, micro_batch = 2, evaluate_every = 3, checkpoint_every = 1, ema = 0.9 }}
          [diffuser]
          autoencoder = {vae:?}
-         drawn = {drawn:?}
+         drawn = [{drawn:?}]
          heads = 2
          head_dim = 16
          double_blocks = 1

@@ -74,8 +74,9 @@ impl Objective for Mean {
         Ok(Step { loss, metrics: vec![("total".into(), self.total)] })
     }
 
-    fn observe(&mut self, metrics: &Metrics) {
+    fn observe(&mut self, metrics: &Metrics) -> Result<()> {
         self.total += metrics[0].1;
+        Ok(())
     }
 
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
@@ -120,7 +121,7 @@ fn train(folder: &Path, config: &TrainConfig, report: &mut dyn FnMut(&AtomicBool
     let schedule = Schedule { warmup: 2, ..Schedule::default() };
     let optim = OptimConfig { lr: 3e-2, schedule, ..OptimConfig::default() };
     let hooks = Hooks { stop: &stop, report: &mut |event| report(&stop, event) };
-    run::train(&mut Mean::new()?, config, &optim, folder, hooks)
+    run::open(&mut Mean::new()?, config, &optim, folder)?.train(hooks)
 }
 
 fn whole(folder: &Path) {
@@ -332,18 +333,22 @@ impl Objective for Deaf {
 #[test]
 fn mistakes_are_found_before_the_first_step() {
     let optim = OptimConfig::default();
-    let rehearse = |objective: &mut dyn Objective, config: &TrainConfig| run::rehearse(objective, config, &optim);
+    let dir = tempfile::tempdir().unwrap();
+    let rehearse = |objective: &mut dyn Objective, config: &TrainConfig| {
+        run::rehearse(objective, config, &optim, dir.path()) //
+    };
     let error = rehearse(&mut Deaf(Mean::new().unwrap()), &config()).unwrap_err().to_string();
     assert!(error.contains("no gradient, the first is unheard"), "{error}");
     let mut mean = Mean::new().unwrap();
     let Rehearsal { plan, metrics, .. } = rehearse(&mut mean, &config()).unwrap();
     assert_eq!(plan.tensors, 5);
     assert!(metrics.iter().any(|(name, value)| name == "eval/error" && value.is_finite()));
-    for bad in [TrainConfig { batch: 0, ..config() }, TrainConfig { ema: 1.0, ..config() }] {
+    let impatient = TrainConfig { patience: 1, best: None, ..config() };
+    for bad in [TrainConfig { batch: 0, ..config() }, TrainConfig { ema: 1.0, ..config() }, impatient] {
         assert!(rehearse(&mut mean, &bad).unwrap_err().is::<rlrig::error::Usage>());
     }
+    assert!(dir.path().read_dir().unwrap().next().is_none(), "a rehearsal writes nothing");
     let wrong = TrainConfig { best: Some("eval/psnr".into()), ..config() };
-    let dir = tempfile::tempdir().unwrap();
     let error = train(dir.path(), &wrong, &mut |_, _| ()).unwrap_err().to_string();
     assert!(error.contains("it has eval/error"), "{error}");
 }

@@ -1,6 +1,6 @@
 //! The command line of `rlrig eval`.
 
-use super::{EditorKind, Inversion, ModelArgs, Print, Sampling};
+use super::{CriticArgs, CycleArgs, EditorKind, Inversion, ModelArgs, PainterArgs, Print, Sampling};
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -162,36 +162,19 @@ pub struct EvalRun {
     #[arg(long, help_heading = "Modes")]
     pub suite: bool,
     /// Single edits of the world's renders instead of prompts
-    #[arg(long, conflicts_with_all = ["mode", "suite", "judge", "resume", "shard", "data"], help_heading = "Modes")]
-    pub edits: bool,
-    /// Seeds of the noise, one picture of each prompt for each
-    #[arg(long, value_name = "N", num_args = 1.., default_value = "0", help_heading = "Modes")]
-    pub seed: Vec<u64>,
-    /// Rounds at most
-    #[arg(long, value_name = "R", default_value_t = 4, help_heading = "Modes")]
-    pub rounds: usize,
-    /// How many of the rounds draw before one edits the best picture so far
-    #[arg(long, value_name = "D", default_value_t = 1, help_heading = "Modes")]
-    pub draws: usize,
-    /// Draw anew after an edit that did not help, instead of editing again; `=false` edits in every round, as the paper does
+    // Refused beside it is what it would not heed: all that is about prompts, the loop and who judges it.
     #[arg(
         long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_value_t = true,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set,
+        conflicts_with_all = [
+            "data", "min_relations", "spatial_only", "shard", "wording", "graph", "mode", "suite", "rounds", "draws", "redraw",
+            "accept", "looks", "only", "vlm", "judge", "resume",
+        ],
         help_heading = "Modes"
     )]
-    pub redraw: bool,
-    /// Accept a picture when the Checker gives every claim at least this probability
-    #[arg(long, value_name = "P", default_value_t = 0.5, help_heading = "Modes")]
-    pub accept: f64,
-    /// How many times the Checker looks at a picture, 1 to 5, each time moved by some pixels; a verdict is the mean
-    /// [default: 3 with the built-in one, else 1]
-    #[arg(long, value_name = "K", help_heading = "Modes")]
-    pub looks: Option<usize>,
+    pub edits: bool,
+    /// Seeds of the noise, one picture of each prompt for each; --edits takes one
+    #[arg(long, value_name = "N", num_args = 1.., default_value = "0", help_heading = "Modes")]
+    pub seed: Vec<u64>,
     /// Whether pictures may show nothing else than what is asked [default: on the tabletop world, whose prompts tell all]
     #[arg(
         long,
@@ -202,15 +185,19 @@ pub struct EvalRun {
         help_heading = "Modes"
     )]
     pub only: Option<bool>,
+
+    #[command(flatten)]
+    pub cycle: CycleArgs,
     /// How pictures are edited
-    #[arg(long, value_enum, value_name = "E", default_value_t, help_heading = "Modes")]
+    #[arg(long, value_enum, value_name = "E", default_value_t, help_heading = "The loop")]
     pub editor: EditorKind,
     /// How a picture is inverted to noise, with --editor inversion
-    #[arg(long, value_enum, value_name = "I", default_value_t, help_heading = "Modes")]
+    #[arg(long, value_enum, value_name = "I", default_value_t, help_heading = "The loop")]
     pub inversion: Inversion,
     /// Prompts that are worked on at once; the results do not depend on it
-    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Modes")]
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "The loop")]
     pub batch: usize,
+
     /// Another VLM than the Checker as the judge: a hub id or a folder
     #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
     pub judge: Option<String>,
@@ -223,6 +210,10 @@ pub struct EvalRun {
     pub resume: bool,
     #[command(flatten)]
     pub sampling: Sampling,
+    #[command(flatten)]
+    pub painter: PainterArgs,
+    #[command(flatten)]
+    pub critic: CriticArgs,
     #[command(flatten)]
     pub models: ModelArgs,
     #[command(flatten)]

@@ -25,19 +25,28 @@ pub enum Who {
     Mender,
 }
 
-/// Adapters that no model has taken yet.
+/// The adapters that are on.
 pub struct Adapters {
+    /// Those that no model has taken yet.
     left: Vec<(Who, Peft, f64)>,
-    built_in: bool,
+    /// Those that a model has.
+    taken: Vec<Adapter>,
+    /// The folder of the built-in ones, where they are on.
+    built_in: Option<Folder>,
     told: Vec<String>,
 }
 
 impl Adapters {
     pub fn open(args: &ModelArgs) -> Result<Self> {
-        let mut this = Self { left: Vec::new(), built_in: true, told: args.adapter.clone() };
-        for text in &args.adapter {
+        Self::named(&args.adapter, built_in::adapters())
+    }
+
+    /// Those that `--adapter` names, with the folder of the built-in ones.
+    fn named(texts: &[String], built_in: Option<Folder>) -> Result<Self> {
+        let mut this = Self { left: Vec::new(), taken: Vec::new(), built_in, told: texts.to_vec() };
+        for text in texts {
             match text.as_str() {
-                NONE => this.built_in = false,
+                NONE => this.built_in = None,
                 built_in::NAME => {}
                 _ => this.left.push(read(text)?),
             }
@@ -47,7 +56,7 @@ impl Adapters {
 
     /// None at all.
     pub fn none() -> Self {
-        Self { left: Vec::new(), built_in: false, told: Vec::new() }
+        Self { left: Vec::new(), taken: Vec::new(), built_in: None, told: Vec::new() }
     }
 
     /// Takes those whose layers the model of `params` has.
@@ -56,13 +65,16 @@ impl Adapters {
         let (taken, left) =
             std::mem::take(&mut self.left).into_iter().partition(|(w, peft, _)| *w == who && fits(peft));
         self.left = left;
-        taken.into_iter().map(|(_, peft, strength)| peft.adapter(strength)).collect()
+        let taken: Vec<Adapter> = taken.into_iter().map(|(_, peft, strength)| peft.adapter(strength)).collect();
+        self.taken.extend_from_slice(&taken);
+        taken
     }
 
     /// Those of a built-in model's Editor or Actor, by the name of their folder: the given ones, or the built-in one.
     pub fn take_or_built_in(&mut self, role: &str, params: &Params) -> Result<Vec<Adapter>> {
         let mut taken = self.take(Who::Mender, params);
-        if let Some(folder) = built_in::adapter(role).filter(|_| self.built_in && taken.is_empty()) {
+        let built_in = self.built_in.as_ref().and_then(|folder| folder.sub(role));
+        if let Some(folder) = built_in.filter(|_| taken.is_empty()) {
             taken.push(Peft::open(&folder)?.adapter(1.0));
             if !self.told.iter().any(|told| told == built_in::NAME) {
                 self.told.push(built_in::NAME.to_owned());
@@ -76,10 +88,11 @@ impl Adapters {
         &self.told
     }
 
-    /// An error if some fit no model.
+    /// An error if some fit no model. Call when the models are built.
     pub fn finish(&self) -> Result<()> {
         match self.left.first() {
-            None => Ok(()),
+            // A tensor of its name is not yet a linear layer.
+            None => self.taken.iter().try_for_each(Adapter::check),
             Some((who, Peft { name, layers, .. }, _)) => {
                 let hint = if *who == Who::Mender { " (all=DIR is for Diffuser and Checker too)" } else { "" };
                 let layer = layers.first().map_or("", String::as_str);
@@ -110,7 +123,56 @@ fn read(text: &str) -> Result<(Who, Peft, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Device};
+    use crate::models::Linear;
+    use candle_core::{DType, Device, Tensor};
+
+    /// An adapter of rank 1 for the layer `layer`.
+    fn write(folder: &Path, layer: &str) {
+        std::fs::create_dir_all(folder).unwrap();
+        std::fs::write(folder.join("adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
+        let one = Tensor::ones((1, 1), DType::F32, &Device::Cpu).unwrap();
+        let tensors = ["lora_A", "lora_B"].map(|factor| (format!("{layer}.{factor}.weight"), one.clone()));
+        candle_core::safetensors::save(&tensors.into(), folder.join("adapter_model.safetensors")).unwrap();
+    }
+
+    #[test]
+    fn a_role_has_its_built_in_adapter_unless_the_flag_says_otherwise() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join("shipped").join(built_in::ACTOR), "x");
+        write(&dir.path().join("other"), "x");
+        let (shipped, other) = (dir.path().join("shipped"), dir.path().join("other").display().to_string());
+        let weight = ("x.weight".to_owned(), Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap());
+        let params = Params::loaded([weight].into(), "test", DType::F32, &Device::Cpu);
+        let taken = |texts: &[&str], role: &str| {
+            let texts: Vec<String> = texts.iter().map(ToString::to_string).collect();
+            let mut adapters = Adapters::named(&texts, Some(shipped.clone().into())).unwrap();
+            let taken = adapters.take_or_built_in(role, &params).unwrap();
+            let count = taken.len();
+            Linear::new(1, 1, &params.at("x")).unwrap();
+            Linear::new(1, 1, &params.again(taken).at("x")).unwrap();
+            adapters.finish().unwrap();
+            (count, adapters.told().join(" "))
+        };
+        let built_in = (1, built_in::NAME.to_owned());
+        assert_eq!(taken(&[], built_in::ACTOR), built_in);
+        assert_eq!(taken(&[built_in::NAME], built_in::ACTOR), built_in);
+        assert_eq!(taken(&[], built_in::EDITOR), (0, String::new()), "it has none");
+        assert_eq!(taken(&[&other], built_in::ACTOR), (1, other.clone()), "instead of the built-in one");
+        assert_eq!(taken(&[NONE], built_in::ACTOR), (0, NONE.to_owned()));
+    }
+
+    #[test]
+    fn an_adapter_for_what_is_no_linear_layer_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "norm");
+        let weight = ("norm.weight".to_owned(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap());
+        let params = Params::loaded([weight].into(), "test", DType::F32, &Device::Cpu);
+        let path = dir.path().display().to_string();
+        let mut adapters = Adapters::named(std::slice::from_ref(&path), None).unwrap();
+        assert_eq!(adapters.take(Who::Mender, &params).len(), 1);
+        let error = adapters.finish().unwrap_err().to_string();
+        assert!(error.contains(&path) && error.contains("norm is no linear layer"), "{error}");
+    }
 
     #[test]
     fn built_in_adapters_fit_the_built_in_models() {
@@ -127,8 +189,6 @@ mod tests {
                 let layers = Peft::open(&folder).unwrap().layers;
                 assert!(layers.iter().all(|layer| params.has(&format!("{layer}.weight"))), "{role}");
             }
-            let none = ModelArgs { adapter: vec![NONE.to_owned()], ..ModelArgs::default() };
-            assert!(Adapters::open(&none).unwrap().take_or_built_in(role, &params).unwrap().is_empty());
         }
     }
 
@@ -137,10 +197,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = read("all=nowhere:0.5").err().unwrap().to_string();
         assert!(missing.contains("there is no folder nowhere"), "{missing}");
-        std::fs::write(dir.path().join("adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
-        let one = candle_core::Tensor::ones((1, 1), DType::F32, &Device::Cpu).unwrap();
-        let tensors = ["x.lora_A.weight", "x.lora_B.weight"].map(|name| (name.to_owned(), one.clone()));
-        candle_core::safetensors::save(&tensors.into(), dir.path().join("adapter_model.safetensors")).unwrap();
+        write(dir.path(), "x");
         let path = dir.path().display();
         for (text, expected) in [
             (format!("{path}"), (Who::Mender, 1.0)),

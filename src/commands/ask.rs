@@ -13,7 +13,7 @@ use crate::{
     usage,
 };
 use anyhow::{Context, Result};
-use serde::Deserialize;
+use serde_json::{Value, from_slice};
 use std::{io::Read, path::Path};
 
 /// A longer prompt is no prompt.
@@ -32,7 +32,12 @@ pub enum Ask {
 /// another word is a mistake.
 pub fn read(asked: &Asked, strict: bool) -> Result<Vec<Ask>> {
     if let Some(path) = &asked.graph {
-        return graphs(path)?.iter().map(from_graph).collect();
+        let graphs = graphs(path)?;
+        let place = |i: usize| match graphs.len() {
+            1 => path.display().to_string(),
+            n => format!("{}, graph {} of {n}", path.display(), i + 1),
+        };
+        return graphs.iter().enumerate().map(|(i, graph)| from_graph(graph).with_context(|| place(i))).collect();
     }
     let text = match (&asked.prompt, &asked.prompt_file) {
         (Some(prompt), _) if prompt != "-" => return Ok(vec![understand(prompt, strict)?]),
@@ -102,37 +107,31 @@ fn found(prompt: String, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> 
     Ok(target)
 }
 
-/// LAION-SG's records, one or a list, or plain scene graphs.
+/// LAION-SG's records, one or a list, or plain scene graphs likewise.
 fn graphs(path: &Path) -> Result<Vec<SceneGraph>> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum One {
-        Record(Record),
-        Graph(SceneGraph),
-    }
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum File {
-        Many(Vec<One>),
-        One(One),
-    }
     let shown = path.display();
     let bytes = read_file(path, MAX_FILE)?;
-    let Ok(file) = serde_json::from_slice(&bytes) else {
-        usage!("{shown} is neither a LAION-SG record, nor a scene graph, nor a list of them");
+    // A byte order mark is no harm.
+    let json = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let read = || -> serde_json::Result<Vec<SceneGraph>> {
+        // What the first of them is, all are: serde names the place of a mistake only if it knows what it reads.
+        let value: Value = from_slice(json)?;
+        let first = value.as_array().map_or(Some(&value), |all| all.first());
+        let is_record = first.is_some_and(|one| one.get("items").is_some());
+        Ok(match (value.is_array(), is_record) {
+            (true, true) => from_slice::<Vec<Record>>(json)?.iter().map(Record::graph).collect(),
+            (true, false) => from_slice(json)?,
+            (false, true) => vec![from_slice::<Record>(json)?.graph()],
+            (false, false) => vec![from_slice(json)?],
+        })
     };
-    let all = match file {
-        File::Many(all) => all,
-        File::One(one) => vec![one],
-    };
-    if all.is_empty() {
-        usage!("{shown} holds no scene graph");
+    match read() {
+        Ok(graphs) if graphs.is_empty() => usage!("{shown} holds no scene graph"),
+        Ok(graphs) => Ok(graphs),
+        Err(error) => {
+            usage!("{shown} is neither a LAION-SG record, nor a scene graph, nor a list of either: {error}")
+        }
     }
-    let graph = |one: &One| match one {
-        One::Record(record) => record.graph(),
-        One::Graph(graph) => graph.clone(),
-    };
-    Ok(all.iter().map(graph).collect())
 }
 
 /// Objects, and relations, of a scene graph that is drawn at most: each is a question about every picture.

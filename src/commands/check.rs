@@ -17,11 +17,11 @@ use serde_json::json;
 pub fn run(args: &Check) -> Result<()> {
     open::check_accept(args.accept)?;
     open::check_looks(args.looks)?;
-    let strict = built_in::are_named(args.models.vlm.as_deref());
+    let strict = built_in::are_named(args.critic.vlm.as_deref());
     let ask = ask::understand(&args.prompt, strict)?;
     let picture = Picture::from_pixels(png::read(&args.image)?);
     let device = open::device(&args.models)?;
-    let found = open::find_vlm(&args.models)?;
+    let found = open::find_vlm(&args.critic)?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
     let critic = open::checker(&found, (&device.0, device.1), &mut adapters)?;

@@ -27,7 +27,7 @@ pub fn run(args: &Edit) -> Result<()> {
     let picture = Picture::from_pixels(png::read(&args.image)?);
     let output = Output::new(Some(&args.out), &[seed], args.force, !args.no_metadata)?;
     let (device, dtype) = open::device(&args.models)?;
-    let found = open::find_pipeline(&args.models)?;
+    let found = open::find_pipeline(&args.painter)?;
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;

@@ -41,12 +41,13 @@ pub fn run(args: &Eval) -> Result<()> {
 
 fn evaluate(args: &EvalRun) -> Result<()> {
     open::check_sampling(&args.sampling)?;
-    open::check_accept(args.accept)?;
-    open::check_looks(args.looks)?;
-    if args.limit == Some(0) || !(1..=100).contains(&args.rounds) || !(1..=4096).contains(&args.batch) {
-        usage!("--limit is 1 or more, --rounds 1 to 100, --batch 1 to 4096");
+    let options = open::cycle(&args.cycle, args.batch)?;
+    if args.limit == Some(0) {
+        usage!("--limit is 1 or more, not 0");
     }
-    open::check_draws(args.draws, args.rounds)?;
+    if let Some(limit) = args.limit.filter(|limit| args.dataset == Dataset::Tabletop && *limit > dataset::MOST) {
+        usage!("--limit {limit}: at most {} of the tabletop world are evaluated", dataset::MOST);
+    }
     if args.edits {
         if args.dataset != Dataset::Tabletop {
             usage!("--edits is of the tabletop world, whose edits are known; leave out --dataset");
@@ -57,11 +58,17 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     let (samples, flaws) = samples(args)?;
     flaws.iter().flat_map(Flaws::sentences).for_each(|flaw| console.say(&format!("the data has {flaw}")));
     let stop = interrupt()?;
-    let models = Models::open(args, &console, stop)?;
+    let models = Models::open(args, options, &console, stop)?;
     let modes = models.modes(args, &console)?;
     let config = models.config(args, &modes);
     let mut kept = match &args.out {
-        Some(out) if args.resume => Kept::Folder(Folder::resume(out, &config)?),
+        Some(out) if args.resume => {
+            let (folder, lost) = Folder::resume(out, &config)?;
+            if lost > 0 {
+                console.say(&format!("{lost} prompts have lost a picture and are made again"));
+            }
+            Kept::Folder(folder)
+        }
         Some(out) => Kept::Folder(Folder::create(out, &config)?),
         None => Kept::Memory(Vec::new()),
     };
@@ -182,19 +189,21 @@ struct Models {
     critic: Critic,
     bare_critic: Option<Critic>,
     judge: Option<Critic>,
+    /// How the loop runs with them.
+    options: Options,
     /// What a configuration tells of them.
     told: Value,
 }
 
 impl Models {
-    fn open(args: &EvalRun, console: &Console, stop: &'static AtomicBool) -> Result<Self> {
+    fn open(args: &EvalRun, options: Options, console: &Console, stop: &'static AtomicBool) -> Result<Self> {
         let (device, dtype) = open::device(&args.models)?;
         let at = (&device, dtype);
         let mut adapters = Adapters::open(&args.models)?;
-        let (pipeline, vlm) = (open::find_pipeline(&args.models)?, open::find_vlm(&args.models)?);
+        let (pipeline, vlm) = (open::find_pipeline(&args.painter)?, open::find_vlm(&args.critic)?);
         let (klein, editor) = open::pipeline(&pipeline, at, &mut adapters)?;
         let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
-        let critic = critic.with_looks(open::looks(args.looks, &vlm));
+        let critic = critic.with_looks(open::looks(args.cycle.looks, &vlm));
         adapters.finish()?;
         let painting = open::painting(&klein, &pipeline, &args.sampling, (args.editor, args.inversion), args.batch);
         let painter = || Painter::new(klein.clone(), painting.clone(), console.watch(stop));
@@ -218,12 +227,15 @@ impl Models {
         told["dtype"] = open::dtype_name(dtype).into();
         let judge = judge.map(|found| -> Result<Critic> {
             let critic = open::checker(&found, at, &mut Adapters::none())?;
-            Ok(critic.with_looks(open::looks(args.looks, &found)))
+            Ok(critic.with_looks(open::looks(args.cycle.looks, &found)))
         });
         let judge = judge.transpose()?;
         told["judge_calibration"] = serde_json::to_value(judge.as_ref().map(|judge| judge.calibration))?;
+        if let Some(judge) = &judge {
+            told["judge_looks"] = judge.looks.into();
+        }
         let (painter, critic) = (painter().with_editor(editor), critic.with_actor(actor));
-        Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, told })
+        Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, options, told })
     }
 
     /// The modes that are asked for.
@@ -264,12 +276,13 @@ impl Models {
 
     /// All that the results depend on.
     fn config(&self, args: &EvalRun, modes: &[Mode]) -> Value {
+        let Options { rounds, draws, redraw, accept, .. } = self.options;
         let mut config = json!({
             "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
             "data": args.data.as_ref().map(|path| path.to_string_lossy()), "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
-            "mode": modes, "seed": args.seed, "rounds": args.rounds, "draws": args.draws, "redraw": args.redraw, "accept": args.accept,
+            "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
@@ -305,13 +318,7 @@ impl Models {
             lister: lists(args).then(|| self.judge.as_ref().unwrap_or(critic) as _),
             evaluations: &|| self.klein.evaluations(),
             cancelled: &|| stop.load(Ordering::Relaxed),
-            options: Options {
-                rounds: args.rounds,
-                draws: args.draws,
-                redraw: args.redraw,
-                accept: args.accept,
-                width: args.batch,
-            },
+            options: self.options,
             seed,
             only: only(args),
         };

@@ -4,7 +4,7 @@ use super::{adapters::Adapters, eval::split_of, interrupt, open, output::Fresh, 
 use crate::{
     cli::EvalRun,
     eval::{
-        play,
+        dataset, play,
         stats::Share,
         tabletop::{EditResults, edits},
     },
@@ -12,7 +12,7 @@ use crate::{
         klein::Painter,
         roles::{Edit, Editor, Picture, Target, expect_each},
     },
-    scene::tabletop::{render::render, split::Split},
+    scene::tabletop::{render::render, tasks::EditSample},
     usage,
 };
 use anyhow::{Result, bail};
@@ -24,24 +24,28 @@ use std::{
 
 pub fn run(args: &EvalRun) -> Result<()> {
     let [name] = args.split.as_slice() else { usage!("--edits takes one --split") };
+    let [seed] = args.seed.as_slice() else { usage!("--edits takes one --seed") };
     let split = split_of(name)?;
+    let (subset_seed, limit) = (args.subset_seed.unwrap_or(0), args.limit.unwrap_or(dataset::LIMIT));
     let out = args.out.as_deref().map(Fresh::new).transpose()?;
     let (device, dtype) = open::device(&args.models)?;
     let stop = interrupt()?;
-    let console = Console::new(args.print.quiet, args.limit.unwrap_or(500));
+    let console = Console::new(args.print.quiet, limit);
     let mut adapters = Adapters::open(&args.models)?;
-    let found = open::find_pipeline(&args.models)?;
+    let found = open::find_pipeline(&args.painter)?;
     let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), args.batch);
     let settings = json!({
-        "split": split.name(), "limit": args.limit, "seed": args.seed, "objects": args.objects, "steps": painting.steps,
-        "guidance": painting.guidance, "editor": format!("{:?}", painting.editing), "model": found.source,
-        "adapter": adapters.told(), "dtype": open::dtype_name(dtype), "rlrig": env!("CARGO_PKG_VERSION"),
+        "split": split.name(), "subset_seed": subset_seed, "limit": limit, "seed": seed, "objects": args.objects,
+        "steps": painting.steps, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),
+        "model": found.source, "adapter": adapters.told(), "dtype": open::dtype_name(dtype),
+        "rlrig": env!("CARGO_PKG_VERSION"),
     });
     let painter = Painter::new(klein.clone(), painting, console.watch(stop)).with_editor(editor);
     let start = Instant::now();
-    let (results, lines) = edit_all(args, split, &painter, stop, &console)?;
+    let samples = edits(split, subset_seed, limit, args.objects);
+    let (results, lines) = edit_all(&samples, *seed, args.batch, &painter, stop, &console)?;
     console.done();
     let document = json!({
         "settings": settings, "results": results, "seconds": start.elapsed().as_secs_f64(),
@@ -64,18 +68,17 @@ pub fn run(args: &EvalRun) -> Result<()> {
     Ok(())
 }
 
-/// Results of single edits of renders, and a line for each.
+/// Results of single edits of renders with noise of `seed`, and a line for each.
 fn edit_all(
-    args: &EvalRun,
-    split: Split,
+    samples: &[EditSample],
+    seed: u64,
+    batch: usize,
     painter: &Painter,
     stop: &'static AtomicBool,
     console: &Console,
 ) -> Result<(EditResults, String)> {
-    let seed = args.seed.first().copied().unwrap_or(0);
-    let samples = edits(split, args.subset_seed.unwrap_or(0), args.limit.unwrap_or(500), args.objects);
     let (mut results, mut lines) = (EditResults::default(), String::new());
-    for (start, batch) in (0..).step_by(args.batch).zip(samples.chunks(args.batch)) {
+    for (start, batch) in (0..).step_by(batch).zip(samples.chunks(batch)) {
         let sources: Vec<(Picture, Target)> = batch
             .iter()
             .map(|sample| {

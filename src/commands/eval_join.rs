@@ -9,7 +9,6 @@ use crate::{
         line::Line,
         metrics::Answer,
         modes::Mode,
-        results::distinct,
         table,
     },
     io,
@@ -21,8 +20,9 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -51,7 +51,9 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     if compared.is_empty() {
         usage!("{} and {} have no prompt in common in the modes asked for", args.a, args.b);
     }
+    let note = other_judge(&config_a, &config_b);
     if args.json {
+        note.iter().for_each(|note| eprintln!("{note}"));
         console.result(&serde_json::to_string(&compared)?)?;
         return Ok(());
     }
@@ -68,7 +70,27 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
             e.hi
         ))?;
     }
+    if let Some(note) = note {
+        console.result(&format!("\n{note}"))?;
+    }
     Ok(())
+}
+
+/// A warning if it is not the same who judges the pictures of two runs.
+fn other_judge(a: &Value, b: &Value) -> Option<String> {
+    // Without a judge apart the Checker judges. With one it is a part of the loop, and may be another.
+    let settings: &[&str] = match [a, b].map(|run| run["judge"].is_null()) {
+        [true, true] => &["vlm", "looks", "calibration"],
+        [false, false] => &["judge", "judge_looks", "judge_calibration"],
+        _ => &["judge"],
+    };
+    let others: Vec<&str> = settings.iter().copied().filter(|key| a[*key] != b[*key]).collect();
+    (!others.is_empty()).then(|| {
+        format!(
+            "The runs differ in {}: judge_* and the IoUs without oracle_ are not measured alike, the oracle's metrics are",
+            others.join(", ")
+        )
+    })
 }
 
 /// A folder, and a mode behind a colon.
@@ -128,21 +150,51 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
     complete(&parts, &args.parts)?;
     let mut config = first.clone();
     config["shard"] = Value::Null;
-    let mut whole = Folder::create(&args.out, &config)?;
-    for (part, _) in &parts {
-        whole.take(part)?;
-    }
     let versions = json!({ "rlrig": env!("CARGO_PKG_VERSION") });
     // Each part has read the whole data, so what the first found is what there is.
     let flaws = parts.first().map_or(Ok(Value::Null), |(part, _)| part.flaws())?;
-    let results = whole.finish(config, versions, flaws)?;
+    let results = Folder::join(&args.out, &parts, config, versions, flaws)?;
     Console::new(true, 0).result(table::markdown(&results).trim_end())?;
     Ok(())
 }
 
+/// A claim about a picture, told by the digest of its file.
+type Asked = ([u8; 32], Claim);
+
+/// What the Checker said of a run's claims before its calibration, and whether the oracle agrees; each claim about a picture
+/// once, though modes and runs share drawings.
+fn answers(folder: &Folder, calibration: &Calibration, seen: &mut HashSet<Asked>) -> Result<Vec<(Claim, f64, bool)>> {
+    let mut said = Vec::new();
+    for line in folder.lines() {
+        let p_of = |object: &str| {
+            let is = |a: &&Answer| matches!(&a.claim, Claim::Object(o) if o == object);
+            line.claims.iter().find(is).map(|a| a.checker)
+        };
+        // A calibrated relation that is held to its object's probability does not tell its own.
+        let capped = |answer: &Answer| match &answer.claim {
+            Claim::Relation { subject, object, .. } if *calibration != Calibration::default() => {
+                [subject, object].iter().any(|o| p_of(o) == Some(answer.checker))
+            }
+            _ => false,
+        };
+        let told = line.claims.iter().filter(|answer| !capped(answer));
+        let told: Vec<(&Answer, bool)> = told.filter_map(|answer| Some((answer, answer.oracle?))).collect();
+        if told.is_empty() {
+            continue;
+        }
+        let picture: [u8; 32] = Sha256::digest(folder.picture(line)?).into();
+        for (Answer { claim, checker, .. }, truth) in told {
+            if seen.insert((picture, claim.clone())) {
+                said.push((claim.clone(), calibration.of(claim).undo(*checker), truth));
+            }
+        }
+    }
+    Ok(said)
+}
+
 /// Fits the Checker's calibration to the oracle's truths in some runs.
 pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
-    let mut said: Vec<(Claim, f64, bool)> = Vec::new();
+    let (mut said, mut seen) = (Vec::new(), HashSet::new());
     let mut first: Option<Value> = None;
     for path in &args.runs {
         let (folder, config) = Folder::open(path)?;
@@ -158,23 +210,7 @@ pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
                 serde_json::from_value(told.clone()).with_context(|| format!("the config of {}", path.display()))?
             }
         };
-        for line in distinct(folder.lines()) {
-            let p_of = |object: &str| {
-                let is = |a: &&Answer| matches!(&a.claim, Claim::Object(o) if o == object);
-                line.claims.iter().find(is).map(|a| a.checker)
-            };
-            for answer in &line.claims {
-                // A calibrated relation that is held to its object's probability does not tell its own.
-                let capped = match &answer.claim {
-                    Claim::Relation { subject, object, .. } if before != Calibration::default() => {
-                        [subject, object].iter().any(|o| p_of(o) == Some(answer.checker))
-                    }
-                    _ => false,
-                };
-                let p = before.of(&answer.claim).undo(answer.checker);
-                said.extend(answer.oracle.filter(|_| !capped).map(|truth| (answer.claim.clone(), p, truth)));
-            }
-        }
+        said.extend(answers(&folder, &before, &mut seen)?);
         first.get_or_insert(config);
     }
     if said.is_empty() {
@@ -191,5 +227,49 @@ pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
     match &args.out {
         Some(path) => io::write_file(path, json.as_bytes(), args.force),
         None => Ok(console.result(json.trim_end())?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::line::tests::mended;
+    use image::{Rgb, RgbImage};
+    use std::ops::Range;
+
+    #[test]
+    fn a_claim_about_a_picture_counts_once_in_all_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |name: &str, mode: Mode, prompts: Range<u8>| {
+            let mut folder = Folder::create(&dir.path().join(name), &json!({})).unwrap();
+            for i in prompts {
+                // All modes begin with the same drawing.
+                let pictures = [0, 1].map(|round| RgbImage::from_pixel(2, 2, Rgb([i, round, 0])));
+                folder.keep(mended(i.into(), mode), &pictures.each_ref()).unwrap();
+            }
+            folder
+        };
+        let claims = |folder: &Folder| folder.lines().iter().map(|line| line.claims.len()).sum::<usize>();
+        let (a, b, c) = (run("a", Mode::Loop, 0..3), run("b", Mode::Diffuser, 0..3), run("c", Mode::Loop, 2..5));
+        let mut seen = HashSet::new();
+        let mut said = |folder: &Folder| answers(folder, &Calibration::default(), &mut seen).unwrap().len();
+        assert_eq!((said(&a), said(&b)), (claims(&a), 0));
+        assert_eq!(said(&c), claims(&c) - claims(&run("shared", Mode::Loop, 2..3)));
+    }
+
+    #[test]
+    fn a_judge_that_is_another_is_named() {
+        let checked = json!({ "judge": null, "vlm": "a", "looks": 3, "calibration": {} });
+        let judged = json!({ "judge": "j", "vlm": "a", "looks": 3, "judge_looks": 1, "judge_calibration": {} });
+        let with = |config: &Value, key: &str, value: &str| {
+            let mut config = config.clone();
+            config[key] = value.into();
+            config
+        };
+        assert_eq!(other_judge(&checked, &with(&checked, "rounds", "8")), None);
+        assert!(other_judge(&checked, &with(&checked, "vlm", "b")).unwrap().contains("differ in vlm:"));
+        assert_eq!(other_judge(&judged, &with(&with(&judged, "vlm", "b"), "looks", "1")), None, "it is no judge");
+        assert!(other_judge(&judged, &with(&judged, "judge", "k")).unwrap().contains("differ in judge:"));
+        assert!(other_judge(&checked, &judged).unwrap().contains("differ in judge:"));
     }
 }

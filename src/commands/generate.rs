@@ -3,23 +3,26 @@
 use super::{
     adapters::Adapters,
     ask::{self, Ask},
-    fresh_seed, interrupt, open,
+    fresh_seed, interrupt,
+    open::{self, Found},
     output::{Output, Turns, check_writable},
     show::Console,
 };
 use crate::{
     cli::{EditorKind, Generate},
+    flow::Watch,
     io::{self, png},
     models::built_in,
     rig::{
         cycle::{self, Cast, Ending, Event, Job, Outcome},
         klein::Painter,
-        trajectory::{Recipe, Trajectory},
+        trajectory::{Recipe, Source, Trajectory},
+        vlm_roles::Critic,
     },
     usage,
 };
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::ValueEnum;
 use image::RgbImage;
 use serde::Serialize;
@@ -32,53 +35,117 @@ const MAX_NOISE: u64 = 1 << 30;
 pub fn run(args: Generate) -> Result<()> {
     let from = args.from.as_deref().map(read_recipe).transpose()?;
     let args = with_recipe(args, from.as_ref())?;
-    // All that can be wrong with the call is found before a model is opened.
-    open::check_sampling(&args.sampling)?;
-    let options = cycle::Options {
-        rounds: args.rounds.unwrap_or(4),
-        draws: args.draws.unwrap_or(1),
-        redraw: args.redraw.unwrap_or(true),
-        accept: args.accept.unwrap_or(0.5),
-        width: args.batch,
-    };
-    open::check_accept(options.accept)?;
-    open::check_looks(args.looks)?;
-    if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&options.width) {
-        usage!("--rounds is 1 to 100, and --batch 1 to 4096");
-    }
-    open::check_draws(options.draws, options.rounds)?;
-    let strict = [&args.models.model, &args.models.vlm].iter().all(|m| built_in::are_named(m.as_deref()));
-    let asks = match &from {
-        Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
-        _ => ask::read(&args.asked, strict)?,
-    };
-    // A recipe's claims say already whether this one is among them.
-    let only = args.only.unwrap_or(strict && args.asked.any());
-    let seeds = seeds(&args)?;
-    let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
-    let noise = args.init_noise.as_deref().map(read_noise).transpose()?;
-    if let Some(path) = &args.save_noise {
-        if path.exists() && !args.force {
-            return Err(io::exists(path));
-        }
-        check_writable(path.parent().unwrap_or(Path::new(".")))?;
-    }
-    let output = Output::new(args.out.as_deref(), &all_seeds, args.force, !args.no_metadata)?;
-    let turns = args.trajectory.as_deref().map(|dir| Turns::new(dir, &all_seeds, args.force)).transpose()?;
-    let (device, dtype) = open::device(&args.models)?;
-    let (pipeline, vlm) = (open::find_pipeline(&args.models)?, open::find_vlm(&args.models)?);
-
+    let plan = Plan::new(&args, from.as_ref())?;
     let stop = interrupt()?;
-    let console = Console::new(args.print.quiet, all_seeds.len());
+    let console = Console::new(args.print.quiet, plan.asks.len() * plan.seeds.len());
+    let (painter, critic, recipe) = open_models(&args, &plan, console.watch(stop))?;
+    if let Some(path) = &args.save_noise {
+        save_noise(path, &painter, &plan.seeds, args.force)?;
+    }
+    let mut jobs = Vec::new();
+    for ask in plan.asks {
+        let target = ask::resolve(ask, &critic, plan.only, &|text| console.say(text))?;
+        jobs.extend(plan.seeds.iter().map(|seed| Job { target: target.clone(), seed: *seed }));
+    }
+    if args.seed.is_empty() {
+        console.say(&format!("seed {}", plan.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")));
+    }
+
+    let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
+    let mut kept = 0;
+    let finish = |job: usize, outcome: &Outcome| -> Result<()> {
+        let recipe = Recipe { seed: jobs[job].seed, ..recipe.clone() };
+        let trajectory = Trajectory::new(jobs[job].target.clone(), recipe, outcome);
+        let file = plan.output.write(job, outcome.best().picture.pixels()?, &trajectory)?;
+        let folder = match &plan.turns {
+            None => None,
+            Some(turns) => {
+                let pictures: Vec<&RgbImage> =
+                    outcome.turns.iter().map(|turn| turn.picture.pixels()).collect::<Result<_>>()?;
+                Some(turns.write(job, &trajectory, &pictures)?)
+            }
+        };
+        report(&console, args.print.json, file, folder, &trajectory)
+    };
+    cycle::run_observed(cast, &jobs, &plan.options, &|| stop.load(Ordering::Relaxed), &mut |event| {
+        console.hear(&event);
+        if let Event::Finished { job, outcome } = event {
+            finish(job, outcome)?;
+            kept += 1;
+        }
+        Ok(())
+    })?;
+    console.done();
+    if stop.load(Ordering::Relaxed) {
+        bail!("interrupted; {kept} of {} pictures are kept", jobs.len());
+    }
+    Ok(())
+}
+
+/// What a call asks for. All that can be wrong with it is found here, before a model is opened.
+struct Plan {
+    options: cycle::Options,
+    asks: Vec<Ask>,
+    /// Whether pictures may show nothing else.
+    only: bool,
+    /// Of each prompt.
+    seeds: Vec<u64>,
+    /// What the first drawings begin with, and the hash of its file.
+    noise: Option<(Tensor, String)>,
+    output: Output,
+    turns: Option<Turns>,
+    device: Device,
+    dtype: DType,
+    pipeline: Found,
+    vlm: Found,
+}
+
+impl Plan {
+    fn new(args: &Generate, from: Option<&Trajectory>) -> Result<Self> {
+        open::check_sampling(&args.sampling)?;
+        let options = open::cycle(&args.cycle, args.batch)?;
+        let strict = [&args.painter.model, &args.critic.vlm].iter().all(|m| built_in::are_named(m.as_deref()));
+        let asks = match from {
+            Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
+            _ => ask::read(&args.asked, strict)?,
+        };
+        // A recipe's claims say already whether this one is among them.
+        let only = args.only.unwrap_or(strict && args.asked.any());
+        let seeds = seeds(args)?;
+        let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
+        let noise = args.init_noise.as_deref().map(read_noise).transpose()?;
+        if let Some(path) = &args.save_noise {
+            if path.exists() && !args.force {
+                return Err(io::exists(path));
+            }
+            check_writable(path.parent().unwrap_or(Path::new(".")))?;
+        }
+        let output = Output::new(args.out.as_deref(), &all_seeds, args.force, !args.no_metadata)?;
+        for (flag, path) in [("--trajectory", &args.trajectory), ("--save-noise", &args.save_noise)] {
+            if let Some(path) = path.as_deref().filter(|path| output.writes(path)) {
+                usage!("{flag} {} is where the picture goes: name another", path.display());
+            }
+        }
+        let turns = args.trajectory.as_deref().map(|dir| Turns::new(dir, &all_seeds, args.force)).transpose()?;
+        let (device, dtype) = open::device(&args.models)?;
+        let (pipeline, vlm) = (open::find_pipeline(&args.painter)?, open::find_vlm(&args.critic)?);
+        Ok(Self { options, asks, only, seeds, noise, output, turns, device, dtype, pipeline, vlm })
+    }
+}
+
+/// Opens the models, and tells the recipe of what they make, but for each picture's own seed.
+fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(Painter, Critic, Recipe)> {
+    let Plan { options, pipeline, vlm, .. } = plan;
+    let at = (&plan.device, plan.dtype);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, editing) = open::pipeline(&pipeline, (&device, dtype), &mut adapters)?;
-    let (critic, actor) = open::critic(&vlm, (&device, dtype), &mut adapters)?;
-    let critic = critic.with_actor(actor).with_looks(open::looks(args.looks, &vlm));
+    let (klein, editing) = open::pipeline(pipeline, at, &mut adapters)?;
+    let (critic, actor) = open::critic(vlm, at, &mut adapters)?;
+    let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;
 
     let editor = args.editor.unwrap_or_default();
     let inversion = args.inversion.unwrap_or_default();
-    let painting = open::painting(&klein, &pipeline, &args.sampling, (editor, inversion), args.batch);
+    let painting = open::painting(&klein, pipeline, &args.sampling, (editor, inversion), args.batch);
     let recipe = Recipe {
         seed: 0,
         rounds: options.rounds,
@@ -93,56 +160,14 @@ pub fn run(args: Generate) -> Result<()> {
         model: pipeline.source.clone(),
         vlm: vlm.source.clone(),
         adapters: adapters.told().to_vec(),
-        dtype: open::dtype_name(dtype).to_owned(),
-        init_noise: noise.as_ref().map(|(_, hash)| hash.clone()),
+        dtype: open::dtype_name(plan.dtype).to_owned(),
+        init_noise: plan.noise.as_ref().map(|(_, hash)| hash.clone()),
     };
-    let mut painter = Painter::new(klein, painting, console.watch(stop)).with_editor(editing);
-    if let Some((noise, _)) = &noise {
-        painter = painter.with_noise(noise, &seeds)?;
+    let mut painter = Painter::new(klein, painting, watch).with_editor(editing);
+    if let Some((noise, _)) = &plan.noise {
+        painter = painter.with_noise(noise, &plan.seeds)?;
     }
-    if let Some(path) = &args.save_noise {
-        save_noise(path, &painter, &seeds, args.force)?;
-    }
-    let jobs: Vec<Job> = asks
-        .into_iter()
-        .map(|ask| ask::resolve(ask, &critic, only, &|text| console.say(text)))
-        .collect::<Result<Vec<_>>>()?
-        .into_iter()
-        .flat_map(|target| seeds.iter().map(move |seed| Job { target: target.clone(), seed: *seed }))
-        .collect();
-    if args.seed.is_empty() {
-        console.say(&format!("seed {}", seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")));
-    }
-
-    let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
-    let mut kept = 0;
-    let finish = |job: usize, outcome: &Outcome| -> Result<()> {
-        let recipe = Recipe { seed: jobs[job].seed, ..recipe.clone() };
-        let trajectory = Trajectory::new(jobs[job].target.clone(), recipe, outcome);
-        let file = output.write(job, outcome.best().picture.pixels()?, &trajectory)?;
-        let folder = match &turns {
-            None => None,
-            Some(turns) => {
-                let pictures: Vec<&RgbImage> =
-                    outcome.turns.iter().map(|turn| turn.picture.pixels()).collect::<Result<_>>()?;
-                Some(turns.write(job, &trajectory, &pictures)?)
-            }
-        };
-        report(&console, args.print.json, file, folder, &trajectory)
-    };
-    cycle::run_observed(cast, &jobs, &options, &|| stop.load(Ordering::Relaxed), &mut |event| {
-        console.hear(&event);
-        if let Event::Finished { job, outcome } = event {
-            finish(job, outcome)?;
-            kept += 1;
-        }
-        Ok(())
-    })?;
-    console.done();
-    if stop.load(Ordering::Relaxed) {
-        bail!("interrupted; {kept} of {} pictures are kept", jobs.len());
-    }
-    Ok(())
+    Ok((painter, critic, recipe))
 }
 
 /// Tells of a finished picture: its file on stdout, in words on stderr.
@@ -193,24 +218,24 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     if recipe.init_noise.is_some() && args.init_noise.is_none() {
         usage!("this picture began with noise from a file: give it with --init-noise");
     }
-    let named = |source: &crate::rig::trajectory::Source| match &source.revision {
+    let named = |source: &Source| match &source.revision {
         Some(revision) => format!("{}@{revision}", source.name.split('@').next().unwrap_or_default()),
         None => source.name.clone(),
     };
     if args.seed.is_empty() {
         args.seed = vec![recipe.seed];
     }
-    args.rounds = args.rounds.or(Some(recipe.rounds));
-    args.draws = args.draws.or(Some(recipe.draws));
-    args.redraw = args.redraw.or(Some(recipe.redraw));
-    args.accept = args.accept.or(Some(recipe.accept));
-    args.looks = args.looks.or(Some(recipe.looks));
+    args.cycle.rounds = args.cycle.rounds.or(Some(recipe.rounds));
+    args.cycle.draws = args.cycle.draws.or(Some(recipe.draws));
+    args.cycle.redraw = args.cycle.redraw.or(Some(recipe.redraw));
+    args.cycle.accept = args.cycle.accept.or(Some(recipe.accept));
+    args.cycle.looks = args.cycle.looks.or(Some(recipe.looks));
     args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));
     args.editor = args.editor.or(value(&recipe.editor)?);
     args.inversion = args.inversion.or(recipe.inversion.as_deref().map(value).transpose()?.flatten());
-    args.models.model = args.models.model.or_else(|| Some(named(&recipe.model)));
-    args.models.vlm = args.models.vlm.or_else(|| Some(named(&recipe.vlm)));
+    args.painter.model = args.painter.model.or_else(|| Some(named(&recipe.model)));
+    args.critic.vlm = args.critic.vlm.or_else(|| Some(named(&recipe.vlm)));
     args.models.dtype = args.models.dtype.or(value(&recipe.dtype)?);
     if args.models.adapter.is_empty() {
         args.models.adapter = recipe.adapters.clone();

@@ -1,7 +1,15 @@
 //! `rlrig info`: what a PNG says of itself.
 
 use super::show::{claim, printable};
-use crate::{cli::Info, io::png, rig::trajectory::Trajectory, usage};
+use crate::{
+    cli::Info,
+    io::png,
+    rig::{
+        cycle::Action,
+        trajectory::{Source, Trajectory},
+    },
+    usage,
+};
 use anyhow::{Context, Result};
 use std::io::Write;
 
@@ -11,13 +19,16 @@ pub fn run(args: &Info) -> Result<()> {
     let chunk = texts.iter().find(|(keyword, _)| keyword == png::CHUNK).map(|(_, text)| text);
     if args.json {
         let Some(text) = chunk else { usage!("{} carries no recipe of rlrig", args.file.display()) };
-        let value: serde_json::Value = serde_json::from_str(text).context("its recipe is damaged")?;
+        let value: serde_json::Value =
+            serde_json::from_str(text).with_context(|| format!("the recipe of {} is damaged", args.file.display()))?;
         writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
         return Ok(());
     }
     match chunk.map(|text| Trajectory::from_json(text)) {
         Some(Ok(trajectory)) => return show(out, &trajectory),
-        Some(Err(error)) if !texts.iter().any(|(keyword, _)| keyword == "parameters") => return Err(error),
+        Some(Err(error)) if !texts.iter().any(|(keyword, _)| keyword == "parameters") => {
+            return Err(error.context(format!("the recipe of {}", args.file.display())));
+        }
         _ => {}
     }
     if texts.is_empty() {
@@ -31,7 +42,7 @@ pub fn run(args: &Info) -> Result<()> {
 
 fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
     let r = &t.recipe;
-    let source = |s: &crate::rig::trajectory::Source| match &s.revision {
+    let source = |s: &Source| match &s.revision {
         Some(revision) => format!("{} at {revision}", s.name),
         None => s.name.clone(),
     };
@@ -42,7 +53,7 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
         ("seed", r.seed.to_string()),
         ("sampling", format!("{} steps, guidance {}, {}", r.steps, r.guidance, r.dtype)),
         ("editor", editor),
-        ("loop", format!("at most {} rounds, accepted from {} on in {} looks", r.rounds, r.accept, r.looks)),
+        ("loop", r.cycle()),
         ("model", source(&r.model)),
         ("vlm", source(&r.vlm)),
         ("made by", format!("rlrig {}", t.rlrig)),
@@ -56,7 +67,7 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
         let score = turn.score.map_or(String::new(), |score| format!(", score {score:.3}"));
         let best = if i == t.best { ", the result" } else { "" };
         writeln!(out, "\nround {}{score}{best}", i + 1)?;
-        if let crate::rig::cycle::Action::Edit { source, instruction, thought } = &turn.action {
+        if let Action::Edit { source, instruction, thought } = &turn.action {
             if !thought.is_empty() {
                 writeln!(out, "  reflection: {}", printable(thought))?;
             }

@@ -10,6 +10,13 @@ use std::{
     },
 };
 
+/// A line on stderr. Whether anyone can read it is nothing to the work, so it never fails, as `eprintln!` does.
+macro_rules! note {
+    ($($text:tt)*) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($text)*)));
+    }};
+}
+
 mod adapters;
 mod ask;
 mod check;
@@ -53,11 +60,17 @@ fn interrupt() -> Result<&'static AtomicBool> {
             if STOP.swap(true, Ordering::Relaxed) {
                 std::process::exit(130);
             }
-            eprintln!("stopping; what is finished is kept (once more to quit at once)");
+            note!("stopping; what is finished is kept (once more to quit at once)");
         })
         .context("cannot watch for Ctrl-C")?;
     }
     Ok(&STOP)
+}
+
+/// A line on stdout.
+fn print(line: &str) -> Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout(), "{line}").context("cannot write to stdout")
 }
 
 /// A seed for those who gave none; short enough to be typed.

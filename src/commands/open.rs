@@ -2,11 +2,12 @@
 
 use super::adapters::{Adapters, Who};
 use crate::{
-    cli::{DeviceKind, Dtype, EditorKind, Inversion, ModelArgs, Sampling},
+    cli::{CriticArgs, CycleArgs, DeviceKind, Dtype, EditorKind, Inversion, ModelArgs, PainterArgs, Sampling},
     flow::{self, Klein},
     io::hub::{Hub, Local},
     models::{Adapter, Folder, Params, built_in, flux2::Flux2, qwen3_vl},
     rig::{
+        cycle,
         klein::{Editing, Painting},
         trajectory::Source,
         vlm_roles::{Critic, LOOKS},
@@ -39,12 +40,12 @@ impl Found {
 }
 
 /// The folder of the pipeline, without reading it yet.
-pub fn find_pipeline(args: &ModelArgs) -> Result<Found> {
+pub fn find_pipeline(args: &PainterArgs) -> Result<Found> {
     find(args.model.as_deref(), built_in::PIPELINE, "--model")
 }
 
 /// The folder of the VLM, without reading it yet.
-pub fn find_vlm(args: &ModelArgs) -> Result<Found> {
+pub fn find_vlm(args: &CriticArgs) -> Result<Found> {
     find_a_vlm(args.vlm.as_deref(), "--vlm")
 }
 
@@ -221,6 +222,29 @@ pub fn check_sampling(sampling: &Sampling) -> Result<()> {
     Ok(())
 }
 
+/// How the loop runs with `width` jobs at once: the flags, and its own defaults for the rest; checked before a model is
+/// opened.
+pub fn cycle(args: &CycleArgs, width: usize) -> Result<cycle::Options> {
+    let usual = cycle::Options::default();
+    let rounds = args.rounds.unwrap_or(usual.rounds);
+    let options = cycle::Options {
+        rounds,
+        draws: args.draws.unwrap_or(usual.draws.min(rounds)),
+        redraw: args.redraw.unwrap_or(usual.redraw),
+        accept: args.accept.unwrap_or(usual.accept),
+        width,
+    };
+    if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&width) {
+        usage!("--rounds is 1 to 100, and --batch 1 to 4096");
+    }
+    if !(1..=options.rounds).contains(&options.draws) {
+        usage!("--draws is 1 to the number of --rounds, which is {}, not {}", options.rounds, options.draws);
+    }
+    check_accept(options.accept)?;
+    check_looks(args.looks)?;
+    Ok(options)
+}
+
 /// Checks a probability given as a flag.
 pub fn check_accept(accept: f64) -> Result<()> {
     if !(accept > 0.0 && accept <= 1.0) {
@@ -240,14 +264,6 @@ pub fn check_looks(looks: Option<usize>) -> Result<()> {
         Some(looks) if !(1..=LOOKS).contains(&looks) => usage!("--looks is 1 to {LOOKS}, not {looks}"),
         _ => Ok(()),
     }
-}
-
-/// Checks how many rounds of all draw.
-pub fn check_draws(draws: usize, rounds: usize) -> Result<()> {
-    if !(1..=rounds).contains(&draws) {
-        usage!("--draws is 1 to the number of --rounds, which is {rounds}, not {draws}");
-    }
-    Ok(())
 }
 
 /// A bar on stderr for each file that is fetched.

@@ -43,14 +43,26 @@ impl Output {
             }
         };
         for file in &files {
-            if !overwrite && file.exists() {
-                return Err(io::exists(file));
+            // A name that is too long, or a link to nothing, is found now too.
+            match fs::symlink_metadata(file) {
+                Ok(found) if found.is_symlink() && !file.exists() => usage!("{} is a link to nothing", file.display()),
+                Ok(_) if !overwrite => return Err(io::exists(file)),
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    usage!("{} cannot be written: {error}", file.display())
+                }
+                _ => {}
             }
         }
         if let Some(folder) = files.first().and_then(|file| file.parent()) {
             check_writable(folder)?;
         }
         Ok(Self { files, overwrite, metadata })
+    }
+
+    /// Whether `path` is one of the files.
+    pub fn writes(&self, path: &Path) -> bool {
+        let whole = |path: &Path| std::path::absolute(path).ok();
+        self.files.iter().any(|file| whole(file) == whole(path))
     }
 
     /// Writes picture `i` with its recipe.

@@ -36,7 +36,7 @@ impl Console {
     /// A line for people.
     pub fn say(&self, text: &str) {
         if !self.quiet {
-            self.bar.suspend(|| eprintln!("{text}"));
+            self.bar.suspend(|| note!("{text}"));
         }
     }
 

@@ -1,6 +1,6 @@
 //! `rlrig train`.
 
-use super::open;
+use super::{interrupt, open, print};
 use crate::{
     cli::{self, Train},
     train::{
@@ -13,15 +13,9 @@ use crate::{
         run::{End, Event, Plan, Rehearsal},
     },
 };
-use anyhow::{Context, Result};
+use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 pub fn run(command: &Train) -> Result<()> {
     match command {
@@ -42,39 +36,25 @@ fn train<C: RunConfig>(command: &str, args: &cli::Run) -> Result<()> {
     if args.dry_run {
         let Rehearsal { plan, metrics, seconds } = prepared.rehearse()?;
         print_plan(&plan);
-        println!("{}", listed(&metrics));
+        print(&listed(&metrics))?;
         print_cost(seconds, plan.steps);
         return Ok(());
     }
-    let stop = stop_on_interrupt()?;
+    let stop = interrupt()?;
     let mut progress = Progress::new(&folder);
-    let end = prepared.train(&stop, &mut |event| progress.show(event))?;
+    let end = prepared.train(stop, &mut |event| progress.show(event))?;
     progress.bar.finish_and_clear();
     match end {
-        End::Done => println!("{folder}/model"),
+        End::Done => print(&format!("{folder}/model"))?,
         End::NoBetter(step) => {
-            eprintln!("ended after step {step}: train.patience is spent; the best is in {folder}/best");
-            println!("{folder}/best");
+            note!("ended after step {step}: train.patience is spent; the best is in {folder}/best");
+            print(&format!("{folder}/best"))?;
         }
         End::Stopped(step) => {
-            eprintln!("stopped after step {step}; go on with: rlrig train {command} --resume {folder}");
+            note!("stopped after step {step}; go on with: rlrig train {command} --resume {folder}");
         }
     }
     Ok(())
-}
-
-/// A flag that the first Ctrl-C sets; the second ends the process.
-fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("finishing this step and saving; once more to quit at once");
-    })
-    .context("cannot watch for Ctrl-C")?;
-    Ok(stop)
 }
 
 /// Progress on stderr: a bar on a terminal, else a line every few seconds.
@@ -98,7 +78,7 @@ impl Progress {
         match event {
             Event::Plan(plan) => {
                 print_plan(plan);
-                eprintln!("run folder {}", self.folder);
+                note!("run folder {}", self.folder);
                 self.bar = ProgressBar::new(plan.steps).with_position(plan.done);
                 if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {per_sec} {eta} left {msg}") {
                     self.bar.set_style(style);
@@ -118,7 +98,7 @@ impl Progress {
                     let length = self.bar.length().unwrap_or(step);
                     let each = self.start.elapsed().as_secs_f64() / (step - self.first).max(1) as f64;
                     let left = clock(each * (length - step) as f64);
-                    eprintln!("step {step}/{length} {each:.3} s a step, {left} left: {}", listed(metrics));
+                    note!("step {step}/{length} {each:.3} s a step, {left} left: {}", listed(metrics));
                 }
             }
             Event::Evaluated(step, metrics) => self.line(&format!("step {step} evaluation: {}", listed(metrics))),
@@ -142,7 +122,7 @@ impl Progress {
     }
 
     fn line(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        self.bar.suspend(|| note!("{text}"));
     }
 }
 
@@ -152,7 +132,7 @@ fn print_plan(plan: &Plan) {
         0 => String::new(),
         bytes => format!(", {:.0} MB of it of models that stay as they are", millions(bytes)),
     };
-    eprintln!(
+    note!(
         "{:.2} M parameters in {} tensors ({:.2} M by Muon), {:.0} MB with gradients, moments and average{frozen}; activations on top",
         millions(plan.parameters),
         plan.tensors,
@@ -160,13 +140,13 @@ fn print_plan(plan: &Plan) {
         millions(plan.memory),
     );
     let twice = if plan.recompute { ", blocks computed twice to keep less" } else { "" };
-    eprintln!("steps {} to {} of {} samples, {} at once{twice}", plan.done, plan.steps, plan.batch, plan.micro_batch);
+    note!("steps {} to {} of {} samples, {} at once{twice}", plan.done, plan.steps, plan.batch, plan.micro_batch);
 }
 
 fn print_cost(seconds: f64, steps: u64) {
     let memory = peak_memory().map(|bytes| format!(", {:.0} MB of memory at most so far", bytes as f64 / 1e6));
     let whole = clock(seconds * steps as f64);
-    eprintln!("one step took {seconds:.2} s, {steps} take about {whole}{}", memory.unwrap_or_default());
+    note!("one step took {seconds:.2} s, {steps} take about {whole}{}", memory.unwrap_or_default());
 }
 
 fn listed(metrics: &Metrics) -> String {

@@ -1,5 +1,6 @@
 //! `rlrig world`: the tabletop world as a data set, and its pixel oracle.
 
+use super::print;
 use crate::{
     cli::{World, WorldExport, WorldOracle},
     io::{png, write_file},
@@ -40,9 +41,9 @@ fn export(args: &WorldExport) -> Result<()> {
             let png = png::encode(&render::render(&sample.scene), &[])?;
             // Too many to sync each; but none is left half-written.
             std::fs::write(&path, png)
-                .or_else(|error| {
-                    std::fs::remove_file(&path)?;
-                    Err(error)
+                .inspect_err(|_| {
+                    // There may be nothing to remove; what went wrong is the first error.
+                    let _ = std::fs::remove_file(&path);
                 })
                 .with_context(|| format!("cannot write {}", path.display()))?;
             Ok((name, sample))
@@ -56,19 +57,12 @@ fn export(args: &WorldExport) -> Result<()> {
     let list = args.out.join(format!("{}.json", split.name()));
     let text = serde_json::to_string_pretty(&records)?;
     write_file(&list, text.as_bytes(), true)?;
-    println!("{}", list.display());
-    Ok(())
+    print(&list.display().to_string())
 }
 
 /// Prints what the oracle reads: as JSON, or as sentences.
 fn oracle(args: &WorldOracle) -> Result<()> {
-    let image = image::ImageReader::open(&args.image)
-        .with_context(|| format!("opening {}", args.image.display()))?
-        .with_guessed_format()
-        .with_context(|| format!("reading {}", args.image.display()))?
-        .decode()
-        .with_context(|| format!("{} is not a readable picture", args.image.display()))?;
-    let reading = oracle::read(&image.into_rgb8());
+    let reading = oracle::read(&png::read(&args.image)?);
     let graph = reading.view.graph();
     if args.json {
         let objects = reading.view.objects.iter().zip(&reading.fit);
@@ -82,18 +76,17 @@ fn oracle(args: &WorldOracle) -> Result<()> {
         let document = serde_json::json!({
             "objects": objects, "relations": graph.relations, "triples": graph.triples(), "unclear": reading.unclear,
         });
-        println!("{}", serde_json::to_string_pretty(&document)?);
-        return Ok(());
+        return print(&serde_json::to_string_pretty(&document)?);
     }
     for (o, fit) in reading.view.objects.iter().zip(&reading.fit) {
         let (x, y) = o.bounds.centre();
-        println!("{} at ({x:.0}, {y:.0}), fit {:.0}%", o.object().phrase(), 100.0 * fit);
+        print(&format!("{} at ({x:.0}, {y:.0}), fit {:.0}%", o.object().phrase(), 100.0 * fit))?;
     }
     for triple in graph.triples() {
-        println!("{triple}");
+        print(&triple)?;
     }
     if reading.unclear > 0 {
-        println!("and {} patches of colour that are no known shape", reading.unclear);
+        print(&format!("and {} patches of colour that are no known shape", reading.unclear))?;
     }
     Ok(())
 }

@@ -22,6 +22,10 @@ use std::{
 
 /// The name of the tabletop world as a data set.
 pub const TABLETOP: &str = "tabletop";
+/// How many of its samples, or edits, are taken where nobody says.
+pub const LIMIT: usize = 500;
+/// How many of them are taken at most: they are all held in memory before the first is drawn.
+pub const MOST: usize = 100_000;
 
 /// A prompt, and the scene graph that a picture of it is measured against.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,10 +97,10 @@ impl Selection {
     }
 }
 
-/// The samples of the tabletop world's `split`, drawn by `seed`.
+/// The samples of the tabletop world's `split`, drawn by `seed`: at most [`MOST`].
 pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sample>> {
     let (fewest, most) = split.objects();
-    let limit = selection.limit.unwrap_or(500);
+    let limit = selection.limit.unwrap_or(LIMIT).min(MOST);
     let sample = |index: u64| {
         let drawn = tasks::text_to_image(seed, split, index, fewest.max(selection.min_objects).min(most), most);
         Sample {
@@ -108,11 +112,18 @@ pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sa
             graph: drawn.graph,
         }
     };
-    // Most scenes pass; a bound for requests that none can meet.
-    let tried = (0..100 * limit as u64).map(sample);
-    let samples: Vec<Sample> = tried.filter(|s| selection.admits(&s.graph)).take(limit).collect();
-    if samples.len() < limit {
-        usage!("the split {} has too few scenes with so many objects and relations", split.name());
+    let mut samples = Vec::new();
+    for sample in (0..).map(sample) {
+        if samples.len() == limit {
+            break;
+        }
+        // Most scenes pass; where not one in a hundred does, the request may be one that none can meet.
+        if sample.index >= 100 * (samples.len() + limit.min(100)) as u64 {
+            usage!("the split {} has too few scenes with so many objects and relations", split.name());
+        }
+        if selection.admits(&sample.graph) {
+            samples.push(sample);
+        }
     }
     Ok(selection.shard(samples))
 }
@@ -327,7 +338,10 @@ mod tests {
         let samples = tabletop(Split::Test, 0, &selection).unwrap();
         assert_eq!(samples.len(), 30);
         assert!(samples.iter().all(|s| !s.graph.relations.is_empty() && s.prompt == s.graph.triple_text()));
-        assert!(tabletop(Split::Test, 0, &Selection { min_relations: 50, ..selection }).is_err());
+        for limit in [30, usize::MAX] {
+            let none = Selection { min_relations: 50, limit: Some(limit), ..selection };
+            assert!(tabletop(Split::Test, 0, &none).is_err());
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A run's folder: `config.json`, `samples.jsonl` as it grows, pictures; and the documents made of them at the end.
 //!
 //! A prompt's lines are written in one piece when all its pictures are there. After a kill, a prompt whose lines are not
-//! whole is made again.
+//! whole is made again, and so is one whose pictures are lost. A lock keeps others from writing at the same time.
 
 use super::{
     line::{Key, Line},
@@ -10,12 +10,12 @@ use super::{
     table,
 };
 use crate::{io, usage};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use image::RgbImage;
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, HashSet},
-    fs::{self, OpenOptions},
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::{self, File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
 };
@@ -25,41 +25,83 @@ const CONFIG: &str = "config.json";
 const RESULTS: &str = "results.json";
 /// A file of lines that is larger than this is none of ours.
 const LONGEST: u64 = 8 << 30;
+/// As many rounds as `--rounds` takes: more are those of no run.
+const MOST_ROUNDS: usize = 100;
 
+/// A run's folder on disk, with its lines in memory.
 pub struct Folder {
     path: PathBuf,
     lines: Vec<Line>,
+    /// Of one that is written to.
+    _lock: Option<File>,
 }
 
 impl Folder {
     /// A new run. A folder that has something in it is an error.
     pub fn create(path: &Path, config: &Value) -> Result<Self> {
-        if fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some()) {
-            usage!("{} is not empty; name a new folder, or go on with it by --resume", path.display());
-        }
+        expect_empty(path)?;
         fs::create_dir_all(path).with_context(|| format!("cannot make the folder {}", path.display()))?;
+        let lock = lock(path)?;
         io::write_file(&path.join(CONFIG), &pretty(config)?, false)?;
-        Ok(Self { path: path.to_owned(), lines: Vec::new() })
+        Ok(Self { path: path.to_owned(), lines: Vec::new(), _lock: Some(lock) })
     }
 
-    /// Goes on with a run of the same configuration.
-    pub fn resume(path: &Path, config: &Value) -> Result<Self> {
+    /// Goes on with a run of the same configuration; and how many of its prompts have lost a picture, and are to be made
+    /// again.
+    pub fn resume(path: &Path, config: &Value) -> Result<(Self, usize)> {
         let begun = read_config(path)?;
         if let Some(key) = different(&begun, config, &[]) {
             usage!("{} was begun with another {key}: {} instead of {}", path.display(), begun[&key], config[&key]);
         }
-        let folder = Self { path: path.to_owned(), lines: whole(read_lines(path)?) };
+        let lock = lock(path)?;
+        let mut lines = whole(read_lines(path, &begun)?);
+        let missing = |line: &&Line| !path.join(&line.file).is_file();
+        let lost: HashSet<Key> = lines.iter().filter(missing).map(Line::key).collect();
+        lines.retain(|line| !lost.contains(&line.key()));
+        let folder = Self { path: path.to_owned(), lines, _lock: Some(lock) };
+        if folder.is_finished() {
+            // Until it is again: a kill may come first.
+            fs::remove_file(path.join(RESULTS)).with_context(|| format!("cannot renew {}", path.display()))?;
+        }
         folder.write_lines()?;
-        Ok(folder)
+        Ok((folder, lost.len()))
     }
 
     /// A run as it is, to be read.
     pub fn open(path: &Path) -> Result<(Self, Value)> {
-        Ok((Self { path: path.to_owned(), lines: whole(read_lines(path)?) }, read_config(path)?))
+        let config = read_config(path)?;
+        Ok((Self { path: path.to_owned(), lines: whole(read_lines(path, &config)?), _lock: None }, config))
+    }
+
+    /// Joins parts of one run into the new folder `path`: all of them with the documents of the whole, or none.
+    pub fn join(path: &Path, parts: &[(Self, Value)], config: Value, versions: Value, flaws: Value) -> Result<Results> {
+        expect_empty(path)?;
+        let cannot = || format!("cannot make the folder {}", path.display());
+        let out = std::path::absolute(path).with_context(cannot)?;
+        let beside = out.parent().with_context(cannot)?;
+        fs::create_dir_all(beside).with_context(cannot)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".rlrig-");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask, as for any folder
+        // It goes away by itself unless it gets the name.
+        let made = builder.tempdir_in(beside).with_context(cannot)?;
+        let mut whole = Self::create(made.path(), &config)?;
+        parts.iter().try_for_each(|(part, _)| whole.take(part))?;
+        let results = whole.finish(config, versions, flaws)?;
+        drop(whole);
+        fs::rename(made.path(), &out).with_context(cannot)?;
+        let _ = made.keep();
+        Ok(results)
     }
 
     pub fn lines(&self) -> &[Line] {
         &self.lines
+    }
+
+    /// The picture file of a line.
+    pub fn picture(&self, line: &Line) -> Result<Vec<u8>> {
+        io::read_file(&self.path.join(&line.file), report::LARGEST)
     }
 
     /// Whether its documents are written, which is done when all prompts are made.
@@ -102,15 +144,21 @@ impl Folder {
     }
 
     /// Takes the lines and pictures of another part of the same run.
-    pub fn take(&mut self, part: &Self) -> Result<()> {
-        let done = self.done();
+    fn take(&mut self, part: &Self) -> Result<()> {
+        let (done, shown) = (self.done(), part.path.display());
         for line in part.lines() {
-            ensure!(!done.contains(&line.key()), "{} is in two parts ({})", line.id, line.mode.name());
-            let file = self.path.join(&line.file);
-            if let Some(parent) = file.parent() {
-                fs::create_dir_all(parent)?;
+            let (id, mode) = (&line.id, line.mode.name());
+            ensure!(!done.contains(&line.key()), "{id} ({mode}) of {shown} is in another part too");
+            let (from, to) = (part.path.join(&line.file), self.path.join(&line.file));
+            if let Some(parent) = to.parent() {
+                fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
             }
-            fs::copy(part.path.join(&line.file), &file).with_context(|| format!("cannot copy {}", line.file))?;
+            fs::copy(&from, &to).with_context(|| {
+                format!(
+                    "cannot copy {}; if it is lost, rlrig eval .. --out {shown} --resume makes it again",
+                    from.display()
+                )
+            })?;
         }
         self.lines.extend_from_slice(part.lines());
         Ok(())
@@ -121,10 +169,11 @@ impl Folder {
         self.lines.sort_by_cached_key(|line| (line.key(), line.round));
         self.write_lines()?;
         let results = results(config, versions, flaws, &self.lines);
-        self.write(RESULTS, &pretty(&results)?)?;
         self.write("table.md", table::markdown(&results).as_bytes())?;
         self.write("table.tex", table::latex(&results).as_bytes())?;
         self.write("report.html", report::page(&results, &self.lines, &self.path)?.as_bytes())?;
+        // By this file the run counts as finished.
+        self.write(RESULTS, &pretty(&results)?)?;
         Ok(results)
     }
 
@@ -147,6 +196,24 @@ fn pretty(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     Ok(json)
 }
 
+/// An error if a new run would mix with what is there.
+fn expect_empty(path: &Path) -> Result<()> {
+    if fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some()) {
+        usage!("{} is not empty; name a new folder, or go on with it by --resume", path.display());
+    }
+    Ok(())
+}
+
+/// The folder's lock, which is held for as long as something is evaluated in it.
+fn lock(path: &Path) -> Result<File> {
+    let file = path.join(".lock");
+    let lock = File::create(&file).with_context(|| format!("cannot create {}", file.display()))?;
+    if lock.try_lock().is_err() {
+        bail!("another process evaluates in {}", path.display());
+    }
+    Ok(lock)
+}
+
 fn read_config(path: &Path) -> Result<Value> {
     let file = path.join(CONFIG);
     if !file.is_file() {
@@ -162,23 +229,30 @@ pub fn different(a: &Value, b: &Value, apart: &[&str]) -> Option<String> {
     keys.filter(|key| !apart.contains(&key.as_str())).find(|key| a.get(*key) != b.get(*key)).cloned()
 }
 
-/// Lines up to the first that is torn, as the end of a killed run may be.
-fn read_lines(path: &Path) -> Result<Vec<Line>> {
+/// The lines of a run of this configuration, each of another picture; the last may be torn, as a killed run leaves it.
+fn read_lines(path: &Path, config: &Value) -> Result<Vec<Line>> {
     let file = path.join(SAMPLES);
     if !file.is_file() {
         return Ok(Vec::new());
     }
     let bytes = io::read_file(&file, LONGEST)?;
     let rows: Vec<&[u8]> = bytes.split(|b| *b == b'\n').filter(|row| !row.is_empty()).collect();
-    let mut lines = Vec::new();
-    for (i, row) in rows.iter().enumerate() {
-        match serde_json::from_slice(row) {
-            Ok(line) => lines.push(line),
-            Err(_) if i + 1 == rows.len() => {}
-            Err(error) => {
-                return Err(error).with_context(|| format!("{}: line {} is damaged", file.display(), i + 1));
-            }
+    let rounds = config["rounds"].as_u64().and_then(|rounds| usize::try_from(rounds).ok());
+    let most = rounds.map_or(MOST_ROUNDS, |rounds| rounds.min(MOST_ROUNDS));
+    let (mut lines, mut seen): (Vec<Line>, HashMap<(Key, usize), usize>) = Default::default();
+    for (number, row) in (1..).zip(&rows) {
+        let damaged =
+            || format!("{}: line {number} is damaged; delete it, and --resume makes its prompt again", file.display());
+        let line = match serde_json::from_slice::<Line>(row) {
+            Err(_) if number == rows.len() => break,
+            line => line.with_context(damaged)?,
+        };
+        line.check(most).with_context(damaged)?;
+        // With both of them the prompt would not be whole.
+        if let Some(first) = seen.insert((line.key(), line.round), number) {
+            bail!("{}: line {number} is of the same picture as line {first}; delete one of them", file.display());
         }
+        lines.push(line);
     }
     Ok(lines)
 }
@@ -201,10 +275,17 @@ mod tests {
         folder.keep(mended(index, Mode::Loop), &[&picture, &picture]).unwrap();
     }
 
+    fn written(path: &Path) -> String {
+        [SAMPLES, RESULTS].map(|name| fs::read_to_string(path.join(name)).unwrap()).concat()
+    }
+
     fn finish(folder: &mut Folder) -> String {
         folder.finish(Value::Null, Value::Null, Value::Null).unwrap();
-        fs::read_to_string(folder.path.join(SAMPLES)).unwrap()
-            + &fs::read_to_string(folder.path.join("results.json")).unwrap()
+        written(&folder.path)
+    }
+
+    fn join(path: &Path, parts: &[(Folder, Value)]) -> Result<Results> {
+        Folder::join(path, parts, Value::Null, Value::Null, Value::Null)
     }
 
     #[test]
@@ -214,15 +295,27 @@ mod tests {
         let mut folder = Folder::create(&path, &config).unwrap();
         (0..4).for_each(|i| keep(&mut folder, i));
         let wanted = finish(&mut folder);
+        let busy = Folder::resume(&path, &config).err().unwrap().to_string();
+        assert!(busy.contains("another process evaluates in"), "{busy}");
+        drop(folder);
         assert!(Folder::create(&path, &config).err().unwrap().to_string().contains("--resume"));
 
         // Killed within the third prompt's second line.
         let text = fs::read_to_string(path.join(SAMPLES)).unwrap();
         let cut = text.match_indices('\n').nth(4).unwrap().0 + 100;
         fs::write(path.join(SAMPLES), &text[..cut]).unwrap();
-        let mut folder = Folder::resume(&path, &config).unwrap();
-        assert_eq!((folder.lines().len(), folder.done().len()), (4, 2));
+        let (mut folder, lost) = Folder::resume(&path, &config).unwrap();
+        assert_eq!((folder.lines().len(), folder.done().len(), lost), (4, 2, 0));
+        assert!(!folder.is_finished(), "it is to be made on");
         (2..4).for_each(|i| keep(&mut folder, i));
+        assert_eq!(finish(&mut folder), wanted);
+
+        // A picture that is lost costs its prompt.
+        fs::remove_file(path.join(&folder.lines()[1].file)).unwrap();
+        drop(folder);
+        let (mut folder, lost) = Folder::resume(&path, &config).unwrap();
+        assert_eq!((folder.lines().len(), lost), (6, 1));
+        keep(&mut folder, 0);
         assert_eq!(finish(&mut folder), wanted);
         let other = Folder::resume(&path, &json!({ "seed": 2 })).err().unwrap().to_string();
         assert!(other.contains("another seed"), "{other}");
@@ -233,21 +326,45 @@ mod tests {
     fn parts_join_to_the_whole() {
         let dir = tempfile::tempdir().unwrap();
         let new = |name: &str| Folder::create(&dir.path().join(name), &json!({})).unwrap();
-        let (mut whole, mut even, mut odd, mut joined) = (new("whole"), new("even"), new("odd"), new("joined"));
+        let (mut whole, mut even, mut odd) = (new("whole"), new("even"), new("odd"));
         for i in 0..4 {
             keep(&mut whole, i);
             keep(if i % 2 == 0 { &mut even } else { &mut odd }, i);
         }
-        joined.take(&odd).unwrap();
-        joined.take(&even).unwrap();
-        assert_eq!(finish(&mut joined), finish(&mut whole));
-        assert!(joined.take(&odd).is_err());
+        let open = |name: &str| Folder::open(&dir.path().join(name)).unwrap();
+        let joined = dir.path().join("joined");
+        join(&joined, &[open("odd"), open("even")]).unwrap();
+        assert_eq!(written(&joined), finish(&mut whole));
+        assert!(join(&joined, &[open("odd")]).err().unwrap().to_string().contains("not empty"));
+
+        // Nothing is left of what fails.
+        let fails = |parts: &[(Folder, Value)], expected: &str| {
+            let error = join(&dir.path().join("half"), parts).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4);
+        };
+        fails(&[open("odd"), open("odd")], "odd is in another part too");
+        let lost = dir.path().join("even").join(&even.lines()[0].file);
+        fs::remove_file(&lost).unwrap();
+        fails(&[open("odd"), open("even")], &format!("cannot copy {}", lost.display()));
     }
 
     #[test]
     fn a_damaged_line_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join(SAMPLES), "{\"id\": \"torn\n{}\n").unwrap();
-        assert!(read_lines(dir.path()).unwrap_err().to_string().contains("line 1 is damaged"));
+        let text = |line: &Line| serde_json::to_string(line).unwrap() + "\n";
+        let error = |text: &str| {
+            fs::write(dir.path().join(SAMPLES), text).unwrap();
+            format!("{:#}", read_lines(dir.path(), &json!({ "rounds": 3 })).unwrap_err())
+        };
+        assert!(error("{\"id\": \"torn\n{}\n").contains("line 1 is damaged"));
+        let lines = mended(0, Mode::Loop);
+        let [first, second] = [text(&lines[0]), text(&lines[1])];
+        let twice = error(&[&*first, &*second, &*first].concat());
+        assert!(twice.contains("line 3 is of the same picture as line 1"), "{twice}");
+        let outside = error(&text(&Line { file: "/etc/passwd".into(), ..lines[0].clone() }));
+        assert!(outside.contains("line 1 is damaged") && outside.contains("/etc/passwd"), "{outside}");
+        let endless = error(&text(&Line { result_after: vec![usize::MAX, 0], ..lines[0].clone() }));
+        assert!(endless.contains("line 1 is damaged") && endless.contains("rounds 1 to 3"), "{endless}");
     }
 }

@@ -22,7 +22,9 @@ use crate::{
 };
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
+use std::path::{Component, Path};
 
+/// One picture of one prompt by one mode.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Line {
     pub id: String,
@@ -43,6 +45,7 @@ pub struct Line {
     pub edit: Option<Edited>,
     /// Under the run's folder.
     pub file: String,
+    /// The graph that was asked for.
     pub reference: Lists,
     /// What the judge lists of the picture, or confirms of the reference.
     pub extracted: Lists,
@@ -56,8 +59,10 @@ pub struct Line {
     pub reason: String,
 }
 
+/// An edit as it was made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Edited {
+    /// The round whose picture was edited, from 1.
     pub from: usize,
     pub instruction: String,
     /// Of an edit of a picture that the pixel oracle finds wrong.
@@ -86,6 +91,21 @@ pub struct Key {
 impl Line {
     pub fn key(&self) -> Key {
         Key { mode: self.mode, seed: self.seed, split: self.split.clone(), id: self.id.clone() }
+    }
+
+    /// An error if it is no line of a run of at most `most` rounds: a file may come from anywhere, its numbers are counted
+    /// up to, and its path is read and written.
+    pub fn check(&self, most: usize) -> Result<()> {
+        let Self { round, rounds, result_after, file, .. } = self;
+        ensure!((1..=most).contains(rounds), "it has {rounds} rounds, of 1 to {most}");
+        ensure!((1..=*rounds).contains(round), "it is of round {round} of {rounds}");
+        let beyond = result_after.iter().find(|after| !(1..=most).contains(*after));
+        ensure!(beyond.is_none(), "its picture is the result after {result_after:?}, of rounds 1 to {most}");
+        let path = Path::new(file);
+        // Beside the lines themselves are the run's documents.
+        let below = path.components().all(|part| matches!(part, Component::Normal(_))) && path.components().count() > 1;
+        ensure!(below, "its picture {file:?} is not in a folder below the run's");
+        Ok(())
     }
 }
 
@@ -273,6 +293,25 @@ pub mod tests {
         for line in &lines {
             let text = serde_json::to_string(line).unwrap();
             assert_eq!(&serde_json::from_str::<Line>(&text).unwrap(), line);
+        }
+    }
+
+    #[test]
+    fn a_line_that_leads_out_of_its_run_is_told() {
+        let lines = mended(3, Mode::Loop);
+        assert!(lines.iter().all(|line| line.check(3).is_ok() && line.check(1).is_err()));
+        let told = |bend: &dyn Fn(&mut Line), expected: &str| {
+            let mut line = lines[1].clone();
+            bend(&mut line);
+            let error = line.check(3).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        told(&|line| line.result_after = vec![usize::MAX, 0], "18446744073709551615");
+        told(&|line| line.result_after = vec![0], "rounds 1 to 3");
+        told(&|line| line.round = 3, "round 3 of 2");
+        told(&|line| line.rounds = usize::MAX, "of 1 to 3");
+        for file in ["/etc/passwd", "pictures/../../x.png", "../x.png", "results.json", ""] {
+            told(&|line| line.file = file.into(), "is not in a folder below");
         }
     }
 

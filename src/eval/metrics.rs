@@ -1,4 +1,5 @@
-//! What is measured of one picture. Every metric is a number in 0..=1 and a function of the judges' answers alone.
+//! What is measured of one picture. Every metric is a number in 0..=1, and all but `render_distance`, for which the pixels
+//! are looked at once more, follow from what the judges say.
 //!
 //! | names | what |
 //! |---|---|
@@ -152,7 +153,7 @@ mod tests {
     use super::*;
     use crate::scene::parse::parse;
 
-    /// Three objects and two relations.
+    /// Four objects, two of them balls, and two relations.
     fn graph() -> SceneGraph {
         parse("red ball left of blue cube; green ball inside blue ring").unwrap()
     }

@@ -10,6 +10,7 @@ use crate::rig::{
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+/// A way to make a picture of a prompt, by its name in flags and files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
@@ -73,14 +74,16 @@ impl Mode {
     }
 }
 
-/// Who can play: one that draws and edits, one that checks and writes edits.
-pub trait Painter: Diffuser + Editor {}
-impl<T: Diffuser + Editor> Painter for T {}
-pub trait Critic: Checker + Actor {}
-impl<T: Checker + Actor> Critic for T {}
+/// One that draws and edits.
+pub trait DiffuserEditor: Diffuser + Editor {}
+impl<T: Diffuser + Editor> DiffuserEditor for T {}
+
+/// One that checks and writes edits.
+pub trait CheckerActor: Checker + Actor {}
+impl<T: Checker + Actor> CheckerActor for T {}
 
 /// Gives `play` the cast of a mode.
-pub fn cast<T>(mode: Mode, painter: &dyn Painter, critic: &dyn Critic, play: impl FnOnce(Cast) -> T) -> T {
+pub fn cast<T>(mode: Mode, painter: &dyn DiffuserEditor, critic: &dyn CheckerActor, play: impl FnOnce(Cast) -> T) -> T {
     let anew = Anew(painter);
     let (actor, editor): (&dyn Actor, &dyn Editor) = match mode {
         Mode::Rewrite => (&Rewriter, &anew),
@@ -90,7 +93,7 @@ pub fn cast<T>(mode: Mode, painter: &dyn Painter, critic: &dyn Critic, play: imp
 }
 
 /// An "edit" that draws the instruction as a prompt of its own, from other noise in each round: that of best-of-n.
-struct Anew<'a>(&'a dyn Painter);
+struct Anew<'a>(&'a dyn DiffuserEditor);
 
 impl Editor for Anew<'_> {
     fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>> {

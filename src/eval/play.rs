@@ -3,7 +3,7 @@
 use super::{
     dataset::Sample,
     line::{Line, Made},
-    modes::{Critic, Mode, Painter, cast},
+    modes::{CheckerActor, DiffuserEditor, Mode, cast},
 };
 use crate::{
     rig::{
@@ -18,8 +18,8 @@ use image::RgbImage;
 /// What is played, and how.
 pub struct Play<'a> {
     pub mode: Mode,
-    pub painter: &'a dyn Painter,
-    pub critic: &'a dyn Critic,
+    pub painter: &'a dyn DiffuserEditor,
+    pub critic: &'a dyn CheckerActor,
     /// Whether pictures may show nothing else than what is asked.
     pub only: bool,
     /// Judges the pictures where it is another than the loop's Checker.
@@ -37,7 +37,9 @@ pub struct Play<'a> {
 /// Takes a prompt's lines and their pictures.
 pub type Keep<'a> = dyn FnMut(Vec<Line>, Vec<&RgbImage>) -> Result<()> + 'a;
 
-/// The noise of a sample's first drawing: short, and that of no other sample.
+/// The seed of a sample's first drawing, which `rlrig generate --seed` takes: short, so that it can be typed. Samples of the
+/// same index in two splits share it, and of 10,000 indices two share it by chance once in a hundred seeds; as their prompts
+/// differ, so do their pictures.
 pub fn noise(seed: u64, index: u64) -> u64 {
     Stream::new(seed, "eval", index).next_u64() >> 32
 }

@@ -4,7 +4,7 @@
 //! one that is no JSON costs only itself; what is wrong inside is counted with its place ([`Flaws`]), left out, and the rest
 //! is used.
 
-use crate::scene::graph::{Object, Relation, SceneGraph};
+use crate::scene::graph::{Object, Relation, SceneGraph, is_too_long};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -31,10 +31,16 @@ pub enum Flaw {
     NumberAsString,
     /// A label or a relation without text.
     EmptyText,
+    /// An item, with its attributes, or a relation of more characters than a scene graph may have.
+    LongText,
+    /// Control characters in a label, an attribute or a relation; each is read as a blank.
+    ControlCharacter,
     /// An item's id, or a picture's, a second time.
     RepeatedId,
     /// A relation that names an item which is not there.
     DanglingId,
+    /// A relation of an item to itself.
+    SelfRelation,
 }
 
 /// Flaws by kind: how many, and where the first few are.
@@ -82,8 +88,11 @@ impl Flaws {
                 Flaw::WrongType => "values of a wrong type",
                 Flaw::NumberAsString => "numbers written as strings, read as numbers",
                 Flaw::EmptyText => "empty labels or relations, left out",
+                Flaw::LongText => "items or relations whose text is too long, left out",
+                Flaw::ControlCharacter => "texts with control characters, read as blanks",
                 Flaw::RepeatedId => "repeated ids, of which the first counts",
                 Flaw::DanglingId => "relations with an item that is not there, left out",
+                Flaw::SelfRelation => "relations of an item to itself, left out",
             };
             let places = count.lines.iter().zip(&count.records);
             let places: Vec<String> = places.map(|(line, record)| format!("{record} at line {line}")).collect();
@@ -375,11 +384,17 @@ fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Option<Entry>
         let (Some(id), Some(label)) = (number(item, "item_id", &mut flaw), text(item, "label", &mut flaw)) else {
             continue;
         };
+        let label = printable(&label, &mut flaw);
         if label.is_empty() {
             flaw(Flaw::EmptyText);
         } else if let hash_map::Entry::Vacant(place) = places.entry(id) {
+            let object = Object::new(label, attributes(item, &mut flaw));
+            if is_too_long(&object.phrase()) {
+                flaw(Flaw::LongText);
+                continue;
+            }
             place.insert(graph.objects.len());
-            graph.objects.push(Object::new(label, attributes(item, &mut flaw)));
+            graph.objects.push(object);
         } else {
             flaw(Flaw::RepeatedId);
         }
@@ -393,8 +408,11 @@ fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Option<Entry>
         ) else {
             continue;
         };
+        let predicate = printable(&predicate, &mut flaw);
         match (places.get(&subject), places.get(&object)) {
             _ if predicate.is_empty() => flaw(Flaw::EmptyText),
+            _ if is_too_long(&predicate) => flaw(Flaw::LongText),
+            (Some(subject), Some(object)) if subject == object => flaw(Flaw::SelfRelation),
             (Some(&subject), Some(&object)) => graph.relations.push(Relation { subject, predicate, object }),
             _ => flaw(Flaw::DanglingId),
         }
@@ -427,6 +445,15 @@ fn text(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> 
         None => flaw(Flaw::MissingKey),
     }
     None
+}
+
+/// A text on one line, which is what questions are made of.
+fn printable(text: &str, flaw: &mut impl FnMut(Flaw)) -> String {
+    if !text.contains(char::is_control) {
+        return text.to_owned();
+    }
+    flaw(Flaw::ControlCharacter);
+    text.replace(char::is_control, " ").trim().to_owned()
 }
 
 fn number(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> Option<i64> {
@@ -474,7 +501,7 @@ fn attributes(item: &Map<String, Value>, flaw: &mut impl FnMut(Flaw)) -> Vec<Str
             Vec::new()
         }
     };
-    texts.into_iter().map(str::trim).filter(|text| !text.is_empty()).map(str::to_owned).collect()
+    texts.into_iter().map(|text| printable(text.trim(), flaw)).filter(|text| !text.is_empty()).collect()
 }
 
 #[cfg(test)]
@@ -543,6 +570,27 @@ mod tests {
         assert_eq!(found(&format!("[{a} {b}]")).0, ["1", "2"]);
         let stray = found(&format!("[{a}], {b}]\n ]\n"));
         assert_eq!(stray, (vec!["1".into(), "2".into()], vec![(Flaw::StrayBracket, 2)]));
+    }
+
+    #[test]
+    fn what_no_question_can_be_made_of_is_left_out() {
+        let long = format!(
+            r#"{{"item_id": 7, "label": "x", "attributes": ["{}"]}}, {{"item_id": 0, "label": "a""#,
+            "y".repeat(300_000)
+        );
+        let items = record(1).replace(r#"{"item_id": 0, "label": "a""#, &long);
+        let relations = |more: &str| record(2).replace(r#""relations": ["#, &format!(r#""relations": [{more}, "#));
+        let endless = relations(&format!(r#"{{"item1": 0, "relation": "{}", "item2": 1}}"#, "on".repeat(101)));
+        let itself =
+            relations(r#"{"item1": 1, "relation": "on", "item2": 1}"#).replace(r#""img_id": "2""#, r#""img_id": "3""#);
+        let broken = record(4).replace(r#""label": "b""#, r#""label": "b\u0000\nc""#);
+        let text = format!("[{items}, {endless}, {itself}, {broken}]");
+        let wrong = vec![(Flaw::LongText, 2), (Flaw::ControlCharacter, 1), (Flaw::SelfRelation, 1)];
+        assert_eq!(found(&text), (["1", "2", "3", "4"].map(String::from).to_vec(), wrong));
+        let (entries, flaws) = all(text.as_bytes(), 64).unwrap();
+        assert_eq!(entries[3].graph.triples(), ["a on b  c"]);
+        assert!(entries.iter().all(|entry| entry.graph.validate().is_ok()));
+        assert!(flaws.sentences()[0].contains("text is too long"), "{:?}", flaws.sentences());
     }
 
     #[test]

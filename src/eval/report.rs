@@ -8,6 +8,7 @@ use super::{
     modes::Mode,
     plot::{Series, plot},
     results::{Estimates, ModeResults, Results},
+    table::{COSTS, columns},
 };
 use crate::io::{
     self,
@@ -24,7 +25,7 @@ const ROWS: usize = 40;
 /// Pixels of a shown picture's longer side at most.
 const SIDE: u32 = 320;
 /// A picture file larger than this is none of ours.
-const LARGEST: u64 = 64 << 20;
+pub(super) const LARGEST: u64 = 64 << 20;
 
 const STYLE: &str = "\
 :root{color-scheme:light dark;--paper:#fafaf8;--card:#fff;--ink:#1c1c1e;--faint:#6b6b70;--rule:#e2e2de;--yes:#14783c;--no:#be2828;\
@@ -99,28 +100,15 @@ fn facts(results: &Results) -> String {
 }
 
 fn table(results: &Results) -> String {
-    const COLUMNS: [(&str, &str); 9] = [
-        ("sg_iou", "SG-IoU"),
-        ("ent_iou", "Ent-IoU"),
-        ("rel_iou", "Rel-IoU"),
-        ("judge_mean", "judge"),
-        ("judge_all", "judge, all"),
-        ("oracle_mean", "triples"),
-        ("no_others", "no others"),
-        ("render_distance", "distance"),
-        ("oracle_perfect", "all right"),
-    ];
-    let known = |name: &str| results.modes.values().any(|found| found.metrics.contains_key(name));
-    let columns: Vec<(&str, &str)> = COLUMNS.into_iter().filter(|(name, _)| known(name)).collect();
+    let columns = columns(results);
     let mut html = "<div class=\"wide\"><table>\n<tr><th>mode</th>".to_owned();
-    columns.iter().for_each(|(_, head)| html += &format!("<th>{head}</th>"));
-    html += "<th>rounds</th><th>evaluations</th><th>seconds</th></tr>\n";
+    let heads = columns.iter().map(|(_, head)| *head).chain(COSTS.map(|(_, head, _)| head));
+    heads.for_each(|head| html += &format!("<th>{head}</th>"));
+    html += "</tr>\n";
     for (mode, found) in &results.modes {
         html += &format!("<tr><td>{}</td>", mode.name());
         columns.iter().for_each(|(name, _)| html += &cell(&found.metrics, name, 3));
-        [("rounds", 2), ("evaluations", 0), ("seconds", 1)]
-            .iter()
-            .for_each(|(name, decimals)| html += &cell(&found.cost, name, *decimals));
+        COSTS.iter().for_each(|(name, _, decimals)| html += &cell(&found.cost, name, *decimals));
         html += "</tr>\n";
     }
     html + "</table></div>\n<p class=\"faint\">Means over prompts with their 95% bootstrap intervals.</p>\n"
@@ -332,7 +320,12 @@ mod tests {
         assert!(!html.contains("http:") && !html.contains("https:") && !html.contains("url("));
         assert_eq!(html.matches("<svg").count(), 2);
         assert!(html.contains("prefers-color-scheme:dark") && html.contains("add all"));
-        for part in ["<h2>By relation</h2>", "<h2>By objects</h2>", "<td>checker oracle relations</td>"] {
+        for part in [
+            "<h2>By relation</h2>",
+            "<h2>By objects</h2>",
+            "<th>SG-IoU, oracle</th>",
+            "<td>checker oracle relations</td>",
+        ] {
             assert!(html.contains(part), "{part}");
         }
         assert!(!html.contains("<h2>By split</h2>"), "there is only one");

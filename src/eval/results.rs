@@ -27,8 +27,10 @@ pub struct Results {
     pub agreement: BTreeMap<String, Agreement>,
 }
 
+/// Metrics with their means and intervals.
 pub type Estimates = BTreeMap<String, Estimate>;
 
+/// What one mode came to. Every number is a mean over prompts.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ModeResults {
     /// Of the mode's results.
@@ -143,9 +145,9 @@ fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
 }
 
 /// Each picture once: all modes draw the same ones, and what rewritten prompts draw counts as edited.
-pub fn distinct<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Vec<&'a Line> {
+fn distinct<'a>(lines: &[&'a Line]) -> Vec<&'a Line> {
     let (mut drawn, mut pictures) = (BTreeSet::new(), Vec::new());
-    for line in lines {
+    for line in lines.iter().copied() {
         if line.edit.is_some() || drawn.insert((&line.split, &line.id, line.seed, line.round)) {
             pictures.push(line);
         }
@@ -155,7 +157,7 @@ pub fn distinct<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Vec<&'a Line> 
 
 /// Checker against oracle and, where there is a judge apart, judge against oracle and Checker against judge.
 fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
-    let pictures = distinct(lines.iter().copied());
+    let pictures = distinct(lines);
     let kind_of = |claim: &Claim| match claim {
         Claim::Object(_) => "_objects",
         Claim::Relation { .. } => "_relations",

@@ -25,10 +25,6 @@ impl Share {
         self.all += 1;
     }
 
-    pub fn count_all(&mut self, truths: &[bool]) {
-        truths.iter().for_each(|good| self.count(*good));
-    }
-
     pub fn value(self) -> f64 {
         self.good as f64 / self.all.max(1) as f64
     }

@@ -6,7 +6,7 @@ use super::{
     results::{Estimates, Results},
 };
 
-/// The columns: a metric and its heading.
+/// The columns of this table and of the report's: a metric and its heading.
 const METRICS: [(&str, &str); 10] = [
     ("sg_iou", "SG-IoU"),
     ("ent_iou", "Ent-IoU"),
@@ -19,7 +19,8 @@ const METRICS: [(&str, &str); 10] = [
     ("render_distance", "distance"),
     ("oracle_perfect", "all right"),
 ];
-const COSTS: [(&str, &str, usize); 3] =
+/// The columns behind them: a cost, its heading, and how many decimals it is given with.
+pub(super) const COSTS: [(&str, &str, usize); 3] =
     [("rounds", "rounds", 2), ("evaluations", "evaluations", 0), ("seconds", "s", 1)];
 
 /// The modes as rows.
@@ -75,8 +76,8 @@ pub fn latex(results: &Results) -> String {
     text + "\\bottomrule\n\\end{tabular}\n"
 }
 
-/// The columns that some mode has.
-fn columns(results: &Results) -> Vec<(&'static str, &'static str)> {
+/// The metrics that some mode has, and their headings.
+pub(super) fn columns(results: &Results) -> Vec<(&'static str, &'static str)> {
     let known = |name: &str| results.modes.values().any(|found| found.metrics.contains_key(name));
     METRICS.into_iter().filter(|(name, _)| known(name)).collect()
 }

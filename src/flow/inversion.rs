@@ -26,15 +26,6 @@ pub enum Inversion {
 }
 
 impl Inversion {
-    /// The number of steps that its paper uses.
-    pub fn default_steps(self) -> usize {
-        match self {
-            Self::RfInversion => 28,
-            Self::RfSolver => 15,
-            Self::FireFlow => 8,
-        }
-    }
-
     /// Edits `source` over the falling levels `sigmas`: inverts it under the field `up`, draws it again under `down`.
     /// `up` is unguided, with an empty prompt for RF-Inversion and the source's prompt else; `noise` is a sample of `N(0, I)`,
     /// which RF-Inversion is drawn to.
@@ -207,8 +198,8 @@ impl FlowEdit {
 mod tests {
     use super::*;
     use crate::flow::sampler::{
-        Counted, euler, midpoint,
-        tests::{even, gap, gaussian, noise},
+        euler,
+        tests::{Counted, even, gap, gaussian, midpoint, noise},
     };
     use candle_core::Result;
 

@@ -20,7 +20,10 @@ use super::{
     schedule::Schedule,
 };
 use crate::{
-    models::{Adapter, Folder, Params, autoencoder, flux2},
+    models::{
+        Adapter, Folder, Params, autoencoder, flux2,
+        pixels::{to_pictures, to_tensor},
+    },
     tensor::rng::Stream,
     usage,
     vlm::text_encoder::TextEncoder,
@@ -314,10 +317,7 @@ impl Klein {
         let side = self.autoencoder.config.pixels_per_token();
         let (w, h) = ((w * side) as u32, (h * side) as u32);
         let cut = imageops::crop_imm(&*picture, (width - w) / 2, (height - h) / 2, w, h).to_image();
-        let pixels: Vec<f32> = cut.as_raw().iter().map(|p| f32::from(*p) / 127.5 - 1.0).collect();
-        let pixels = Tensor::from_vec(pixels, (h as usize, w as usize, 3), &self.device)?;
-        let pixels = pixels.permute((2, 0, 1))?.unsqueeze(0)?.contiguous()?; // (1, 3, H, W)
-        Ok(self.autoencoder.latents(&pixels)?.squeeze(0)?.detach())
+        Ok(self.autoencoder.latents(&to_tensor(&[cut], &self.device)?)?.squeeze(0)?.detach())
     }
 
     /// The pixels of latents `(C, h, w)`, decoded together where their sizes agree.
@@ -339,15 +339,7 @@ impl Klein {
         let pixels = self.autoencoder.pixels(&Tensor::stack(latents, 0)?)?; // (B, 3, H, W)
         let finite = pixels.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite();
         ensure!(finite, "the autoencoder gave numbers that are not finite: its weights are broken");
-        let pixels = pixels.clamp(-1f32, 1f32)?.affine(127.5, 127.5)?.round()?.to_dtype(DType::U8)?;
-        let pixels = pixels.permute((0, 2, 3, 1))?.contiguous()?; // (B, H, W, 3)
-        let (_, height, width, _) = pixels.dims4()?;
-        let picture = |i: usize| {
-            let bytes = pixels.get(i)?.flatten_all()?.to_vec1()?;
-            let picture = RgbImage::from_raw(width as u32, height as u32, bytes);
-            picture.context("the autoencoder made pictures of another size")
-        };
-        (0..latents.len()).map(picture).collect()
+        to_pictures(&pixels)
     }
 }
 

@@ -22,11 +22,15 @@ use std::{
     ops::Range,
 };
 
+/// By which rule noise is removed and added: the rows of the table above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
+    /// Noise that grows with the level (Flow-GRPO).
     FlowSde,
+    /// The same noise at every level (DanceGRPO).
     DanceSde,
+    /// A part of the next level's noise is fresh (coefficients-preserving sampling).
     Cps,
 }
 

@@ -4,11 +4,10 @@
 //! velocity field, so that all of them can be tested on fields whose flow is known.
 //!
 //! - Euler: one evaluation a step; what diffusers' pipelines do.
-//! - Midpoint, and RF-Solver (arXiv 2411.04746), which is the same rule written as a Taylor step: two evaluations a step.
+//! - RF-Solver (arXiv 2411.04746): the midpoint rule written as a Taylor step; two evaluations a step.
 //! - FireFlow (arXiv 2412.07517): the midpoint rule that predicts with the last midpoint's velocity; `N + 1` evaluations.
 
 use candle_core::{DType, Result, Tensor};
-use std::cell::Cell;
 
 /// A velocity field. `x` is `(B, ..)` in f32; so is the result, or it is brought there.
 pub trait Velocity {
@@ -19,30 +18,6 @@ pub trait Velocity {
 impl<F: Fn(&Tensor, f64, usize) -> Result<Tensor>> Velocity for F {
     fn velocity(&self, x: &Tensor, sigma: f64, step: usize) -> Result<Tensor> {
         self(x, sigma, step)
-    }
-}
-
-/// A velocity field that counts its evaluations.
-pub struct Counted<V> {
-    field: V,
-    count: Cell<usize>,
-}
-
-impl<V: Velocity> Counted<V> {
-    pub fn new(field: V) -> Self {
-        Self { field, count: Cell::new(0) }
-    }
-
-    /// How often the field was evaluated.
-    pub fn count(&self) -> usize {
-        self.count.get()
-    }
-}
-
-impl<V: Velocity> Velocity for Counted<V> {
-    fn velocity(&self, x: &Tensor, sigma: f64, step: usize) -> Result<Tensor> {
-        self.count.set(self.count.get() + 1);
-        self.field.velocity(x, sigma, step)
     }
 }
 
@@ -67,17 +42,6 @@ pub fn euler(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Tensor
     let mut x = x.to_dtype(DType::F32)?;
     for (i, sigma, next) in steps(sigmas) {
         x = advance(&x, &evaluate(field, &x, sigma, i)?, next - sigma)?;
-    }
-    Ok(x)
-}
-
-/// The midpoint rule.
-pub fn midpoint(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Tensor> {
-    let mut x = x.to_dtype(DType::F32)?;
-    for (i, sigma, next) in steps(sigmas) {
-        let d = next - sigma;
-        let half = advance(&x, &evaluate(field, &x, sigma, i)?, d / 2.0)?;
-        x = advance(&x, &evaluate(field, &half, sigma + d / 2.0, i)?, d)?;
     }
     Ok(x)
 }
@@ -117,6 +81,42 @@ pub(super) mod tests {
     use super::*;
     use crate::tensor::rng::Stream;
     use candle_core::Device;
+    use std::cell::Cell;
+
+    /// A velocity field that counts its evaluations.
+    pub struct Counted<V> {
+        field: V,
+        count: Cell<usize>,
+    }
+
+    impl<V: Velocity> Counted<V> {
+        pub fn new(field: V) -> Self {
+            Self { field, count: Cell::new(0) }
+        }
+
+        /// How often the field was evaluated.
+        pub fn count(&self) -> usize {
+            self.count.get()
+        }
+    }
+
+    impl<V: Velocity> Velocity for Counted<V> {
+        fn velocity(&self, x: &Tensor, sigma: f64, step: usize) -> Result<Tensor> {
+            self.count.set(self.count.get() + 1);
+            self.field.velocity(x, sigma, step)
+        }
+    }
+
+    /// The midpoint rule, which RF-Solver is another form of.
+    pub fn midpoint(field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Tensor> {
+        let mut x = x.to_dtype(DType::F32)?;
+        for (i, sigma, next) in steps(sigmas) {
+            let d = next - sigma;
+            let half = advance(&x, &evaluate(field, &x, sigma, i)?, d / 2.0)?;
+            x = advance(&x, &evaluate(field, &half, sigma + d / 2.0, i)?, d)?;
+        }
+        Ok(x)
+    }
 
     /// The flow of data with variance 1/4: its exact velocity is linear in `x`.
     pub fn gaussian(x: &Tensor, t: f64, _: usize) -> Result<Tensor> {

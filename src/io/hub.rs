@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use hf_hub::{
     Cache, Repo, RepoType,
     api::{
-        Progress,
+        Progress, RepoInfo,
         sync::{ApiBuilder, ApiError, ApiRepo},
     },
 };
@@ -18,7 +18,13 @@ use std::{
     fs,
     io::Read,
     path::{Path, PathBuf},
+    time::Duration,
 };
+
+/// How long a connection may take.
+const CONNECTING: Duration = Duration::from_secs(10);
+/// How long the hub may take to say what a repository holds.
+const ANSWERING: Duration = Duration::from_secs(60);
 
 /// Where models come from and where they are kept.
 #[derive(Clone, Debug)]
@@ -27,6 +33,8 @@ pub struct Hub {
     pub cache: PathBuf,
     pub offline: bool,
     token: Option<String>,
+    /// [`ANSWERING`], but for tests.
+    patience: Duration,
 }
 
 /// A model folder on this machine.
@@ -73,6 +81,7 @@ impl Hub {
             cache: std::path::absolute(cache)?,
             offline: var("HF_HUB_OFFLINE").is_some_and(flag),
             token: token.map(|t| t.trim().to_owned()).filter(|t| !t.is_empty()),
+            patience: ANSWERING,
         })
     }
 
@@ -137,7 +146,7 @@ impl Hub {
             .build()
             .context("cannot set up the connection to the hub")?;
         let api = api.repo(repo.clone());
-        let info = match api.info() {
+        let info = match self.info(&api) {
             Ok(info) => info,
             Err(error) => {
                 // Without a network, what the cache has is good enough; a clear "no" of the hub is not passed over.
@@ -153,6 +162,15 @@ impl Hub {
         ensure!(is_plain(&info.sha), "the hub names a strange commit for {name}: {:?}", info.sha);
         let files = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         Ok((Local { path: self.snapshot(repo, &info.sha), revision: Some(info.sha) }, Some((api, files))))
+    }
+
+    /// What a repository holds. As [`ApiRepo::info`], but a hub that never answers is given up on; hf-hub itself waits
+    /// for ever, and lets no limit be set on its downloads.
+    fn info(&self, api: &ApiRepo) -> Result<RepoInfo, ApiError> {
+        let request = api.info_request().config();
+        let request = request.timeout_connect(Some(CONNECTING)).timeout_global(Some(self.patience)).build();
+        let mut response = request.call().map_err(Box::new)?;
+        Ok(response.body_mut().read_json().map_err(Box::new)?)
     }
 
     fn fetch_missing(
@@ -349,5 +367,16 @@ mod tests {
         }
         let error = hub.locate("org/model", &|_, _, _| ()).unwrap_err().to_string();
         assert!(error.contains("HF_HUB_OFFLINE"), "{error}");
+    }
+
+    #[test]
+    fn a_hub_that_never_answers_is_given_up_on() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let cache = tempfile::tempdir().unwrap();
+        let mut hub = hub(&[("HF_HOME", &cache.path().display().to_string()), ("HF_ENDPOINT", &url)]);
+        hub.patience = Duration::from_millis(100);
+        let error = format!("{:#}", hub.locate("org/model", &|_, _, _| ()).unwrap_err());
+        assert!(error.contains(&url) && error.contains("timeout"), "{error}");
     }
 }

@@ -5,7 +5,9 @@
 
 use super::{read_file, write_file};
 use anyhow::{Context, Result, ensure};
-use image::{ImageReader, Limits, RgbImage};
+use image::{
+    DynamicImage, ImageDecoder, ImageFormat, ImageReader, ImageResult, Limits, RgbImage, metadata::Orientation,
+};
 use std::{
     io::{BufReader, Cursor},
     path::Path,
@@ -15,6 +17,7 @@ use std::{
 pub const CHUNK: &str = "rlrig";
 
 const FILE_LIMIT: u64 = 256 << 20;
+/// Of all text chunks together, unpacked.
 const TEXT_LIMIT: usize = 16 << 20;
 const SIDE_LIMIT: u32 = 16_384;
 const PIXEL_LIMIT: u64 = 512 << 20;
@@ -47,18 +50,21 @@ pub fn write(path: &Path, image: &RgbImage, texts: &[Text], overwrite: bool) -> 
     write_file(path, &encode(image, texts)?, overwrite)
 }
 
-/// Reads a picture of any format rlrig knows. What is transparent is laid on white.
+/// Reads a picture of any format rlrig knows, upright. What is transparent is laid on white.
 pub fn read(path: &Path) -> Result<RgbImage> {
     let bytes = read_file(path, FILE_LIMIT)?;
     let shown = path.display();
-    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-    ensure!(reader.format().is_some(), "{shown} is neither PNG nor JPEG nor WebP");
-    let mut limits = Limits::default();
-    limits.max_image_width = Some(SIDE_LIMIT);
-    limits.max_image_height = Some(SIDE_LIMIT);
-    limits.max_alloc = Some(PIXEL_LIMIT);
-    reader.limits(limits);
-    let image = reader.decode().with_context(|| format!("{shown} is no whole picture"))?;
+    let reader = ImageReader::new(Cursor::new(bytes.as_slice())).with_guessed_format()?;
+    let format = reader.format();
+    ensure!(
+        matches!(format, Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)),
+        "{shown} is neither PNG nor JPEG nor WebP, which are the formats that are read"
+    );
+    let image = decode(reader).with_context(|| format!("{shown} is no whole picture"))?;
+    ensure!(
+        format != Some(ImageFormat::Jpeg) || has_end(&bytes),
+        "{shown} is no whole picture: it ends before its end marker"
+    );
     ensure!(image.width() > 0 && image.height() > 0, "{shown} has no pixels");
     if !image.color().has_alpha() {
         return Ok(image.into_rgb8());
@@ -68,6 +74,42 @@ pub fn read(path: &Path) -> Result<RgbImage> {
         let [r, g, b, a] = rgba.get_pixel(x, y).0.map(u32::from);
         image::Rgb([r, g, b].map(|c| ((c * a + 255 * (255 - a) + 127) / 255) as u8))
     }))
+}
+
+/// Decodes within the limits, and turns the picture as its camera was held.
+fn decode(mut reader: ImageReader<Cursor<&[u8]>>) -> ImageResult<DynamicImage> {
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(SIDE_LIMIT);
+    limits.max_image_height = Some(SIDE_LIMIT);
+    limits.max_alloc = Some(PIXEL_LIMIT);
+    reader.limits(limits.clone());
+    let mut decoder = reader.into_decoder()?;
+    limits.reserve(decoder.total_bytes())?;
+    decoder.set_limits(limits)?;
+    // A picture is whole without what is told beside it.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder)?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+/// Whether a JPEG goes on to its end marker: its decoder makes up for what is missing and says nothing. What follows the
+/// marker, as the film of a moving picture, is not looked at.
+fn has_end(jpeg: &[u8]) -> bool {
+    let mut rest = jpeg.get(2..).unwrap_or_default(); // behind the start marker
+    // In a scan, FF is followed by 0 where it is data, and by D0 to D7 where the scan restarts; FF FF is filling.
+    while let Some(at) = rest.windows(2).position(|w| w[0] == 0xff && !matches!(w[1], 0 | 0xd0..=0xd7 | 0xff)) {
+        match rest[at..] {
+            [_, 0xd9, ..] => return true,
+            // A segment counts the two bytes of its length.
+            [_, _, high, low, ..] => {
+                let length = usize::from(u16::from_be_bytes([high, low]));
+                rest = rest.get(at + 2 + length..).unwrap_or_default();
+            }
+            _ => return false,
+        }
+    }
+    false
 }
 
 /// The text chunks of a PNG, in their order.
@@ -85,15 +127,21 @@ fn texts(bytes: &[u8]) -> Result<Vec<Text>> {
     let info = reader.info();
     let mut texts: Vec<Text> = Vec::new();
     texts.extend(info.uncompressed_latin1_text.iter().map(|c| (c.keyword.clone(), c.text.clone())));
+    // A kilobyte unpacks to a megabyte, and a file may have many chunks.
+    let mut left = TEXT_LIMIT;
     for chunk in &info.compressed_latin1_text {
         let mut chunk = chunk.clone();
-        chunk.decompress_text_with_limit(TEXT_LIMIT)?;
-        texts.push((chunk.keyword.clone(), chunk.get_text()?));
+        chunk.decompress_text_with_limit(left)?;
+        let text = chunk.get_text()?;
+        left = left.saturating_sub(text.len());
+        texts.push((chunk.keyword, text));
     }
     for chunk in &info.utf8_text {
         let mut chunk = chunk.clone();
-        chunk.decompress_text_with_limit(TEXT_LIMIT)?;
-        texts.push((chunk.keyword.clone(), chunk.get_text()?));
+        chunk.decompress_text_with_limit(left)?;
+        let text = chunk.get_text()?;
+        left = left.saturating_sub(text.len());
+        texts.push((chunk.keyword, text));
     }
     Ok(texts)
 }
@@ -158,6 +206,48 @@ mod tests {
         assert!(read_texts(&path).is_err());
     }
 
+    #[test]
+    fn a_cut_jpeg_is_an_error_whatever_its_decoder_makes_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jpg");
+        let noise = RgbImage::from_fn(64, 64, |x, y| image::Rgb([(x * 37) as u8, (y * 91) as u8, (x * y) as u8]));
+        noise.save(&path).unwrap();
+        let whole = fs::read(&path).unwrap();
+        for n in (0..whole.len() - 1).rev().step_by(7) {
+            fs::write(&path, &whole[..n]).unwrap();
+            assert!(read(&path).is_err(), "{n} of {} bytes were read as a picture", whole.len());
+        }
+        fs::write(&path, [whole.as_slice(), b"film \xff\xda".as_slice()].concat()).unwrap();
+        assert_eq!(read(&path).unwrap().dimensions(), (64, 64));
+    }
+
+    #[test]
+    fn a_picture_is_turned_as_its_camera_was_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jpg");
+        let mut halves = RgbImage::new(32, 16);
+        halves.enumerate_pixels_mut().filter(|(x, _, _)| *x < 16).for_each(|(_, _, p)| p.0 = [255; 3]);
+        halves.save(&path).unwrap();
+        let plain = fs::read(&path).unwrap();
+        // One entry: orientation (274), a short, 6: turned a quarter to the right.
+        let exif = b"\xff\xe1\0\x22Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
+        fs::write(&path, [&plain[..2], exif.as_slice(), &plain[2..]].concat()).unwrap();
+        let image = read(&path).unwrap();
+        assert_eq!(image.dimensions(), (16, 32));
+        assert!(image.get_pixel(8, 4).0[0] > 200 && image.get_pixel(8, 28).0[0] < 50, "what was left is above");
+    }
+
+    #[test]
+    fn texts_are_bounded_together() {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 1, 1);
+        for _ in 0..9 {
+            encoder.add_ztxt_chunk("many".into(), "a".repeat(2 << 20)).unwrap();
+        }
+        encoder.write_header().unwrap().write_image_data(&[0]).unwrap();
+        assert!(bytes.len() < 1 << 20 && texts(&bytes).is_err());
+    }
+
     fn crc32(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(!0, |crc, b| {
             (0..8).fold(crc ^ u32::from(*b), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 })
@@ -173,8 +263,10 @@ mod tests {
         let path = folder.path().join("named-wrongly.png");
         picture().save_with_format(&path, image::ImageFormat::Jpeg).unwrap();
         assert_eq!(read(&path).unwrap().dimensions(), (5, 3));
-        fs::write(&path, "text").unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("neither PNG"));
+        for other in ["text", "GIF89a\x01\0\x01\0\0\0\0"] {
+            fs::write(&path, other).unwrap();
+            assert!(read(&path).unwrap_err().to_string().contains("neither PNG"));
+        }
         assert!(read_texts(&path).unwrap_err().to_string().contains("is no PNG"));
     }
 }

@@ -395,13 +395,6 @@ impl Autoencoder {
         Ok(autoencoder)
     }
 
-    /// The same autoencoder with other statistics of its tokens, each of `(4C)`.
-    pub fn with_statistics(mut self, mean: &Tensor, var: &Tensor) -> TensorResult<Self> {
-        self.mean = mean.to_dtype(self.mean.dtype())?;
-        self.var = var.to_dtype(self.var.dtype())?;
-        Ok(self)
-    }
-
     /// Mean and variance of its tokens, each of `(4C)`.
     pub fn statistics(&self) -> (&Tensor, &Tensor) {
         (&self.mean, &self.var)

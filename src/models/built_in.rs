@@ -42,9 +42,14 @@ pub fn revision() -> &'static str {
 pub const ACTOR: &str = "actor";
 pub const EDITOR: &str = "editor";
 
+/// The folder of trained adapters, one in a folder of each role that has one.
+pub fn adapters() -> Option<Folder> {
+    tabletop().sub("adapters")
+}
+
 /// The trained adapter of the Actor or the Editor, if this binary has one.
 pub fn adapter(role: &str) -> Option<Folder> {
-    tabletop().sub("adapters")?.sub(role)
+    adapters()?.sub(role)
 }
 
 /// What a whole set of models has and this binary lacks.

@@ -1,25 +1,24 @@
 //! A linear layer, with the low-rank adapters that its name asks for.
 
-use super::{Init, Params};
+use super::{Init, Params, params::lock};
 use crate::tensor::{Precision, linear, linear_in};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor, Var};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 /// A low-rank adapter over the linear layers of one model (LoRA, arXiv 2106.09685): `W x + scale * B A x`.
 ///
 /// The layers are those whose name ends with one of `targets` (PEFT's `target_modules`), in which a `*` stands for anything:
-/// `to_q`, `blocks.0.attn.*`. The adapter is shared by all of them, so [`Adapter::enable`] switches the whole of it, as a KL reference needs.
+/// `to_q`, `blocks.0.attn.*`. Each layer has factors of its own; a clone is the same adapter, and knows them all.
 #[derive(Clone)]
 pub struct Adapter(Arc<Inner>);
 
 struct Inner {
+    /// Where it is from, for messages.
+    name: String,
     rank: usize,
     alpha: f64,
     targets: Vec<String>,
@@ -29,9 +28,6 @@ struct Inner {
     trained: bool,
     /// Strength given by the user beside `alpha / rank`.
     strength: f64,
-    enabled: AtomicBool,
-    /// Layers that have it.
-    layers: AtomicUsize,
     /// Targets that a layer was found for.
     met: Mutex<BTreeSet<usize>>,
     /// The trained adapter that this one looks at.
@@ -42,6 +38,7 @@ struct Inner {
 impl Inner {
     fn new(rank: usize, alpha: f64, targets: Vec<String>) -> Self {
         Self {
+            name: "the adapter".to_owned(),
             rank,
             alpha,
             targets,
@@ -49,8 +46,6 @@ impl Inner {
             seed: 0,
             trained: false,
             strength: 1.0,
-            enabled: AtomicBool::new(true),
-            layers: AtomicUsize::new(0),
             met: Mutex::default(),
             watched: None,
             vars: Mutex::default(),
@@ -76,6 +71,14 @@ impl Adapter {
         Self(Arc::new(Inner { loaded, strength, trained, ..Inner::new(rank, alpha, targets) }))
     }
 
+    /// Says where it is from. Call before it is cloned.
+    pub fn named(mut self, name: &str) -> Self {
+        if let Some(inner) = Arc::get_mut(&mut self.0) {
+            inner.name = format!("the adapter {name}");
+        }
+        self
+    }
+
     /// For another model with the weights of one that was built with this trained adapter: the same variables, as they are at
     /// each moment, without gradients. What is only drawn by it keeps no graph.
     pub fn still(&self) -> Self {
@@ -84,31 +87,23 @@ impl Adapter {
         Self(Arc::new(Inner { strength, watched, ..Inner::new(rank, alpha, targets.clone()) }))
     }
 
-    /// Switches the adapter on or off for all its layers.
-    pub fn enable(&self, on: bool) {
-        self.0.enabled.store(on, Ordering::Relaxed);
-    }
-
     /// An error if the models that were built with it have not all the layers that it is for.
     pub fn check(&self) -> Result<()> {
-        let (found, due) = (self.0.layers.load(Ordering::Relaxed), (self.0.loaded.len() / 2).max(1));
-        let first = self.0.targets.first().map_or("", String::as_str);
-        ensure!(found >= due, "the adapter fits another model: only {found} of its layers, such as {first}, are here");
-        if self.0.loaded.is_empty() {
-            let met = self.0.met.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let idle = (0..self.0.targets.len()).find(|i| !met.contains(i));
-            ensure!(
-                idle.is_none(),
-                "adapter.targets: no linear layer's name ends with {:?}",
-                self.0.targets[idle.unwrap_or(0)]
-            );
+        let Inner { name, targets, loaded, met, .. } = &*self.0;
+        let met = lock(met);
+        match targets.iter().enumerate().find(|(i, _)| !met.contains(i)) {
+            Some((_, target)) if loaded.is_empty() => {
+                bail!("adapter.targets: no linear layer's name ends with {target:?}")
+            }
+            Some((_, layer)) => bail!("{name} fits another model: {layer} is no linear layer of this one"),
+            None if targets.is_empty() => bail!("adapter.targets names no layer"),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Its trained variables by PEFT's names without their head.
     pub fn vars(&self) -> BTreeMap<String, Var> {
-        self.0.vars.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        lock(&self.0.vars).clone()
     }
 
     pub fn rank(&self) -> usize {
@@ -125,7 +120,7 @@ impl Adapter {
 
     fn covers(&self, layer: &str) -> bool {
         let fitting = (0..self.0.targets.len()).filter(|i| fits(&self.0.targets[*i], layer));
-        let mut met = self.0.met.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut met = lock(&self.0.met);
         fitting.map(|i| met.insert(i)).count() > 0
     }
 
@@ -134,6 +129,7 @@ impl Adapter {
         if !self.covers(layer) {
             return Ok(None);
         }
+        let scale = self.0.strength * self.0.alpha / self.0.rank as f64;
         if let Some(watched) = &self.0.watched {
             let vars = watched.vars();
             let factor = |name: &str| {
@@ -143,14 +139,13 @@ impl Adapter {
                 anyhow::Ok(var.as_tensor().detach())
             };
             let (a, b) = (factor("lora_A.weight")?, factor("lora_B.weight")?);
-            self.0.layers.fetch_add(1, Ordering::Relaxed);
-            return Ok(Some(Low { a, b, adapter: self.clone() }));
+            return Ok(Some(Low { a, b, scale }));
         }
         let dtype = if self.0.trained { DType::F32 } else { params.dtype() };
         let source = if self.0.loaded.is_empty() {
             Params::fresh(self.0.seed, dtype, params.device())
         } else {
-            Params::loaded(self.0.loaded.clone(), "the adapter", dtype, params.device())
+            Params::loaded(self.0.loaded.clone(), &self.0.name, dtype, params.device())
         };
         let rank = self.0.rank;
         let mut pair = Vec::with_capacity(2);
@@ -161,17 +156,15 @@ impl Adapter {
             pair.push(if self.0.trained {
                 let var = Var::from_tensor(&tensor.detach())?;
                 let tensor = var.as_tensor().clone();
-                let mut vars = self.0.vars.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                vars.insert(format!("{layer}.{name}"), var);
+                lock(&self.0.vars).insert(format!("{layer}.{name}"), var);
                 tensor
             } else {
                 tensor.detach()
             });
         }
-        self.0.layers.fetch_add(1, Ordering::Relaxed);
         let b = pair.remove(1);
         let a = pair.remove(0);
-        Ok(Some(Low { a, b, adapter: self.clone() }))
+        Ok(Some(Low { a, b, scale }))
     }
 }
 
@@ -191,7 +184,7 @@ fn fits(target: &str, layer: &str) -> bool {
 struct Low {
     a: Tensor,
     b: Tensor,
-    adapter: Adapter,
+    scale: f64,
 }
 
 /// `x W^T + b`, plus what the adapters of this layer add.
@@ -226,12 +219,9 @@ impl Linear {
     /// `(.., in)` to `(.., out)`.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let mut y = linear_in(self.precision, x, &self.weight, self.bias.as_ref())?;
-        for Low { a, b, adapter } in &self.low {
-            if adapter.0.enabled.load(Ordering::Relaxed) {
-                let scale = adapter.0.strength * adapter.0.alpha / adapter.0.rank as f64;
-                let low = linear(&linear(&x.to_dtype(a.dtype())?, a, None)?, b, None)?;
-                y = (y + (low * scale)?.to_dtype(x.dtype())?)?;
-            }
+        for Low { a, b, scale } in &self.low {
+            let low = linear(&linear(&x.to_dtype(a.dtype())?, a, None)?, b, None)?;
+            y = (y + (low * *scale)?.to_dtype(x.dtype())?)?;
         }
         Ok(y)
     }

@@ -7,6 +7,7 @@ pub mod folder;
 pub mod linear;
 pub mod params;
 pub mod peft;
+pub mod pixels;
 pub mod qwen3;
 pub mod qwen3_vl;
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, safetensors::MmapedSafetensors};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// How a tensor begins when a model is trained from nothing.
@@ -283,9 +283,9 @@ impl Params {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // A panic while the lock was held leaves a map that is still whole.
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+/// A panic while the lock was held leaves a collection that is still whole.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn fresh(seed: u64, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {

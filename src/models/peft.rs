@@ -5,7 +5,7 @@ use super::{Adapter, Folder};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
@@ -16,11 +16,45 @@ struct Config {
     r: usize,
     lora_alpha: f64,
     #[serde(default)]
-    use_dora: bool,
-    #[serde(default)]
     use_rslora: bool,
-    #[serde(default)]
-    bias: Option<String>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// What makes an adapter more than a plain LoRA, or another one layer by layer: passed over, it would not do what it does in
+/// Python. `fan_in_fan_out` is not among them: PEFT itself passes it over for linear layers.
+const UNKNOWN: [&str; 10] = [
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "alpha_pattern",
+    "rank_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+];
+
+impl Config {
+    fn check(&self, file: &str) -> Result<()> {
+        ensure!(self.r > 0 && self.r <= 4096, "{file}: an adapter of rank {}", self.r);
+        ensure!(self.lora_alpha.is_finite(), "{file}: lora_alpha is not a number");
+        if let Some(kind) = self.others.get("peft_type").filter(|kind| *kind != "LORA") {
+            bail!("{file}: peft_type is {kind}; only LORA is supported");
+        }
+        let says_nothing = |value: &Value| match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::String(text) => text == "none",
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            _ => false,
+        };
+        match UNKNOWN.iter().find(|key| self.others.get(**key).is_some_and(|value| !says_nothing(value))) {
+            Some(key) => bail!("{file}: {key} is not supported; train a plain LoRA, without it"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// An adapter as read, before it is known for which model it is.
@@ -36,11 +70,7 @@ pub struct Peft {
 impl Peft {
     pub fn open(folder: &Folder) -> Result<Self> {
         let config: Config = folder.json("adapter_config.json")?;
-        let name = folder.name();
-        ensure!(config.r > 0 && config.r <= 4096, "{name}: an adapter of rank {}", config.r);
-        ensure!(config.lora_alpha.is_finite(), "{name}: its lora_alpha is not a number");
-        ensure!(!config.use_dora, "{name} is a DoRA adapter, which is not supported");
-        ensure!(config.bias.as_deref().is_none_or(|b| b == "none"), "{name} trains biases, which is not supported");
+        config.check(&folder.file("adapter_config.json"))?;
         let file = folder.file("adapter_model.safetensors");
         let bytes = folder.read("adapter_model.safetensors")?;
         let read = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
@@ -53,11 +83,14 @@ impl Peft {
             else {
                 bail!("{file} holds {key}, which is no factor of a LoRA");
             };
+            // Else the model that has it would be blamed.
+            let sum = tensor.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
+            ensure!(sum.is_finite(), "{file}: {key} has numbers that are not finite");
             layers.insert(layer.to_owned());
             tensors.insert(plain, tensor);
         }
         ensure!(!layers.is_empty(), "{file} holds no tensors");
-        Ok(Self { name, layers, config, tensors })
+        Ok(Self { name: folder.name(), layers, config, tensors })
     }
 
     /// The adapter at a strength beside its own, frozen.
@@ -66,15 +99,14 @@ impl Peft {
         // rsLoRA scales by alpha / sqrt(r).
         let strength = if use_rslora { strength * (r as f64).sqrt() } else { strength };
         Adapter::loaded(r, lora_alpha, self.layers.into_iter().collect(), self.tensors, strength, false)
+            .named(&self.name)
     }
-}
 
-impl Peft {
     /// The adapter, to be trained on.
     pub fn learned(self) -> Adapter {
         let Config { r, lora_alpha, use_rslora, .. } = self.config;
         let alpha = if use_rslora { lora_alpha * (r as f64).sqrt() } else { lora_alpha };
-        Adapter::loaded(r, alpha, self.layers.into_iter().collect(), self.tensors, 1.0, true)
+        Adapter::loaded(r, alpha, self.layers.into_iter().collect(), self.tensors, 1.0, true).named(&self.name)
     }
 }
 
@@ -181,7 +213,26 @@ mod tests {
         assert!(error(fine, &["x.lora_magnitude_vector"]).contains("no factor of a LoRA"));
         assert!(error(fine, &[]).contains("no tensors"));
         assert!(error("{\"r\": 0, \"lora_alpha\": 8}", &[]).contains("rank 0"));
-        assert!(error("{\"r\": 2, \"lora_alpha\": 8, \"use_dora\": true}", &[]).contains("DoRA"));
         assert!(error("{", &[]).contains("adapter_config.json"));
+        for (key, value) in [
+            ("peft_type", "\"LOHA\""),
+            ("use_dora", "true"),
+            ("bias", "\"all\""),
+            ("lora_bias", "true"),
+            ("alpha_pattern", "{\"x\": 3}"),
+            ("rank_pattern", "{\"x\": 1}"),
+            ("modules_to_save", "[\"x\"]"),
+        ] {
+            let error = error(&format!("{{\"r\": 2, \"lora_alpha\": 8, \"{key}\": {value}}}"), &["x.lora_A.weight"]);
+            assert!(error.contains(&format!("adapter_config.json: {key}")), "{error}");
+        }
+        let idle = r#"{"r": 2, "lora_alpha": 8, "bias": "none", "alpha_pattern": {}, "modules_to_save": null}"#;
+        let dir = folder(idle, &["x.lora_A.weight", "x.lora_B.weight"]);
+        assert!(Peft::open(&Folder::from(dir.path())).is_ok());
+        let broken = Tensor::full(f32::NAN, (2, 3), &Device::Cpu).unwrap();
+        let broken = HashMap::from([("x.lora_A.weight".to_owned(), broken)]);
+        candle_core::safetensors::save(&broken, dir.path().join("adapter_model.safetensors")).unwrap();
+        let error = Peft::open(&Folder::from(dir.path())).err().unwrap().to_string();
+        assert!(error.contains("x.lora_A.weight has numbers that are not finite"), "{error}");
     }
 }

@@ -1,9 +1,10 @@
 //! Generate, Reflect, Edit: the loop of the paper over many prompts at once.
 //!
-//! Round 1 draws; so do the next ones, from other noise, where [`Options::draws`] is more than the paper's one. After every
-//! round the Checker answers each claim; a picture is accepted when every claim has at least the probability
-//! [`Options::accept`]. Otherwise the Actor reads what is wrong and writes an edit, the Editor carries it out, and the round
-//! ends with the next check. Those that are accepted leave the batch, and waiting prompts take their places.
+//! The first rounds draw, as many as [`Options::draws`] says, each from other noise (in the paper it is one; after two an edit
+//! more often begins with something that is nearly right). After every round the Checker answers each claim; a picture is
+//! accepted when every claim has at least the probability [`Options::accept`]. Otherwise the Actor reads what is wrong and
+//! writes an edit, the Editor carries it out, and the round ends with the next check. Those that are accepted leave the batch,
+//! and waiting prompts take their places.
 //!
 //! Two choices where the paper is silent: an edit starts from the best picture so far, so that a failed edit is not
 //! built upon, and the result is the best picture by the Checker's score, not the last.
@@ -31,13 +32,14 @@ pub struct Cast<'a> {
     pub editor: &'a dyn Editor,
 }
 
+/// How the loop runs. The default is that of `rlrig generate` and, but for the width, of `rlrig eval`.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Rounds at most, the drawing included.
     pub rounds: usize,
     /// The rounds of these that draw before one edits. As many as there are rounds make it best-of-n.
     pub draws: usize,
-    /// Whether an edit that did not help is followed by a new drawing rather than by another edit.
+    /// Whether an edit that did not help is followed by a new drawing rather than, as in the paper, by another edit.
     pub redraw: bool,
     /// The probability from which on a claim counts as held.
     pub accept: f64,
@@ -47,7 +49,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rounds: 4, draws: 1, redraw: false, accept: 0.5, width: 8 }
+        Self { rounds: 4, draws: 2, redraw: true, accept: 0.5, width: 8 }
     }
 }
 
@@ -135,6 +137,7 @@ impl Outcome {
     }
 }
 
+/// A part of a round, in which one role works on a batch of jobs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     Draw,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 /// The version of this document that is written; older ones are read.
 pub const VERSION: u32 = 1;
 
+/// What was asked for, how it was worked on, and what came of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trajectory {
     pub version: u32,
@@ -35,6 +36,7 @@ pub struct Recipe {
     pub rounds: usize,
     #[serde(default = "one")]
     pub draws: usize,
+    /// Recipes that do not say are of the time when an edit was always followed by another.
     #[serde(default)]
     pub redraw: bool,
     pub accept: f64,
@@ -56,6 +58,19 @@ pub struct Recipe {
     pub init_noise: Option<String>,
 }
 
+impl Recipe {
+    /// How the loop ran, in words.
+    pub fn cycle(&self) -> String {
+        let Self { rounds, draws, redraw, accept, looks, .. } = self;
+        let drawings = if *draws == 1 { "drawing" } else { "drawings" };
+        let after = if *redraw { "a new drawing" } else { "another edit" };
+        format!(
+            "at most {rounds} rounds, {draws} {drawings} first, {after} after an edit that did not help; accepted from {accept} \
+             on in {looks} looks"
+        )
+    }
+}
+
 /// The drawings and looks of recipes that do not say how many.
 fn one() -> usize {
     1
@@ -71,10 +86,13 @@ pub struct Source {
     pub revision: Option<String>,
 }
 
+/// One round: a picture, how it was made, and what the Checker says of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Turn {
     pub action: Action,
+    /// For each claim of the target, in its order.
     pub verdicts: Vec<Verdict>,
+    /// The mean P(yes) of the claims; `None` if there was nothing to check.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -149,6 +167,7 @@ impl Trajectory {
         let fact = |name: &str, value: String| (name.to_owned(), value);
         let mut facts = vec![
             fact("result", self.ending.words().to_owned()),
+            fact("loop", r.cycle()),
             fact("seed", r.seed.to_string()),
             fact("steps", r.steps.to_string()),
             fact("guidance", r.guidance.to_string()),
@@ -283,6 +302,19 @@ mod tests {
             best: 1,
             ending: Ending::Accepted,
         }
+    }
+
+    #[test]
+    fn a_story_tells_how_the_loop_ran() {
+        let picture = RgbImage::new(1, 1);
+        let story = |redraw: bool| {
+            let mut t = example();
+            t.recipe.redraw = redraw;
+            t.story(&[&picture, &picture])
+        };
+        let told = |redraw: bool| story(redraw).facts.into_iter().find(|(name, _)| name == "loop").unwrap().1;
+        assert!(told(false).starts_with("at most 4 rounds, 1 drawing first, another edit after"), "{}", told(false));
+        assert!(told(true).contains("a new drawing after an edit that did not help"), "{}", told(true));
     }
 
     #[test]

@@ -40,9 +40,11 @@ const TEMPERATURE: f64 = 0.7;
 const MOVES: [[i64; 2]; 5] = [[0, 0], [3, 3], [-3, -2], [3, -3], [-2, 3]];
 /// The most looks.
 pub const LOOKS: usize = MOVES.len();
-/// Tokens at most of a verdict with its reflection, of an edit with its own, and of a scene graph.
+/// Tokens at most of a verdict with its reflection.
 pub const VERDICT: usize = 56;
+/// Tokens at most of an edit with its reflection.
 pub const EDIT: usize = 128;
+/// Tokens at most of a scene graph.
 const GRAPH: usize = 512;
 /// Triples at most that are listed of a picture.
 const MOST: usize = 64;

@@ -3,8 +3,16 @@
 //! General on purpose: labels, attributes and predicates are free text, so one type serves LAION-SG's records
 //! (arXiv 2412.08580), prompts parsed from a user's words and the tabletop world alike.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+
+/// Characters of an object's phrase, and of a predicate, at most: every claim about it repeats them.
+pub const LONGEST: usize = 200;
+
+/// Whether a phrase or a predicate has more than [`LONGEST`] characters.
+pub fn is_too_long(text: &str) -> bool {
+    text.chars().nth(LONGEST).is_some()
+}
 
 /// One object: a label and its attributes in the order they are said (`large`, `red`).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -44,15 +52,31 @@ pub struct SceneGraph {
 }
 
 impl SceneGraph {
-    /// An error that names the first relation with an index out of range, or the first empty label.
+    /// An error that names the first object or relation of which nothing can be asked, and says why: it has no text, one
+    /// that is too long or is no line of text; or a relation is not one between two objects that are there.
     pub fn validate(&self) -> Result<()> {
-        if let Some(i) = self.objects.iter().position(|o| o.label.trim().is_empty()) {
-            bail!("object {i} of the scene graph has no label");
+        let line = |what: &str, text: &str| {
+            ensure!(!is_too_long(text), "{what} has {} characters; at most {LONGEST} are read", text.chars().count());
+            ensure!(!text.contains(char::is_control), "{what} has a control character in {text:?}");
+            Ok(())
+        };
+        for (i, o) in self.objects.iter().enumerate() {
+            if o.label.trim().is_empty() {
+                bail!("object {i} of the scene graph has no label");
+            }
+            line(&format!("object {i} of the scene graph, with its attributes,"), &o.phrase())?;
         }
         for (i, r) in self.relations.iter().enumerate() {
             let n = self.objects.len();
+            if r.predicate.trim().is_empty() {
+                bail!("relation {i} of the scene graph has no predicate");
+            }
+            line(&format!("relation {i} of the scene graph"), &r.predicate)?;
             if r.subject >= n || r.object >= n {
                 bail!("relation {i} ({:?}) names object {} of {n}", r.predicate, r.subject.max(r.object));
+            }
+            if r.subject == r.object {
+                bail!("relation {i} ({:?}) relates object {} to itself", r.predicate, r.subject);
             }
         }
         Ok(())
@@ -99,11 +123,6 @@ impl SceneGraph {
                 .collect(),
         }
     }
-
-    /// What must hold, counted: one requirement for each object and each relation.
-    pub fn requirements(&self) -> usize {
-        self.objects.len() + self.relations.len()
-    }
 }
 
 #[cfg(test)]
@@ -124,7 +143,6 @@ mod tests {
         assert_eq!(graph().triples(), ["large red ball left of blue cube"]);
         assert_eq!(graph().triple_text(), "large red ball left of blue cube; star");
         assert_eq!(graph().isolated(), [2]);
-        assert_eq!(graph().requirements(), 4);
     }
 
     #[test]
@@ -144,9 +162,22 @@ mod tests {
         let mut dangling = graph();
         dangling.relations[0].object = 9;
         assert!(dangling.validate().unwrap_err().to_string().contains("object 9 of 3"));
-        let mut unnamed = graph();
-        unnamed.objects[1].label = " ".into();
-        assert!(unnamed.validate().unwrap_err().to_string().contains("object 1"));
+        let told = |bend: &dyn Fn(&mut SceneGraph), expected: &str| {
+            let mut bent = graph();
+            bend(&mut bent);
+            let error = bent.validate().unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        told(&|g| g.objects[1].label = " ".into(), "object 1 of the scene graph has no label");
+        told(&|g| g.objects[1].label = "é".repeat(196), "object 1 of the scene graph, with its attributes, has 201");
+        told(&|g| g.objects[2].attributes = vec!["x".repeat(300_000)], "object 2");
+        told(&|g| g.objects[0].label = "ba\nll".into(), "control character");
+        told(&|g| g.relations[0].predicate = "\t".into(), "relation 0 of the scene graph has no predicate");
+        told(&|g| g.relations[0].predicate = "x".repeat(201), "at most 200 are read");
+        told(&|g| g.relations[0].object = 0, "relates object 0 to itself");
+        let mut long = graph();
+        long.objects[1].label = "é".repeat(195);
+        assert!(long.validate().is_ok());
     }
 
     #[test]

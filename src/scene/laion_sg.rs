@@ -5,31 +5,41 @@
 use super::graph::{Object, Relation, SceneGraph};
 use serde::{Deserialize, Serialize};
 
+/// A picture with its scene graph.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     pub img_id: String,
+    /// The picture's file.
     pub name: String,
+    /// The caption that the picture came with.
     pub caption_ori: String,
+    /// LAION's aesthetic score.
     pub score: String,
     pub url: String,
     pub items: Vec<Item>,
     pub relations: Vec<Triple>,
 }
 
+/// An object of a picture.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Item {
+    /// Among the record's items.
     pub item_id: u64,
     pub label: String,
     pub attributes: Vec<String>,
+    /// Among those of all records.
     pub global_item_id: u64,
 }
 
+/// A relation between two items of a record: `item1 relation item2`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Triple {
+    /// Among the record's relations.
     pub triple_id: u64,
     pub item1: u64,
     pub relation: String,
     pub item2: u64,
+    /// Among those of all records.
     pub global_relation_id: u64,
 }
 

@@ -19,7 +19,7 @@ use super::{
     Batch, Metrics, Objective, Step, Work,
     grpo::{TokenBatch, TokenLoss, TokenLossKind, token_loss},
     grpo_config::{GroupConfig, GrpoConfig},
-    objective_diffuser::tiled,
+    pixels::tiled,
     pose::{Poser, Problem, Source, TOGETHER},
     replay::{Asked, Written, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
@@ -242,7 +242,7 @@ impl Actor {
         let before: Vec<&[Verdict]> =
             (0..attempts.len()).map(|r| problems[r / self.group.size].verdicts.as_slice()).collect();
         let after: Vec<Vec<Verdict>> = attempts.iter().map(|a| a.verdicts.clone()).collect();
-        let mut rewards = rollout::by_verdicts(&self.group, &before, &after)?;
+        let mut rewards = rollout::by_verdicts(&self.group, &before, &after);
         let mut add = |name: &str, value: &dyn Fn(&Attempt) -> f64| {
             if self.group.asks(name) {
                 rewards.push((name.to_owned(), attempts.iter().map(value).collect()));

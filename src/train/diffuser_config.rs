@@ -26,9 +26,8 @@ pub struct DiffuserConfig {
     pub shift: f64,
     /// Noise added to the reference's latents, as generated pictures are not perfect.
     pub reference_noise: f64,
-    /// A run of `rlrig eval` on the world's train split, whose pictures are edited too ([`super::drawn`]).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub drawn: Option<PathBuf>,
+    /// Runs of `rlrig eval` on the world's train split, whose pictures are edited too ([`super::drawn`]).
+    pub drawn: Vec<PathBuf>,
     /// Their share of the pictures that are edited.
     pub drawn_share: f64,
     /// Weight of the loss that tells the transformer's middle what lies where ([`super::layout`]).
@@ -61,7 +60,7 @@ pub struct Stage {
     /// Share of the scenes of several objects in which two touch: what overlaps is harder to draw than what lies apart.
     #[serde(default = "touching")]
     pub touching: f64,
-    /// Share of the edits that move something, above what an even draw of the kinds gives: moving is the hardest edit.
+    /// Share of the edits of renders that move something, above what an even draw of the kinds gives: it is the hardest edit.
     #[serde(default)]
     pub moves: f64,
 }
@@ -93,7 +92,7 @@ impl Default for DiffuserConfig {
             dropout: 0.1,
             shift: 2.5,
             reference_noise: 0.1,
-            drawn: None,
+            drawn: Vec::new(),
             drawn_share: 0.5,
             layout: 0.2,
             precision: Precision::Bf16,

@@ -26,7 +26,7 @@ use anyhow::{Context, Result, bail};
 use image::{RgbImage, imageops::flip_horizontal_in_place};
 use rayon::prelude::*;
 use serde::Deserialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bytes of a `samples.jsonl` at most.
 const LONGEST: u64 = 8 << 30;
@@ -78,9 +78,20 @@ fn mirror(relation: &mut Relation) {
     }
 }
 
-/// The pictures of a run on the tabletop world, in the order of its lines: those to learn from, and those of every tenth
+/// The pictures of runs on the tabletop world, in the order of their lines: those to learn from, and those of every tenth
 /// prompt, which are held out.
-pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
+pub fn open(runs: &[PathBuf]) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
+    let (mut learned, mut held_out) = (Vec::new(), Vec::new());
+    for run in runs {
+        for (is_held_out, drawn) in pictures(run)? {
+            if is_held_out { &mut held_out } else { &mut learned }.push(drawn);
+        }
+    }
+    Ok((learned, held_out))
+}
+
+/// Those of one run, and whether each is held out.
+fn pictures(path: &Path) -> Result<Vec<(bool, Drawn)>> {
     let file = path.join("samples.jsonl");
     let text = io::read_file(&file, LONGEST)?;
     let lines = serde_json::Deserializer::from_slice(&text).into_iter::<Line>().collect::<Result<Vec<Line>, _>>();
@@ -91,7 +102,7 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
     let mut ids: Vec<&str> = lines.iter().map(|line| line.id.as_str()).collect();
     ids.sort_unstable();
     ids.dedup();
-    let drawn: Vec<(bool, Drawn)> = lines
+    lines
         .par_iter()
         .map(|line| {
             let file = path.join(&line.file);
@@ -109,10 +120,7 @@ pub fn open(path: &Path) -> Result<(Vec<Drawn>, Vec<Drawn>)> {
             let reading = oracle::read(&picture);
             Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading }))
         })
-        .collect::<Result<_>>()?;
-    let (held_out, learned): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|(held_out, _)| *held_out);
-    let only = |some: Vec<(bool, Drawn)>| some.into_iter().map(|(_, drawn)| drawn).collect();
-    Ok((only(learned), only(held_out)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -145,7 +153,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = |text: &str| {
             fs::write(dir.path().join("samples.jsonl"), text).unwrap();
-            format!("{:#}", open(dir.path()).err().unwrap())
+            format!("{:#}", open(&[dir.path().to_owned()]).err().unwrap())
         };
         let mut text = String::new();
         for i in 0..20 {
@@ -158,8 +166,10 @@ mod tests {
             text += &format!("{line}\n");
         }
         fs::write(dir.path().join("samples.jsonl"), &text).unwrap();
-        let (learned, held_out) = open(dir.path()).unwrap();
-        assert_eq!((learned.len(), held_out.len()), (18, 2));
+        let run = dir.path().to_owned();
+        assert!(matches!(open(&[]), Ok((learned, held_out)) if learned.is_empty() && held_out.is_empty()));
+        let (learned, held_out) = open(&[run.clone(), run]).unwrap();
+        assert_eq!((learned.len(), held_out.len()), (36, 4));
         let sample = tasks::text_to_image(0, Split::Train, 9, 1, 3);
         assert_eq!((&held_out[0].prompt, &held_out[0].graph), (&sample.prompt, &sample.graph.canonical()));
         assert_eq!(held_out[0].reading.view.objects.len(), sample.scene.items.len());

@@ -23,8 +23,7 @@ use super::{
     flow_steps::{Carried, Edits, Learned, Pieces, carry_out, window_of},
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
     grpo_config::{GroupConfig, GrpoConfig},
-    objective_diffuser::tiled,
-    pixels::preserved,
+    pixels::{preserved, tiled},
     pose::{self, Poser, Source, TOGETHER},
     rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
     trained::Trained,
@@ -221,6 +220,8 @@ impl Editor {
         let (klein, both) = rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 })?;
         let mut both = both.into_iter();
         let (learned, trained) = both.next().context("an Editor to be trained")?;
+        let old = both.next();
+        let follows = |(_, old): &(Learned, Trained)| old.vars().values().map(|v| 4 * v.elem_count()).sum::<usize>();
         let EditorConfig { min_objects, max_objects, steps, guidance, .. } = *editor;
         let (objects, size) = ([min_objects, max_objects], models.size(&klein));
         Ok(Self {
@@ -231,10 +232,10 @@ impl Editor {
             judges: Judges::open(config, device)?,
             learned,
             trained,
-            old: both.next(),
             updates: 0,
             pieces: config.pieces(),
-            frozen: models.bytes()?,
+            frozen: models.bytes()? + old.as_ref().map_or(0, follows),
+            old,
             kept: Kept::default(),
             held_out: Vec::new(),
         })
@@ -311,7 +312,7 @@ impl Editor {
         let asked: Vec<(&Picture, &Target)> = pictures.iter().enumerate().map(|(r, p)| (p, target(r))).collect();
         let after = rollout::check(&self.poser.critic, &asked);
         let before: Vec<&[Verdict]> = (0..pictures.len()).map(|r| before[r / size].as_slice()).collect();
-        let mut rewards: Vec<Reward> = rollout::by_verdicts(&self.group, &before, &after)?;
+        let mut rewards: Vec<Reward> = rollout::by_verdicts(&self.group, &before, &after);
         if self.group.asks("preserve") {
             let kept =
                 |(r, picture): (usize, &Picture)| Ok(preserved(problems[r / size].source.pixels()?, picture.pixels()?));
@@ -440,8 +441,9 @@ impl Objective for Editor {
         let rolled_out = start.elapsed().as_secs_f64();
         let mut judged = self.judge(&problems, &pictures)?;
         let claims: usize = problems.iter().map(|p| p.target.claims.len() * (1 + self.group.size)).sum();
+        // Claims of a row; the times are those of its whole micro-batch.
         let more = [
-            ("claims", claims as f64),
+            ("claims", claims as f64 / problems.len().max(1) as f64),
             ("time/rollout", rolled_out),
             ("time/judge", start.elapsed().as_secs_f64() - rolled_out),
         ];
@@ -469,17 +471,16 @@ impl Objective for Editor {
     }
 
     /// The old policy follows.
-    fn observe(&mut self, _: &Metrics) {
-        let Some((_, old)) = &self.old else { return };
+    fn observe(&mut self, _: &Metrics) -> Result<()> {
+        let Some((_, old)) = &self.old else { return Ok(()) };
         let keep = nft_decay(self.updates);
         let new = self.trained.vars();
         for (name, var) in old.vars() {
-            let blend = |new: &Var| var.set(&((var.as_tensor() * keep)? + (new.as_tensor() * (1.0 - keep))?)?.detach());
-            if let Some(Err(error)) = new.get(&name).map(blend) {
-                tracing::error!("the old policy does not follow: {error}");
-            }
+            let new = new.get(&name).with_context(|| format!("the new policy has no {name}"))?;
+            var.set(&((var.as_tensor() * keep)? + (new.as_tensor() * (1.0 - keep))?)?.detach())?;
         }
         self.updates += 1;
+        Ok(())
     }
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {

@@ -10,13 +10,13 @@ use super::{
     joint::{Joint, JointConfig},
     optim::OptimConfig,
     request::RunConfig,
-    train_config::{Precision, TrainConfig},
+    train_config::{Format, TrainConfig},
 };
 use crate::{
     flow::Klein,
     io::hub::Hub,
     models::{Adapter, Folder, built_in, peft::Peft},
-    rig::reward::{ByVerdicts, Reward},
+    rig::reward::ByVerdicts,
     usage,
 };
 use anyhow::{Context, Result, ensure};
@@ -39,10 +39,12 @@ pub enum Learner {
     Joint,
 }
 
+/// A config of `rlrig train grpo`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GrpoConfig {
     pub objective: Learner,
+    /// Of the adapters' first weights, and of all that is drawn.
     pub seed: u64,
     pub models: ModelsConfig,
     pub adapter: AdapterConfig,
@@ -76,7 +78,7 @@ pub struct ModelsConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<u32>,
     /// What the frozen weights compute in; adapters are trained in f32.
-    pub dtype: Precision,
+    pub dtype: Format,
     /// How many times the Checker looks at a picture (`rlrig generate --looks`).
     pub looks: usize,
 }
@@ -126,8 +128,10 @@ const BY_OTHERS: [&str; 2] = ["judge", "oracle"];
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Combine {
+    /// The weighted sum is compared within the group.
     #[default]
     SumThenNormalise,
+    /// Each reward is, and the advantages are summed with their weights, so that none counts more for varying more.
     NormaliseThenSum,
 }
 
@@ -157,7 +161,7 @@ impl Default for ModelsConfig {
             actor: None,
             editor: None,
             size: None,
-            dtype: Precision::F32,
+            dtype: Format::F32,
             looks: 1,
         }
     }
@@ -310,7 +314,7 @@ impl GrpoConfig {
             Some(_) if self.adapter.rank == 0 => {
                 usage!("adapter.rank = 0 trains all weights, which go on from those of models, not from models.{role}")
             }
-            None if self.adapter.rank == 0 && self.models.dtype != Precision::F32 => {
+            None if self.adapter.rank == 0 && self.models.dtype != Format::F32 => {
                 usage!("adapter.rank = 0 trains all weights, which is done in f32: set models.dtype to f32")
             }
             None if self.adapter.rank == 0 => Ok(None),

@@ -19,14 +19,9 @@ use image::{Rgb, RgbImage, imageops::interpolate_bilinear};
 /// Picture `index`, with a prompt that it may not meet.
 pub fn imperfect(seed: u64, index: u64, objects: usize) -> Drawn {
     let rng = &mut Stream::new(seed, "imperfect picture", index);
-    let (mut scene, graph) = loop {
-        let edits = rng.below(3);
-        let (scene, graph) = tasks::disturbed(rng, Split::Train, objects, edits);
-        // One thing alone teaches little.
-        if graph.objects.len() >= objects.min(2) {
-            break (scene, graph);
-        }
-    };
+    // One thing alone teaches little.
+    let edits = rng.below(3);
+    let (mut scene, graph) = tasks::disturbed(rng, Split::Train, objects.min(2), objects, edits);
     jostle(rng, &mut scene);
     let mut picture = render(&scene);
     if rng.chance(0.5)

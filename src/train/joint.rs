@@ -25,9 +25,8 @@ use super::{
     grpo::{ADVANTAGE_BOUND, Advantages, TokenBatch, token_loss},
     grpo_config::GrpoConfig,
     means::Means,
-    objective_diffuser::tiled,
     optim,
-    pixels::{preserved, still},
+    pixels::{preserved, still, tiled},
     pose::{Poser, Problem, TOGETHER},
     replay::{Asked, Replay, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
@@ -248,7 +247,7 @@ impl Joint {
         let after = rollout::check(&self.poser.critic, &asked);
 
         let before: Vec<&[Verdict]> = rows.iter().map(|r| states[*r].verdicts.as_slice()).collect();
-        let mut rewards = rollout::by_verdicts(group, &before, &after)?;
+        let mut rewards = rollout::by_verdicts(group, &before, &after);
         let kept = |(picture, r): (&Picture, &usize)| Ok(preserved(states[*r].best.pixels()?, picture.pixels()?));
         let kept: Vec<f64> = pictures.iter().zip(rows).map(kept).collect::<Result<_>>()?;
         let brief = |a: &Answer| 1.0 - (a.ids.len() as f64 / EDIT as f64).min(1.0);
@@ -370,7 +369,8 @@ impl Joint {
         let painter = self.poser.painter().with_editor(Some(self.editor.still.clone()));
         let critic = self.poser.critic.clone().with_actor(Some(self.actor.clone()));
         let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
-        let options = cycle::Options { rounds: joint.rounds, width: TOGETHER, ..cycle::Options::default() };
+        // What is trained are edits, so they come first.
+        let options = cycle::Options { rounds: joint.rounds, draws: 1, width: TOGETHER, ..cycle::Options::default() };
         let outcomes = cycle::run(cast, &jobs, &options, &|| false, &mut |_| Ok(()))?;
         let whole = samples.into_iter().zip(outcomes);
         whole.map(|(s, outcome)| Ok((s.graph, s.prompt, outcome.context("a prompt without an outcome")?))).collect()

@@ -73,7 +73,8 @@ pub struct Batch {
 
 impl Batch {
     /// The number of each sample in the endless sequence of training samples. Random draws keyed by it (and the seed)
-    /// are the same for any split into micro-batches and after any interruption.
+    /// are the same for any split into micro-batches and after any interruption. (What rows are padded to may depend on
+    /// the others of their micro-batch.)
     pub fn indices(&self) -> Range<u64> {
         let start = self.step * self.size as u64;
         start + self.rows.start as u64..start + self.rows.end as u64
@@ -148,8 +149,9 @@ pub trait Objective: Sync {
     fn loss(&self, batch: &Batch) -> Result<Step>;
 
     /// Is told the metrics of each step once it is done, for running statistics.
-    fn observe(&mut self, metrics: &Metrics) {
+    fn observe(&mut self, metrics: &Metrics) -> Result<()> {
         let _ = metrics;
+        Ok(())
     }
 
     /// Held-out metrics. The variables hold the moving average when it is called, as they do for `samples` and `save`.

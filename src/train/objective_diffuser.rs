@@ -12,6 +12,7 @@ use super::{
     diffuser_config::{DiffuserConfig, Evaluation, Stage, TextConfig},
     drawn,
     layout::{Labels, LayoutHead},
+    pixels::tiled,
 };
 use crate::{
     flow::{
@@ -20,7 +21,7 @@ use crate::{
         schedule::Schedule,
         watch::Unwatched,
     },
-    models::{Folder, Params, autoencoder, flux2, qwen3},
+    models::{Folder, Params, autoencoder, flux2, pixels::planes, qwen3},
     scene::tabletop::{
         oracle,
         render::render,
@@ -158,7 +159,7 @@ impl Diffuser {
         let head = Params::fresh(seed ^ 2, DType::F32, device).trained();
         let token = SIDE as usize / klein.tokens(SIDE, SIDE)?.0;
         let layout = LayoutHead::new(sizes.dim(), token, &head)?;
-        let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?.0;
+        let drawn = drawn::open(&config.drawn)?.0;
         let (config, ahead) = (config.clone(), Ahead::default());
         Ok(Self { config, seed, klein, transformer, text, layout, head, tokenizer, drawn, ahead })
     }
@@ -352,23 +353,6 @@ struct Drawn {
 enum Sample {
     Prompt(crate::scene::graph::SceneGraph),
     Edit(Box<tasks::EditSample>),
-}
-
-/// Pictures of one size in rows of `columns`.
-pub(super) fn tiled(pictures: &[RgbImage], columns: usize) -> RgbImage {
-    let rows = pictures.len().div_ceil(columns);
-    let mut sheet = RgbImage::new(columns as u32 * SIDE, rows as u32 * SIDE);
-    for (i, picture) in pictures.iter().enumerate() {
-        let (x, y) = ((i % columns) as i64, (i / columns) as i64);
-        image::imageops::replace(&mut sheet, picture, x * i64::from(SIDE), y * i64::from(SIDE));
-    }
-    sheet
-}
-
-/// A picture as `(3, H, W)` in [-1, 1].
-fn planes(picture: &RgbImage) -> Vec<f32> {
-    let bytes = picture.as_raw();
-    (0..3).flat_map(|c| bytes.iter().skip(c).step_by(3).map(|b| f32::from(*b) / 127.5 - 1.0)).collect()
 }
 
 fn transformer_sizes(config: &DiffuserConfig, channels: usize) -> flux2::Config {

@@ -10,11 +10,12 @@
 //! others, which carry the detail, a smaller deviation. Free latents change twice as fast as pixels do when a thing moves
 //! by some pixels, and a Diffuser learns them late; where coarse numbers dominate it learns layout, colour and shape first.
 
-use super::{Batch, Group, Metrics, Objective, Rule, Step, optim};
+use super::{Batch, Group, Metrics, Objective, Rule, Step, optim, pixels::tiled};
 use crate::{
     models::{
         Folder, Params,
         autoencoder::{Autoencoder, Config},
+        pixels::{to_pictures, to_tensor},
     },
     scene::tabletop::{
         oracle,
@@ -142,7 +143,15 @@ impl VaeObjective {
                 let params = Params::open(&folder, "diffusion_pytorch_model", DType::F32, device)?.trained();
                 (folder.json("config.json")?, params)
             }
-            None => (config.model(), Params::fresh(seed, DType::F32, device)),
+            None => {
+                let widths = config.block_out_channels.iter().chain([&config.latent_channels, &config.norm_num_groups]);
+                if widths.clone().any(|width| !(1..=4096).contains(width))
+                    || !(1..=64).contains(&config.layers_per_block)
+                {
+                    usage!("autoencoder: channels and groups are 1 to 4096, layers_per_block is 1 to 64");
+                }
+                (config.model(), Params::fresh(seed, DType::F32, device))
+            }
         };
         let model = Autoencoder::new(&sizes, &params)?;
         if config.decoder_only && (config.init.is_none() || config.coarse > 0.0) {
@@ -163,9 +172,9 @@ impl VaeObjective {
         Ok(Self { config: config.clone(), seed, params, model })
     }
 
-    /// Pictures `indices` of the stream `purpose` of a split, `(B, 3, H, W)` in `[-1, 1]`.
-    fn pictures(&self, purpose: &str, split: Split, indices: Range<u64>) -> Result<Tensor> {
-        let draw = |i| render(&scene(&mut Stream::new(self.seed, purpose, i), split, &self.config));
+    /// Pictures `indices` of the stream `purpose` of a split, this share of them crowded, `(B, 3, H, W)` in `[-1, 1]`.
+    fn pictures(&self, purpose: &str, split: Split, crowded: f64, indices: Range<u64>) -> Result<Tensor> {
+        let draw = |i| render(&self.scene(&mut Stream::new(self.seed, purpose, i), split, crowded));
         to_tensor(&indices.into_par_iter().map(draw).collect::<Vec<_>>(), self.params.device())
     }
 
@@ -174,7 +183,7 @@ impl VaeObjective {
         let side = self.config.crop;
         let draw = |i| {
             let mut rng = Stream::new(self.seed, "autoencoder-crop", i);
-            let scene = scene(&mut rng, Split::Train, &self.config);
+            let scene = self.scene(&mut rng, Split::Train, self.config.crowded);
             let item = rng.choose(&scene.items);
             let mut corner = |centre: f32| {
                 let start = f64::from(centre) - f64::from(side) * rng.range(0.1, 0.9);
@@ -186,10 +195,24 @@ impl VaeObjective {
         to_tensor(&indices.into_par_iter().map(draw).collect::<Vec<_>>(), self.params.device())
     }
 
-    /// Whether the oracle sees in a held-out picture's reconstruction what it was drawn from.
-    fn still_shows(&self, reconstruction: &RgbImage, split: Split, index: u64) -> bool {
+    /// A scene of the split, now and then with the things of a second one on top.
+    fn scene(&self, rng: &mut Stream, split: Split, crowded: f64) -> Scene {
+        let (mut scene, _) = sample::draw_touching(rng, split, 1, 5, self.config.touching);
+        if crowded > 0.0 && rng.chance(crowded) {
+            let (other, _) = sample::draw(rng, split, 1, 2);
+            let top = scene.top_depth();
+            scene.items.extend(other.items.into_iter().map(|mut item| {
+                item.depth += top;
+                item
+            }));
+        }
+        scene
+    }
+
+    /// Whether the oracle sees in the reconstruction of a held-out picture, not a crowded one, what it was drawn from.
+    fn still_shows(&self, reconstruction: &RgbImage, index: u64) -> bool {
         let mut rng = Stream::new(self.seed, HELD_OUT, index);
-        let (_, graph) = sample::draw_touching(&mut rng, split, 1, 5, self.config.touching);
+        let (_, graph) = sample::draw_touching(&mut rng, Split::Val, 1, 5, self.config.touching);
         oracle::judge(reconstruction, &graph).perfect()
     }
 
@@ -199,7 +222,7 @@ impl VaeObjective {
         let (mut sums, mut squares, mut n) = (vec![0f64; channels], vec![0f64; channels], 0f64);
         for start in (0..self.config.statistics).step_by(CHUNK as usize) {
             let indices = start..(start + CHUNK).min(self.config.statistics);
-            let x = self.pictures("autoencoder-statistics", Split::Train, indices)?;
+            let x = self.pictures("autoencoder-statistics", Split::Train, self.config.crowded, indices)?;
             let tokens = self.model.patchify(&self.model.encode(&x)?.0.detach())?;
             let tokens = tokens.transpose(0, 1)?.flatten_from(1)?.to_vec2::<f32>()?; // (4C, B h w)
             n += tokens.first().map_or(0, Vec::len) as f64;
@@ -236,7 +259,7 @@ impl Objective for VaeObjective {
         let x = if batch.step < self.config.crop_steps {
             self.crops(batch.indices())?
         } else {
-            self.pictures("autoencoder-picture", Split::Train, batch.indices())?
+            self.pictures("autoencoder-picture", Split::Train, self.config.crowded, batch.indices())?
         };
         let (mut mean, mut logvar) = self.model.encode(&x)?;
         if self.config.decoder_only {
@@ -262,15 +285,16 @@ impl Objective for VaeObjective {
         Ok(Step { loss: (loss + (coarse * self.config.coarse)?)?, metrics })
     }
 
-    /// PSNR of held-out pictures, from their latents and from latents with noise of a part of their deviation; and the share
-    /// of the pictures (from their latents) in which the oracle still sees all that is true of them, and nothing else.
+    /// PSNR of held-out pictures, half of them crowded, from their latents and from latents with noise of a part of their
+    /// deviation; and of those that are not crowded the share in which (from their latents) the oracle still sees all that is
+    /// true of them, and nothing else.
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
         let parts = [("psnr", 0.0), ("psnr_noise_0.1", 0.1), ("psnr_noise_0.2", 0.2)];
         let (mut errors, mut pictures, mut perfect) = ([0f64; 3], 0f64, 0f64);
-        for split in [Split::Test, Split::TestMany] {
+        for crowded in [0.0, 1.0] {
             for start in (0..self.config.held_out).step_by(CHUNK as usize) {
                 let indices = start..(start + CHUNK).min(self.config.held_out);
-                let x = self.pictures(HELD_OUT, split, indices.clone())?;
+                let x = self.pictures(HELD_OUT, Split::Val, crowded, indices.clone())?;
                 let z = self.model.encode(&x)?.0.detach();
                 let flat = z.transpose(0, 1)?.flatten_from(1)?;
                 let deviation = flat.var_keepdim(1)?.sqrt()?.reshape((1, (), 1, 1))?;
@@ -279,33 +303,28 @@ impl Objective for VaeObjective {
                 for (error, (_, part)) in errors.iter_mut().zip(parts) {
                     let y = self.model.decode(&(&z + (&noise * part)?)?)?.detach().clamp(-1f32, 1f32)?;
                     *error += f64::from((&y - &x)?.sqr()?.mean((1, 2, 3))?.sum_all()?.to_scalar::<f32>()?);
-                    if part == 0.0 {
-                        let shown = to_images(&y)?.into_iter().zip(indices.clone());
-                        perfect += shown.filter(|(y, i)| self.still_shows(y, split, *i)).count() as f64;
+                    if part == 0.0 && crowded == 0.0 {
+                        let shown = to_pictures(&y)?.into_iter().zip(indices.clone());
+                        perfect += shown.filter(|(y, i)| self.still_shows(y, *i)).count() as f64;
                     }
                 }
                 pictures += x.dim(0)? as f64;
             }
         }
         let psnr = parts.iter().zip(errors).map(|((name, _), error)| ((*name).into(), psnr(error / pictures)));
-        Ok(psnr.chain([("perfect".into(), perfect / pictures)]).collect())
+        Ok(psnr.chain([("perfect".into(), perfect / self.config.held_out as f64)]).collect())
     }
 
     /// A sheet of held-out pictures above their reconstructions.
     fn samples(&mut self, _step: u64, folder: &Path) -> Result<()> {
-        let mut sheet = RgbImage::new(SIDE * SAMPLES as u32, 4 * SIDE);
-        for (row, split) in [Split::Test, Split::TestMany].into_iter().enumerate() {
-            let x = self.pictures(HELD_OUT, split, 0..SAMPLES)?;
-            let y = self.model.decode(&self.model.encode(&x)?.0)?.detach();
-            for (i, x) in [x, y].into_iter().enumerate() {
-                for (column, picture) in to_images(&x)?.iter().enumerate() {
-                    let (x, y) = (i64::from(SIDE) * column as i64, i64::from(SIDE) * (2 * row + i) as i64);
-                    image::imageops::replace(&mut sheet, picture, x, y);
-                }
-            }
+        let mut pictures = Vec::new();
+        for crowded in [0.0, 1.0] {
+            let x = self.pictures(HELD_OUT, Split::Val, crowded, 0..SAMPLES)?;
+            let y = self.model.decode(&self.model.encode(&x)?.0)?;
+            pictures.extend([to_pictures(&x)?, to_pictures(&y)?].concat());
         }
         let path = folder.join("reconstructions.png");
-        sheet.save(&path).with_context(|| format!("cannot write {}", path.display()))
+        tiled(&pictures, SAMPLES as usize).save(&path).with_context(|| format!("cannot write {}", path.display()))
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
@@ -343,20 +362,6 @@ impl Objective for VaeObjective {
     }
 }
 
-/// A scene of the split; in training, now and then with the things of a second one on top.
-fn scene(rng: &mut Stream, split: Split, config: &VaeConfig) -> Scene {
-    let (mut scene, _) = sample::draw_touching(rng, split, 1, 5, config.touching);
-    if split == Split::Train && rng.chance(config.crowded) {
-        let (other, _) = sample::draw(rng, split, 1, 2);
-        let top = scene.top_depth();
-        scene.items.extend(other.items.into_iter().map(|mut item| {
-            item.depth += top;
-            item
-        }));
-    }
-    scene
-}
-
 /// The mean absolute difference between neighbours, down and to the right.
 fn edges(x: &Tensor) -> candle_core::Result<Tensor> {
     let along = |dim: usize| {
@@ -369,31 +374,6 @@ fn edges(x: &Tensor) -> candle_core::Result<Tensor> {
 /// The peak signal-to-noise ratio in dB of a mean squared error over `[-1, 1]`.
 fn psnr(mse: f64) -> f64 {
     10.0 * (4.0 / mse).log10()
-}
-
-/// Pictures `(B, 3, H, W)` in `[-1, 1]` as images.
-fn to_images(x: &Tensor) -> Result<Vec<RgbImage>> {
-    let (_, _, h, w) = x.dims4()?;
-    let rows = x.permute((0, 2, 3, 1))?.flatten_from(1)?.to_vec2::<f32>()?;
-    let image = |row: Vec<f32>| {
-        let bytes = row.iter().map(|v| ((v + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect();
-        RgbImage::from_vec(w as u32, h as u32, bytes).context("a picture of a batch")
-    };
-    rows.into_iter().map(image).collect()
-}
-
-/// Pictures of one size to `(B, 3, H, W)` in `[-1, 1]`.
-fn to_tensor(images: &[RgbImage], device: &Device) -> Result<Tensor> {
-    let (w, h) = images.first().map_or((0, 0), |i| (i.width() as usize, i.height() as usize));
-    let mut values = vec![0f32; images.len() * 3 * h * w];
-    values.par_chunks_mut((3 * h * w).max(1)).zip(images).for_each(|(values, image)| {
-        for (i, pixel) in image.pixels().enumerate() {
-            for (c, value) in pixel.0.iter().enumerate() {
-                values[c * h * w + i] = f32::from(*value) / 127.5 - 1.0;
-            }
-        }
-    });
-    Ok(Tensor::from_vec(values, (images.len(), 3, h, w), device)?)
 }
 
 #[cfg(test)]
@@ -435,7 +415,7 @@ mod tests {
         let config: Config = folder.json("config.json").unwrap();
         let params = Params::open(&folder, "diffusion_pytorch_model", DType::F32, &Device::Cpu).unwrap();
         let model = Autoencoder::new(&config, &params).unwrap();
-        let x = objective.pictures("autoencoder-statistics", Split::Train, 0..8).unwrap();
+        let x = objective.pictures("autoencoder-statistics", Split::Train, objective.config.crowded, 0..8).unwrap();
         let tokens = model.latents(&x).unwrap().transpose(0, 1).unwrap().flatten_from(1).unwrap();
         for channel in tokens.to_vec2::<f32>().unwrap() {
             let n = channel.len() as f32;
@@ -453,7 +433,7 @@ mod tests {
         let params = Params::open(&folder, "diffusion_pytorch_model", DType::F32, &Device::Cpu).unwrap();
         let model = Autoencoder::new(&config, &params).unwrap();
         for split in [Split::Test, Split::TestMany] {
-            let x = small().pictures("autoencoder-shipped", split, 0..4).unwrap();
+            let x = small().pictures("autoencoder-shipped", split, 0.0, 0..4).unwrap();
             let y = model.pixels(&model.latents(&x).unwrap()).unwrap().clamp(-1f32, 1f32).unwrap();
             let mse = (y - x).unwrap().sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(psnr(f64::from(mse)) > 32.0, "{}: {:.2} dB", split.name(), psnr(f64::from(mse)));

@@ -47,7 +47,7 @@ use std::{
 pub struct VlmConfig {
     /// A model folder to go on from; `shape` then counts for nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub start: Option<PathBuf>,
+    pub init: Option<PathBuf>,
     /// Claims about a picture at most, of those that a graph makes.
     pub claims: usize,
     /// Further claims about a picture, half of which hold.
@@ -58,9 +58,8 @@ pub struct VlmConfig {
     pub parse: f64,
     /// From which step on pictures have up to how many objects.
     pub curriculum: Vec<(u64, usize)>,
-    /// A run of `rlrig eval` on the world's train split, whose pictures are shown too.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub drawn: Option<PathBuf>,
+    /// Runs of `rlrig eval` on the world's train split, whose pictures are shown too.
+    pub drawn: Vec<PathBuf>,
     /// Their share of all pictures.
     pub drawn_share: f64,
     /// Share of imperfect pictures ([`super::imperfect`]) among the others.
@@ -68,7 +67,7 @@ pub struct VlmConfig {
     /// Pictures of an evaluation.
     pub evaluation: usize,
     /// Precision of the matrix products.
-    pub multiply: Precision,
+    pub precision: Precision,
     pub shape: Shape,
 }
 
@@ -97,17 +96,17 @@ pub struct Shape {
 impl Default for VlmConfig {
     fn default() -> Self {
         Self {
-            start: None,
+            init: None,
             claims: 2,
             probes: 5,
             act: 0.25,
             parse: 0.1,
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
-            drawn: None,
+            drawn: Vec::new(),
             drawn_share: 0.4,
             imperfect: 0.0,
             evaluation: 100,
-            multiply: Precision::F32,
+            precision: Precision::F32,
             shape: Shape::default(),
         }
     }
@@ -277,7 +276,7 @@ impl VlmObjective {
         if shares.iter().any(|share| !(0.0..=1.0).contains(share)) {
             usage!("[vlm] act, parse, drawn_share and imperfect are shares, from 0 to 1");
         }
-        let (params, chat, model_config, files) = match &config.start {
+        let (params, chat, model_config, files) = match &config.init {
             Some(path) => {
                 let folder = Folder::from(path.clone());
                 let names = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"];
@@ -297,13 +296,13 @@ impl VlmObjective {
                 (Params::fresh(seed, DType::F32, device), chat, model_config, files)
             }
         };
-        let params = params.multiplied_in(config.multiply);
+        let params = params.multiplied_in(config.precision);
         let model = Qwen3VL::new(&model_config, &params)?;
         params.finish(|_| false)?;
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
         let vlm = Arc::new(Vlm::new(model, chat, images)?);
-        let drawn = config.drawn.as_deref().map_or(Ok(Default::default()), drawn::open)?;
+        let drawn = drawn::open(&config.drawn)?;
         let (config, ahead) = (config.clone(), Ahead::default());
         Ok(Self { vlm, params, files, drawn, config, seed, ahead })
     }

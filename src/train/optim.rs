@@ -10,7 +10,7 @@ use super::{
     schedule::Schedule,
     slices::CHUNK,
 };
-use crate::tensor::cpu::floats;
+use crate::{tensor::cpu::floats, usage};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
@@ -47,17 +47,23 @@ pub fn default_group(name: &str, shape: &[usize]) -> Group {
     }
 }
 
+/// The section `optim`: AdamW (Loshchilov and Hutter, arXiv 1711.05101), and Muon ([`super::muon`]) for hidden matrices.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimConfig {
     /// Use Muon where a group asks for it; else AdamW for everything.
     pub muon: bool,
+    /// The learning rate at its height.
     pub lr: f64,
     /// Muon's learning rate, where it should differ.
     pub muon_lr: Option<f64>,
+    /// Muon's momentum.
     pub momentum: f64,
+    /// AdamW's decays of the moments' moving averages.
     pub betas: (f64, f64),
+    /// What AdamW adds to the root of the second moment.
     pub eps: f64,
+    /// Decoupled, of both rules: a step takes this part of the learning rate off a weight.
     pub weight_decay: f64,
     /// The gradient's global norm is clipped to this; 0 switches it off.
     pub clip: f64,
@@ -86,6 +92,27 @@ impl Default for OptimConfig {
     }
 }
 
+impl OptimConfig {
+    /// Whether all of it makes sense.
+    fn check(&self) -> Result<()> {
+        let rates = [("lr", self.lr), ("muon_lr", self.muon_lr.unwrap_or(0.0)), ("eps", self.eps)];
+        let limits = [("clip", self.clip), ("spike", self.spike), ("weight_decay", self.weight_decay)];
+        let mut limits = rates.iter().chain(&limits);
+        if let Some((name, value)) = limits.find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
+            usage!("optim.{name} is 0 or more, not {value}");
+        }
+        let decays = [("momentum", self.momentum), ("betas", self.betas.0), ("betas", self.betas.1)];
+        if let Some((name, value)) = decays.iter().find(|(_, value)| !(0.0..1.0).contains(value)) {
+            usage!("optim.{name} is in [0, 1), not {value}");
+        }
+        let Schedule { decay, last, .. } = self.schedule;
+        if !(0.0..=1.0).contains(&decay) || !(0.0..=1.0).contains(&last) {
+            usage!("optim.schedule: decay and last are parts of the whole, from 0 to 1");
+        }
+        Ok(())
+    }
+}
+
 /// Weight of a new norm in the running mean, and the updates before the mean is trusted.
 const NORM_RATE: f64 = 0.02;
 const NORM_WARMUP: u64 = 50;
@@ -95,6 +122,7 @@ const NORM_WARMUP: u64 = 50;
 pub struct OptimState {
     /// Updates made.
     pub updates: u64,
+    /// The running mean of the gradient's norm.
     pub mean_norm: f64,
     /// Steps skipped for a spike, and for numbers that are not finite.
     pub spikes: u64,
@@ -130,6 +158,7 @@ impl Optimizer {
         vars: &BTreeMap<String, Var>,
         group: impl Fn(&str, &[usize]) -> Group,
     ) -> Result<Self> {
+        config.check()?;
         let mut params = Vec::with_capacity(vars.len());
         for (name, var) in vars {
             if var.dtype() != DType::F32 || !var.is_contiguous() {
@@ -174,7 +203,7 @@ impl Optimizer {
         let state = &mut self.state;
         if !norm.is_finite() {
             (state.bad, state.bad_in_a_row) = (state.bad + 1, state.bad_in_a_row + 1);
-            if state.bad_in_a_row > self.config.max_bad_steps {
+            if state.bad_in_a_row >= self.config.max_bad_steps {
                 bail!("stopped: the gradient was not finite in {} steps in a row", state.bad_in_a_row);
             }
             return Ok((norm, Outcome::NotFinite));
@@ -422,12 +451,27 @@ mod tests {
         let vars = one(&[1.0], &[1]);
         let config = OptimConfig { max_bad_steps: 3, ..plain() };
         let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for bad in [f32::NAN, f32::INFINITY] {
             assert_eq!(optimizer.step(&gradient(&[bad], &[1]), 1.0).unwrap().1, Outcome::NotFinite);
         }
         assert_eq!(values(&vars), [1.0]);
         let error = optimizer.step(&gradient(&[f32::NAN], &[1]), 1.0).unwrap_err().to_string();
-        assert!(error.contains("4 steps in a row"), "{error}");
+        assert!(error.contains("3 steps in a row"), "{error}");
+    }
+
+    #[test]
+    fn numbers_that_make_no_sense_are_refused() {
+        let error = |config: OptimConfig| {
+            let error = Optimizer::new(&config, &one(&[1.0], &[1]), default_group).err().unwrap();
+            assert!(error.is::<crate::error::Usage>());
+            error.to_string()
+        };
+        assert!(error(OptimConfig { lr: f64::NAN, ..plain() }).contains("optim.lr is 0 or more, not NaN"));
+        assert!(error(OptimConfig { eps: -1.0, ..plain() }).contains("optim.eps"));
+        assert!(error(OptimConfig { spike: f64::INFINITY, ..plain() }).contains("optim.spike"));
+        assert!(error(OptimConfig { betas: (0.9, 1.0), ..plain() }).contains("optim.betas"));
+        let schedule = Schedule { last: -0.1, ..Schedule::default() };
+        assert!(error(OptimConfig { schedule, ..plain() }).contains("optim.schedule"));
     }
 
     #[test]

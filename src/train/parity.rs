@@ -140,7 +140,7 @@ fn same(what: &str, got: &[HashMap<String, f64>], want: &[HashMap<String, f64>],
 #[test]
 fn pretraining_takes_the_same_steps() {
     let device = cuda("pretraining on CUDA");
-    for (section, precision) in [(DIFFUSER, "precision"), (VAE, ""), (VLM, "multiply")] {
+    for (section, precision) in [(DIFFUSER, "precision"), (VAE, ""), (VLM, "precision")] {
         let config = |format: &str| match precision {
             "" => format!("{section}{COMMON}"),
             // The key belongs to the first section.

@@ -1,6 +1,18 @@
-//! What an edit did to a picture's pixels.
+//! Sheets of pictures, and what an edit did to a picture's pixels.
 
 use image::RgbImage;
+
+/// Pictures of one size in rows of `columns`.
+pub fn tiled(pictures: &[RgbImage], columns: usize) -> RgbImage {
+    let (width, height) = pictures.first().map_or((0, 0), RgbImage::dimensions);
+    let rows = pictures.len().div_ceil(columns);
+    let mut sheet = RgbImage::new(columns as u32 * width, rows as u32 * height);
+    for (i, picture) in pictures.iter().enumerate() {
+        let (x, y) = ((i % columns) as i64, (i / columns) as i64);
+        image::imageops::replace(&mut sheet, picture, x * i64::from(width), y * i64::from(height));
+    }
+    sheet
+}
 
 /// In levels of 255.
 const STILL: f64 = 2.0;

@@ -123,7 +123,7 @@ impl Poser {
                 let sample = tasks::text_to_image(seed, split, number, min, max);
                 (sample.prompt, sample.graph)
             } else {
-                let sample = tasks::act(seed, split, number, max);
+                let sample = tasks::act(seed, split, number, min, max);
                 pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
                 (sample.prompt, sample.graph)
             };

@@ -36,10 +36,12 @@ impl Kind {
     }
 }
 
+/// A config of `rlrig train pretrain`. Of the models' sections that of the objective counts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PretrainConfig {
     pub objective: Kind,
+    /// Of the first weights, and of all that is drawn.
     pub seed: u64,
     pub train: TrainConfig,
     pub optim: OptimConfig,
@@ -90,9 +92,12 @@ mod tests {
     use crate::{
         config::Layers,
         error::Usage,
-        train::request::{CONFIG, Request},
+        train::{
+            request::{CONFIG, Request},
+            run,
+        },
     };
-    use std::{fs, path::Path};
+    use std::{fs, path::Path, sync::atomic::AtomicBool};
 
     fn request(dir: &Path, config: &str) -> Request {
         let path = dir.join("example.toml");
@@ -118,11 +123,51 @@ mod tests {
         assert!(message.contains("--config FILE, or --resume FOLDER"), "{message}");
         assert!(!dir.path().join("run").exists());
 
+        let taken = dir.path().join("thesis");
+        fs::create_dir_all(taken.join("model")).unwrap();
+        let message = mistake(&Request { out: Some(taken), ..request(dir.path(), "objective = 'vlm'") });
+        assert!(message.contains("thesis is not empty and holds no run"), "{message}");
+
         let nothing = Request { resume: Some(dir.path().join("run")), ..request(dir.path(), "") };
         assert!(mistake(&nothing).contains("no run's folder"));
         fs::create_dir(dir.path().join("run")).unwrap();
         fs::write(dir.path().join("run").join(CONFIG), "").unwrap();
         assert!(mistake(&good).contains("already holds a run"));
+    }
+
+    #[test]
+    fn the_config_of_a_run_that_goes_on_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let small = "objective = 'autoencoder'\n[autoencoder]\nblock_out_channels = [4, 8, 8, 8]\nheld_out = 1\n";
+        let request = request(dir.path(), small);
+        let run = dir.path().join("run");
+        fs::create_dir(&run).unwrap();
+        let _lock = run::lock(&run).unwrap();
+        let train = |request: &Request| {
+            request.prepare::<PretrainConfig>().unwrap().train(&AtomicBool::new(true), &mut |_| ()).unwrap_err()
+        };
+        assert!(train(&request).to_string().contains("another process trains"));
+        let wrong = Request { set: vec!["train.batch=0".into()], ..request.clone() };
+        assert!(train(&wrong).to_string().contains("train.batch"));
+        assert!(!run.join(CONFIG).exists(), "what was refused can be tried again");
+        fs::write(run.join(CONFIG), small).unwrap();
+        let resumed = Request { resume: Some(run.clone()), set: vec!["optim.lr=3".into()], ..request };
+        assert!(train(&resumed).to_string().contains("another process trains"));
+        assert_eq!(fs::read_to_string(run.join(CONFIG)).unwrap(), small);
+    }
+
+    #[test]
+    fn the_configs_of_the_shipped_models_are_read() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/tabletop");
+        let mut read = 0;
+        for file in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if !file.file_name().unwrap().to_str().unwrap().starts_with("grpo") {
+                let config = Layers::<PretrainConfig>::defaults().unwrap().file(&file).unwrap().resolve().unwrap();
+                config.diffuser.check().unwrap();
+                read += 1;
+            }
+        }
+        assert!(read >= 15, "{read}");
     }
 
     #[test]

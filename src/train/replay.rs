@@ -70,7 +70,8 @@ pub struct Asked<'a> {
 pub struct Replay {
     /// `(B, C)`, differentiable.
     pub log_probs: Tensor,
-    /// The mean entropy of the distributions that the chosen tokens were drawn from.
+    /// The mean entropy of the model's distributions over the whole vocabulary where tokens were chosen; the constraints
+    /// that they were drawn under leave less.
     pub entropy: f64,
 }
 

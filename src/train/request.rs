@@ -42,6 +42,7 @@ pub trait RunConfig: Default + Serialize + DeserializeOwned {
 }
 
 /// A run as asked for: a new one from a config file, or one to go on with.
+#[derive(Clone, Debug)]
 pub struct Request {
     pub config: Option<PathBuf>,
     pub resume: Option<PathBuf>,
@@ -79,29 +80,39 @@ impl Request {
         if self.resume.is_none() && folder.join(CONFIG).exists() {
             usage!("{0} already holds a run; go on with --resume {0}, or choose another --out", folder.display());
         }
+        if self.resume.is_none() && holds_other_things(&folder) {
+            usage!("{} is not empty and holds no run; choose another --out", folder.display());
+        }
         let config = Layers::<C>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
         let objective = config.build(device)?;
         Ok(Prepared { config, folder, objective })
     }
 }
 
+/// Whether there is anything in a folder but what a run that was killed at its beginning leaves: a run replaces files.
+fn holds_other_things(folder: &Path) -> bool {
+    const LEFT: [&str; 3] = [".lock", "checkpoints", "config.new"];
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name()).any(|name| !LEFT.iter().any(|left| name == *left))
+}
+
 impl<C: RunConfig> Prepared<C> {
     /// Trains until the end or until `stop` is set.
     pub fn train(mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<End> {
         let folder = &self.folder;
-        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let (path, new) = (folder.join(CONFIG), folder.join("config.new"));
         let text = self.config.to_toml()?;
+        // Before the config is written: what is refused, or goes on elsewhere, keeps the one it has.
+        let training = run::open(&mut *self.objective, self.config.train(), self.config.optim(), folder)?;
+        let (path, new) = (folder.join(CONFIG), folder.join("config.new"));
         // Renamed into place: a run that is killed here still has its config.
         fs::write(&new, text)
             .and_then(|()| fs::rename(&new, &path))
             .with_context(|| format!("cannot write {}", path.display()))?;
-        let hooks = Hooks { stop, report };
-        run::train(&mut *self.objective, self.config.train(), self.config.optim(), folder, hooks)
+        training.train(Hooks { stop, report })
     }
 
     /// One pass forward and backward and one evaluation, without training.
     pub fn rehearse(mut self) -> Result<Rehearsal> {
-        run::rehearse(&mut *self.objective, self.config.train(), self.config.optim())
+        run::rehearse(&mut *self.objective, self.config.train(), self.config.optim(), &self.folder)
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         qwen3_vl::{self, Qwen3VL},
     },
     rig::{
-        reward::{ByVerdicts, Reward as _, Sample},
+        reward::{ByVerdicts, Sample},
         roles::{Checker, Claim, Decode, Picture, Target, Verdict, score},
         vlm_roles::{Critic, LOOKS},
     },
@@ -289,19 +289,18 @@ pub fn withhold(rewards: &mut [Reward], known: impl Iterator<Item = bool> + Clon
 
 /// The rewards by verdicts that `config` asks for: `before` and `after` are those on the picture before and after each
 /// rollout.
-pub fn by_verdicts(config: &GroupConfig, before: &[&[Verdict]], after: &[Vec<Verdict>]) -> Result<Vec<Reward>> {
-    let samples: Vec<Sample> =
-        before.iter().zip(after).map(|(before, after)| Sample { before: Some(before), after }).collect();
+pub fn by_verdicts(config: &GroupConfig, before: &[&[Verdict]], after: &[Vec<Verdict>]) -> Vec<Reward> {
     let find = |name: &str| match name {
         CHECKER => Some(ByVerdicts::Satisfied),
         name => ByVerdicts::ALL.into_iter().find(|reward| reward.name() == name),
     };
     let weights = config.weights();
     let named = weights.keys().filter_map(|name| Some(((*name).to_owned(), find(name)?)));
+    let samples = || before.iter().zip(after).map(|(before, after)| Sample { before, after });
     let mut rewards: Vec<Reward> =
-        named.map(|(name, reward)| Ok((name, reward.score(&samples)?))).collect::<Result<_>>()?;
+        named.map(|(name, reward)| (name, samples().map(|sample| reward.of(sample)).collect())).collect();
     withhold(&mut rewards, before.iter().zip(after).map(|(before, after)| known(before) && known(after)));
-    Ok(rewards)
+    rewards
 }
 
 /// What the rollouts of some groups are worth.
@@ -460,7 +459,7 @@ mod tests {
         assert!(check(&Moody, &[]).is_empty());
         let before = vec![after[0].as_slice(); 5];
         let config = GroupConfig { size: 5, ..GroupConfig::default() };
-        let rewards = by_verdicts(&config, &before, &after)?;
+        let rewards = by_verdicts(&config, &before, &after);
         assert_eq!(rewards[0].0, CHECKER);
         let judged = judge(&config, &rewards, &[0; 5])?;
         assert_eq!(judged.counts, [1.0, 0.0, 0.0, 1.0, 1.0]);

@@ -19,7 +19,7 @@ use super::{
     log::Log,
     means::Means,
     optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
-    train_config::{Precision, TrainConfig},
+    train_config::{Format, TrainConfig},
 };
 use crate::{tensor::recompute::Tape, usage};
 use anyhow::{Context, Result, anyhow, bail};
@@ -37,6 +37,9 @@ use std::{
 
 /// The metric, TRL's, of the tokens that were read and written so far. An objective gives a step's mean over its rows.
 pub const TOKENS: &str = "num_tokens";
+
+/// Samples of a step at most.
+const MOST: usize = 1 << 20;
 
 /// What a run is about to do.
 #[derive(Clone, Debug)]
@@ -102,84 +105,109 @@ struct State {
     tokens: u64,
 }
 
-/// Trains `objective` in the run folder `folder`, from its last checkpoint if it has one.
-pub fn train(
-    objective: &mut dyn Objective,
-    config: &TrainConfig,
-    optim: &OptimConfig,
-    folder: &Path,
-    hooks: Hooks,
-) -> Result<End> {
-    let mut run = Run::new(objective, config, optim)?;
-    let checkpoints = folder.join("checkpoints");
-    fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
-    let lock = File::create(folder.join(".lock"))?;
+/// The run folder's lock, which is held for as long as something trains in it.
+pub(super) fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join(".lock");
+    let lock = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     if lock.try_lock().is_err() {
         bail!("another process trains in {}", folder.display());
     }
-    let last = checkpoint::last(&checkpoints)?;
-    if let Some(path) = &last {
-        run.restore(Checkpoint::read(path)?).with_context(|| format!("cannot resume from {}", path.display()))?;
+    Ok(lock)
+}
+
+/// A run that can begin: what can be wrong with it is known, its folder is locked, and it stands where it was left.
+pub struct Training<'a> {
+    run: Run<'a>,
+    folder: &'a Path,
+    checkpoints: PathBuf,
+    /// Whether there was no checkpoint.
+    new: bool,
+    _lock: File,
+}
+
+/// Opens the run folder `folder` for the training of `objective`, from its last checkpoint if it has one.
+pub fn open<'a>(
+    objective: &'a mut dyn Objective,
+    config: &'a TrainConfig,
+    optim: &'a OptimConfig,
+    folder: &'a Path,
+) -> Result<Training<'a>> {
+    let mut run = Run::new(objective, config, optim)?;
+    let checkpoints = folder.join("checkpoints");
+    fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
+    let _lock = lock(folder)?;
+    let new = !run.resume(&checkpoints)?;
+    if run.step > config.steps {
+        usage!("train.steps is {}, and the run in {} has done {}", config.steps, folder.display(), run.step);
     }
-    let resumed = run.step;
-    let mut log = Log::open(folder, last.is_some().then_some(resumed))?;
-    (hooks.report)(Event::Plan(&run.plan()));
-    // What training starts from is what it has to better.
-    if last.is_none() && config.evaluate_every > 0 && !hooks.stop.load(Ordering::Relaxed) {
-        let due = (true, config.samples_every > 0);
-        let metrics = run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?;
-        if run.judge(metrics)? {
-            run.export(folder, "best")?;
-        }
-        log.sync()?;
-        run.save(folder, &checkpoints)?;
-        (hooks.report)(Event::Saved(run.step));
-    }
-    while run.step < config.steps && !run.exhausted() && !hooks.stop.load(Ordering::Relaxed) {
-        let start = Instant::now();
-        let (mut metrics, norm, outcome) = run.advance()?;
-        metrics.push(("step_time".into(), start.elapsed().as_secs_f64()));
-        let due = |every: u64| run.step == config.steps || every > 0 && run.step.is_multiple_of(every);
-        if due(config.log_every) {
-            log.metrics(run.step, &metrics)?;
-        }
-        (hooks.report)(Event::Step(run.step, &metrics));
-        if outcome != Outcome::Updated {
-            (hooks.report)(Event::Skipped(run.step, outcome, norm));
-        }
-        let (due, save) = ((due(config.evaluate_every), due(config.samples_every)), due(config.checkpoint_every));
-        let metrics = match due {
-            (false, false) => None,
-            _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?,
-        };
-        let improved = match run.judge(metrics) {
-            Ok(improved) => improved,
-            Err(error) => {
-                // A wrong name in the config is no reason to lose what was learned.
-                log.sync()?;
-                run.save(folder, &checkpoints)?;
-                return Err(error);
+    Ok(Training { run, folder, checkpoints, new, _lock })
+}
+
+impl Training<'_> {
+    /// Trains to the end, or until it is told to stop.
+    pub fn train(self, hooks: Hooks) -> Result<End> {
+        let Self { mut run, folder, checkpoints, new, _lock } = self;
+        let config = run.config;
+        let resumed = run.step;
+        let mut log = Log::open(folder, (!new).then_some(resumed))?;
+        (hooks.report)(Event::Plan(&run.plan()));
+        // What training starts from is what it has to better.
+        if new && config.evaluate_every > 0 && !hooks.stop.load(Ordering::Relaxed) {
+            let due = (true, config.samples_every > 0);
+            let metrics = run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?;
+            if run.judge(metrics)? {
+                run.export(folder, "best")?;
             }
-        };
-        if improved {
-            // Before the checkpoint that knows of it: what is killed in between finds the same best again.
-            run.export(folder, "best")?;
-        }
-        if save || improved || run.exhausted() || hooks.stop.load(Ordering::Relaxed) {
             log.sync()?;
             run.save(folder, &checkpoints)?;
             (hooks.report)(Event::Saved(run.step));
         }
+        while run.step < config.steps && !run.exhausted() && !hooks.stop.load(Ordering::Relaxed) {
+            let start = Instant::now();
+            let (mut metrics, norm, outcome) = run.advance()?;
+            metrics.push(("step_time".into(), start.elapsed().as_secs_f64()));
+            let due = |every: u64| run.step == config.steps || every > 0 && run.step.is_multiple_of(every);
+            if due(config.log_every) {
+                log.metrics(run.step, &metrics)?;
+            }
+            (hooks.report)(Event::Step(run.step, &metrics));
+            if outcome != Outcome::Updated {
+                (hooks.report)(Event::Skipped(run.step, outcome, norm));
+            }
+            let (due, save) = ((due(config.evaluate_every), due(config.samples_every)), due(config.checkpoint_every));
+            let metrics = match due {
+                (false, false) => None,
+                _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?,
+            };
+            let improved = match run.judge(metrics) {
+                Ok(improved) => improved,
+                Err(error) => {
+                    // A wrong name in the config is no reason to lose what was learned.
+                    log.sync()?;
+                    run.save(folder, &checkpoints)?;
+                    return Err(error);
+                }
+            };
+            if improved {
+                // Before the checkpoint that knows of it: what is killed in between finds the same best again.
+                run.export(folder, "best")?;
+            }
+            if save || improved || run.exhausted() || hooks.stop.load(Ordering::Relaxed) {
+                log.sync()?;
+                run.save(folder, &checkpoints)?;
+                (hooks.report)(Event::Saved(run.step));
+            }
+        }
+        if resumed == run.step {
+            // The run may have been killed after its last checkpoint, but before its model was written.
+            run.export(folder, "model")?;
+        }
+        Ok(match run.step {
+            step if step == config.steps => End::Done,
+            step if run.exhausted() => End::NoBetter(step),
+            step => End::Stopped(step),
+        })
     }
-    if resumed == run.step {
-        // The run may have been killed after its last checkpoint, but before its model was written.
-        run.export(folder, "model")?;
-    }
-    Ok(match run.step {
-        step if step == config.steps => End::Done,
-        step if run.exhausted() => End::NoBetter(step),
-        step => End::Stopped(step),
-    })
 }
 
 /// What a rehearsal found.
@@ -191,9 +219,19 @@ pub struct Rehearsal {
     pub seconds: f64,
 }
 
-/// Everything but training: the first update of a step forward and backward, and one evaluation.
-pub fn rehearse(objective: &mut dyn Objective, config: &TrainConfig, optim: &OptimConfig) -> Result<Rehearsal> {
-    let run = Run::new(objective, config, optim)?;
+/// Everything but training, from the last checkpoint of `folder` if it has one: the first update of the next step forward and
+/// backward, and one evaluation.
+pub fn rehearse(
+    objective: &mut dyn Objective,
+    config: &TrainConfig,
+    optim: &OptimConfig,
+    folder: &Path,
+) -> Result<Rehearsal> {
+    let mut run = Run::new(objective, config, optim)?;
+    let checkpoints = folder.join("checkpoints");
+    if checkpoints.is_dir() {
+        run.resume(&checkpoints)?;
+    }
     let start = Instant::now();
     let mut means = run.collect()?;
     let gradients = run.gradients(0, &run.updates()[0], &mut means)?;
@@ -201,7 +239,7 @@ pub fn rehearse(objective: &mut dyn Objective, config: &TrainConfig, optim: &Opt
     let mut metrics = means.metrics();
     metrics.push(("grad_norm".into(), optim::norm(&gradients)?));
     let seconds = start.elapsed().as_secs_f64();
-    metrics.extend(run.objective.evaluate(0)?);
+    metrics.extend(run.objective.evaluate(run.step)?);
     Ok(Rehearsal { plan: run.plan(), metrics, seconds })
 }
 
@@ -222,11 +260,14 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(objective: &'a mut dyn Objective, config: &'a TrainConfig, optim: &'a OptimConfig) -> Result<Self> {
-        if config.batch == 0 || config.steps == 0 {
-            usage!("train.batch and train.steps must be positive");
+        if !(1..=MOST).contains(&config.batch) || config.steps == 0 {
+            usage!("train.batch is 1 to {MOST}, and train.steps is positive");
         }
         if !(0.0..1.0).contains(&config.ema) {
             usage!("train.ema must be in [0, 1), not {}", config.ema);
+        }
+        if config.patience > 0 && config.best.is_none() {
+            usage!("train.patience waits for a new best: say by train.best which metric that goes by");
         }
         candle_core::cuda::set_gemm_reduced_precision_f32(config.tf32);
         let vars = objective.vars();
@@ -237,6 +278,14 @@ impl<'a> Run<'a> {
         let ema = Ema::new(&vars, config.ema)?;
         let (schedule, lr) = (&optim.schedule, optim.lr);
         Ok(Self { objective, config, vars, optimizer, schedule, lr, ema, best: None, step: 0, tokens: 0 })
+    }
+
+    /// Takes the last of the checkpoints, if there is one.
+    fn resume(&mut self, checkpoints: &Path) -> Result<bool> {
+        let Some(path) = checkpoint::last(checkpoints)? else { return Ok(false) };
+        let context = || format!("cannot resume from {}", path.display());
+        self.restore(Checkpoint::read(&path)?).with_context(context)?;
+        Ok(true)
     }
 
     fn plan(&self) -> Plan {
@@ -374,7 +423,7 @@ impl<'a> Run<'a> {
         }
         self.step += 1;
         let mut metrics = means.metrics();
-        self.objective.observe(&metrics);
+        self.objective.observe(&metrics)?;
         if let Some((_, tokens)) = metrics.iter_mut().find(|(name, _)| name == TOKENS) {
             self.tokens += (*tokens * self.config.batch as f64).round() as u64;
             *tokens = self.tokens as f64;
@@ -501,7 +550,7 @@ impl<'a> Run<'a> {
 }
 
 /// Replaces `folder/name` by the objective's current model.
-fn export(objective: &dyn Objective, folder: &Path, name: &str, precision: Precision) -> Result<()> {
+fn export(objective: &dyn Objective, folder: &Path, name: &str, precision: Format) -> Result<()> {
     let (new, old, model): (PathBuf, PathBuf, PathBuf) =
         (folder.join(format!("{name}.new")), folder.join(format!("{name}.old")), folder.join(name));
     for left in [&new, &old] {

@@ -7,12 +7,15 @@ use std::f64::consts::PI;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Shape {
+    /// As it is.
     Constant,
+    /// Half a period of a cosine, down to what is left at the end.
     Cosine,
     /// Constant, then linear over the last `decay` part of the steps ("trapezoidal", "warmup-stable-decay").
     Linear,
 }
 
+/// The section `optim.schedule`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {

@@ -4,16 +4,17 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// The precision of saved models.
+/// A floating-point format, by its name in a config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Precision {
+pub enum Format {
     F32,
     F16,
     Bf16,
 }
 
-impl Precision {
+impl Format {
+    /// Candle's name of it.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -23,10 +24,13 @@ impl Precision {
     }
 }
 
+/// The section `train`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
+    /// Steps of the whole run.
     pub steps: u64,
+    /// Samples of a step; of GRPO, groups.
     pub batch: usize,
     /// Samples worked on at once; 0 is the whole batch. Gradients are summed over the micro-batches.
     pub micro_batch: usize,
@@ -34,7 +38,7 @@ pub struct TrainConfig {
     pub recompute: bool,
     /// Whether an NVIDIA GPU multiplies f32 matrices by its tensor cores, which keep 10 of 23 bits of the factors (TF32).
     pub tf32: bool,
-    /// Decay of the moving average.
+    /// Decay of the moving average of the weights in a step, which is what is evaluated and saved; 0 takes them as they are.
     pub ema: f64,
     /// Steps between log lines, evaluations, sample pictures and checkpoints; 0 switches one off but for the end. Where there
     /// are evaluations, what is trained is evaluated and saved as step 0, and is the first best.
@@ -46,10 +50,12 @@ pub struct TrainConfig {
     pub keep: usize,
     /// The evaluation metric that says which checkpoint is the best.
     pub best: Option<String>,
+    /// Whether less of it is better.
     pub best_is_lowest: bool,
     /// The run ends after this many evaluations without a new best; 0 lets it go on.
     pub patience: u64,
-    pub precision: Precision,
+    /// What saved models are rounded to; checkpoints keep f32.
+    pub precision: Format,
 }
 
 impl Default for TrainConfig {
@@ -69,7 +75,7 @@ impl Default for TrainConfig {
             best: None,
             best_is_lowest: false,
             patience: 0,
-            precision: Precision::F16,
+            precision: Format::F16,
         }
     }
 }

@@ -1,7 +1,7 @@
-//! How good the VLM under training is, by the code that the loop runs: verdicts and edits on renders, and on drawn
-//! pictures.
+//! How good the VLM under training is: verdicts and edits on renders as it answers them, and on drawn pictures as the loop's
+//! Checker and Actor do.
 
-use super::{Metrics, drawn::Drawn, objective_diffuser::tiled, objective_vlm::VlmObjective, vlm_tasks};
+use super::{Metrics, drawn::Drawn, objective_vlm::VlmObjective, pixels::tiled, vlm_tasks};
 use crate::{
     rig::{
         calibration::calibration_error,
@@ -27,7 +27,7 @@ use serde_json::Value;
 use std::{fs, path::Path};
 
 impl VlmObjective {
-    /// Verdicts and edits on `count` clean pictures of a split, by the code that the loop runs.
+    /// Verdicts and edits on `count` clean pictures of a split.
     pub fn measure(&self, split: Split, count: usize, objects: usize) -> Result<Metrics> {
         const AT_ONCE: usize = 16;
         let seed = self.seed ^ 0x5eed;
@@ -101,7 +101,7 @@ impl VlmObjective {
         const SHOWN: u64 = 16;
         let critic = Critic::new(self.vlm.clone());
         let samples: Vec<tasks::ActSample> =
-            (0..SHOWN).map(|i| tasks::act(self.seed ^ 0x5eed, Split::Val, i, 3)).collect();
+            (0..SHOWN).map(|i| tasks::act(self.seed ^ 0x5eed, Split::Val, i, 1, 3)).collect();
         let pictures: Vec<Picture> = samples.iter().map(|s| Picture::from_pixels(render(&s.scene))).collect();
         let targets: Vec<Target> =
             samples.iter().map(|s| Target::new(&s.prompt, &s.graph).and_nothing_else()).collect();

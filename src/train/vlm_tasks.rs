@@ -299,7 +299,7 @@ pub struct Repair {
 
 /// The repair number `index`.
 pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Repair {
-    let sample = tasks::act(seed, split, index, objects);
+    let sample = tasks::act(seed, split, index, 1, objects);
     let mut rng = Stream::new(seed, "vlm repair", index);
     let mut verdicts = verdicts(&sample.scene.view(), &sample.graph);
     if rng.chance(0.2) {

@@ -5,7 +5,10 @@ use crate::models::Folder;
 use anyhow::{Context, Result, anyhow, bail};
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 use tokenizers::Tokenizer;
 
 /// A piece of a message.
@@ -70,7 +73,10 @@ impl Default for Rendering {
 /// The tokenizer and chat template of a model.
 pub struct Chat {
     tokenizer: Tokenizer,
-    template: Option<Environment<'static>>,
+    /// Its `tokenizer.json`, for messages.
+    file: String,
+    /// With the file that it is from.
+    template: Option<(String, Environment<'static>)>,
     /// `bos_token` and the like, which templates may name.
     specials: BTreeMap<String, String>,
     pad: u32,
@@ -110,8 +116,8 @@ impl Chat {
     /// Reads `tokenizer.json`, `tokenizer_config.json` and the template wherever it is.
     pub fn open(folder: &Folder) -> Result<Self> {
         let file = folder.file("tokenizer.json");
-        let mut tokenizer = Tokenizer::from_bytes(folder.read("tokenizer.json")?)
-            .map_err(|e| anyhow!("{file} is no tokenizer: {e}"))?;
+        let bytes = folder.read("tokenizer.json")?;
+        let mut tokenizer = guarded(&file, "is no tokenizer", || Tokenizer::from_bytes(bytes))?;
         // The caller pads and truncates; what the file says about it holds for other programs.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| anyhow!("{file}: {e}"))?;
@@ -128,47 +134,38 @@ impl Chat {
         let pad = specials.get("pad_token").map_or("<|endoftext|>", String::as_str);
         let pad = tokenizer.token_to_id(pad).with_context(|| format!("{file} lacks the padding token {pad}"))?;
 
-        let template = if folder.has("chat_template.jinja") {
-            Some(String::from_utf8(folder.read("chat_template.jinja")?.into_owned())?)
-        } else if let Some(template) = template {
-            serde_json::from_value::<Template>(template)
-                .with_context(|| format!("the chat_template of {}", folder.file("tokenizer_config.json")))?
-                .default()
-        } else if folder.has("chat_template.json") {
-            #[derive(Deserialize)]
-            struct Wrapped {
-                chat_template: Template,
+        let template = match find_template(folder, template)? {
+            Some((file, text)) => {
+                let environment = environment(text).with_context(|| format!("the chat template of {file}"))?;
+                Some((file, environment))
             }
-            folder.json::<Wrapped>("chat_template.json")?.chat_template.default()
-        } else {
-            None
+            None => None,
         };
-        let template =
-            template.map(environment).transpose().with_context(|| format!("the chat template of {}", folder.name()))?;
-        Ok(Self { tokenizer, template, specials, pad })
+        Ok(Self { tokenizer, file, template, specials, pad })
     }
 
     /// The conversation as the model's template writes it.
     pub fn render(&self, messages: &[Message], rendering: Rendering) -> Result<String> {
-        let Some(environment) = &self.template else { bail!("the tokenizer has no chat template") };
+        let Some((file, environment)) = &self.template else { bail!("{} has no chat template beside it", self.file) };
         let messages: Value = messages.iter().map(Message::value).collect();
         let mut variables: BTreeMap<&str, Value> =
             self.specials.iter().map(|(k, v)| (k.as_str(), Value::from(v.as_str()))).collect();
         variables.insert("messages", messages);
         variables.insert("add_generation_prompt", rendering.generation_prompt.into());
         variables.insert("enable_thinking", rendering.thinking.into());
-        Ok(environment.get_template(TEMPLATE)?.render(Value::from(variables))?)
+        let rendered = environment.get_template(TEMPLATE).and_then(|template| template.render(Value::from(variables)));
+        rendered.with_context(|| format!("the chat template of {file}"))
     }
 
     /// Token ids of `text`, in which special tokens are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+        let encoding = guarded(&self.file, "cannot tokenize", || self.tokenizer.encode_fast(text, true))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of `ids`, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(|e| anyhow!("cannot decode tokens: {e}"))
+        guarded(&self.file, "cannot decode tokens", || self.tokenizer.decode(ids, true))
     }
 
     /// The id of a token, for special ones above all.
@@ -190,11 +187,46 @@ impl Chat {
     }
 }
 
+/// What `work` with a tokenizer gives. The tokenizers crate trusts `tokenizer.json`, and panics where that makes no sense:
+/// here this is an error as any other.
+fn guarded<T>(file: &str, failure: &str, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let done = catch_unwind(AssertUnwindSafe(work)).map_err(|_| anyhow!("{file} {failure}: it makes no sense"))?;
+    done.map_err(|e| anyhow!("{file} {failure}: {e}"))
+}
+
+/// The text of a model's chat template, with the file that has it; `configured` is what `tokenizer_config.json` has.
+fn find_template(folder: &Folder, configured: Option<serde_json::Value>) -> Result<Option<(String, String)>> {
+    #[derive(Deserialize)]
+    struct Wrapped {
+        chat_template: Template,
+    }
+    let (name, text) = if folder.has("chat_template.jinja") {
+        let name = "chat_template.jinja";
+        let text = String::from_utf8(folder.read(name)?.into_owned());
+        (name, Some(text.with_context(|| format!("{} is not in UTF-8", folder.file(name)))?))
+    } else if let Some(template) = configured {
+        let name = "tokenizer_config.json";
+        let template = serde_json::from_value::<Template>(template);
+        (name, template.with_context(|| format!("the chat_template of {}", folder.file(name)))?.default())
+    } else if folder.has("chat_template.json") {
+        let name = "chat_template.json";
+        (name, folder.json::<Wrapped>(name)?.chat_template.default())
+    } else {
+        return Ok(None);
+    };
+    Ok(text.map(|text| (folder.file(name), text)))
+}
+
 const TEMPLATE: &str = "chat";
+
+/// What one rendering may spend: about so many steps, or 64 times as many bytes. A real template needs some thousand.
+const FUEL: u64 = 1_000_000;
 
 /// Jinja as transformers sets it up: blocks leave no blank lines, strings have Python's methods.
 fn environment(template: String) -> Result<Environment<'static>> {
     let mut environment = Environment::new();
+    // A template comes from anywhere, and must neither run forever nor take all memory.
+    environment.set_fuel(Some(FUEL));
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -224,5 +256,41 @@ mod tests {
         assert!(format!("{error:#}").contains("no system message"));
         let (_dir, folder_) = folder("{% if %}");
         assert!(format!("{:#}", Chat::open(&folder_).err().unwrap()).contains("chat template"));
+    }
+
+    #[test]
+    fn a_template_without_end_or_measure_is_an_error_that_names_its_file() {
+        for template in [
+            "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+            r#"{{ "a\nb"|indent(100000000000000) }}"#,
+            "{{ 'a' * 1000000000000000 }}",
+            "{{ 'a' * 99999999 }}",
+        ] {
+            let (_dir, folder_) = folder(template);
+            let error = Chat::open(&folder_).unwrap().render(&[], Rendering::default()).unwrap_err();
+            assert!(error.to_string().contains("chat_template.jinja"), "{template}: {error:#}");
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_that_makes_no_sense_is_an_error_that_names_its_file() {
+        let nothing = serde_json::json!({"String": ""});
+        for (part, bad) in [
+            ("normalizer", serde_json::json!({"type": "Replace", "pattern": nothing, "content": "x"})),
+            ("pre_tokenizer", serde_json::json!({"type": "FixedLength", "length": 0})),
+        ] {
+            let (dir, folder) = folder("{{ messages }}");
+            let path = dir.path().join("tokenizer.json");
+            let mut tokenizer: serde_json::Value = folder.json("tokenizer.json").unwrap();
+            tokenizer[part] = bad;
+            std::fs::write(&path, tokenizer.to_string()).unwrap();
+            // Whether the crate refuses it or takes it in some way is its own affair; it must not end the process.
+            if let Err(error) = Chat::open(&folder).and_then(|chat| chat.encode("a ball")) {
+                assert!(format!("{error:#}").contains("tokenizer.json"), "{part}: {error:#}");
+            }
+        }
+        let panics = || -> tokenizers::Result<()> { panic!("a tokenizer's") };
+        let error = guarded("a/tokenizer.json", "cannot tokenize", panics).unwrap_err().to_string();
+        assert!(error.starts_with("a/tokenizer.json cannot tokenize"), "{error}");
     }
 }

@@ -63,7 +63,10 @@ impl Vocabulary {
             }
             trie[at].tokens.push(id);
         }
-        Self { tokenizer: tokenizer.clone(), phrases, bytes, trie }
+        let mut tokenizer = tokenizer.clone();
+        // The words of a schema may be a data set's.
+        tokenizer.set_encode_special_tokens(true);
+        Self { tokenizer, phrases, bytes, trie }
     }
 }
 
@@ -529,6 +532,29 @@ mod tests {
                 assert!(accepts(&grammar, &text), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_forced_is_text_even_if_it_is_written_as_a_special_token() {
+        let (vocabulary, chat) = vocabulary(&[]);
+        let label = ["<|image_pad|>".to_owned()];
+        let grammar = Grammar::new(&prompts::list_schema(&label, &label, 1), vocabulary).unwrap();
+        let (mut at, mut ids) = (grammar.begin(), Vec::new());
+        while !grammar.is_done(at) {
+            let (forced, next) = grammar.forced(at).unwrap();
+            at = next;
+            ids.extend(forced);
+            if grammar.is_done(at) {
+                break;
+            }
+            // Whatever does not close a list fills it.
+            let (allowed, closing) = (grammar.allowed(at), grammar.closing(at));
+            let token = *allowed.iter().find(|token| !closing.contains(token)).unwrap_or(&closing[0]);
+            ids.push(token);
+            at = grammar.after(at, token).unwrap();
+        }
+        assert!(!ids.contains(&chat.token("<|image_pad|>").unwrap()));
+        assert!(chat.decode(&ids).unwrap().contains("<|image_pad|>"));
     }
 
     #[test]

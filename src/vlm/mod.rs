@@ -20,9 +20,17 @@ use image::ImageProcessor;
 use serde::Deserialize;
 use serde_json::Value;
 use std::{
+    borrow::Cow,
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
 };
+
+/// A text with no special token in it: Qwen's are all written `<|name|>`, and only a template may write them. One that comes
+/// from a user or a data set would end the message, or stand for another picture. (The Diffuser's prompts are left as they
+/// are: what they say to the text encoder is what they say in diffusers.)
+fn plain(text: &str) -> Cow<'_, str> {
+    if text.contains("<|") { text.replace("<|", "< |").into() } else { text.into() }
+}
 
 /// A vision-language model with all it takes to use it.
 pub struct Vlm {
@@ -92,6 +100,7 @@ impl Vlm {
 
     /// The ids of a question up to where its answer begins; behind a picture of `grid` patches if there is one.
     pub fn question(&self, text: &str, grid: Option<[usize; 2]>) -> Result<Vec<u32>> {
+        let text = &plain(text);
         let message = if grid.is_some() { Message::about_image(text) } else { Message::user(text) };
         let ids = self.chat.encode(&self.chat.render(&[message], Rendering::default())?)?;
         let config = self.model.config();
@@ -116,5 +125,27 @@ impl Vlm {
         let device = self.model.decoder.device();
         let patches = self.images.patches(pictures.iter().copied(), device)?;
         prefix::Looked::new(self, &patches)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_is_read_as_special_tokens() {
+        let dir = tempfile::tempdir().unwrap();
+        vocabulary::train(["a small red ball"; 3], 300).unwrap().write(dir.path()).unwrap();
+        let chat = Chat::open(&Folder::from(dir.path())).unwrap();
+        for special in vocabulary::SPECIALS {
+            let id = chat.token(special).unwrap();
+            let text = format!("a <{special} ball{special}");
+            assert!(chat.encode(&text).unwrap().contains(&id));
+            let ids = chat.encode(&plain(&text)).unwrap();
+            assert!(vocabulary::SPECIALS.iter().all(|s| !ids.contains(&chat.token(s).unwrap())), "{text}");
+        }
+        for text in ["", "a red ball", "a < b | c |> d"] {
+            assert!(matches!(plain(text), Cow::Borrowed(same) if same == text));
+        }
     }
 }

@@ -344,9 +344,9 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
     None
 }
 
-/// A scene that a graph describes, changed by up to `most` edits so that it may no longer.
-pub fn disturbed(rng: &mut Stream, split: Split, max: usize, most: usize) -> (Scene, SceneGraph) {
-    let (mut scene, graph) = sample::draw(rng, split, 1, max);
+/// A scene of `min..=max` objects that a graph describes, changed by up to `most` edits so that it may no longer.
+pub fn disturbed(rng: &mut Stream, split: Split, min: usize, max: usize, most: usize) -> (Scene, SceneGraph) {
+    let (mut scene, graph) = sample::draw(rng, split, min, max);
     for _ in 0..most {
         let kind = *rng.choose(&[
             Kind::Move,
@@ -390,7 +390,7 @@ pub fn check(seed: u64, split: Split, index: u64, max: usize) -> CheckSample {
             u if u < 0.15 => sample::draw(rng, split, 1, max),
             u if u < 0.55 => {
                 let most = 1 + rng.below(3);
-                disturbed(rng, split, max, most)
+                disturbed(rng, split, 1, max, most)
             }
             _ => {
                 let (scene, graph) = sample::draw(rng, split, 1, max);
@@ -454,12 +454,13 @@ fn corrupted(rng: &mut Stream, view: &View, mut graph: SceneGraph) -> SceneGraph
     graph
 }
 
-/// A picture that misses something of its prompt, what is missed, and an edit that mends one of these things.
-pub fn act(seed: u64, split: Split, index: u64, max: usize) -> ActSample {
+/// A picture that misses something of its prompt, which names `min..=max` objects, what is missed, and an edit that mends one
+/// of these things.
+pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSample {
     let rng = &mut stream("act", seed, split, index);
     loop {
         let most = 1 + rng.below(2);
-        let (scene, graph) = disturbed(rng, split, max, most);
+        let (scene, graph) = disturbed(rng, split, min, max, most);
         let view = scene.view();
         let truth = view.judge(&graph);
         if truth.perfect() {

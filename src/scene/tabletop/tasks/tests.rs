@@ -10,7 +10,7 @@ fn samples_depend_on_their_key_alone() {
     let all = |index| {
         let t = text_to_image(4, Split::Train, index, 1, 3);
         let e = edit(4, Split::Train, index, 1, 3);
-        let a = act(4, Split::Train, index, 3);
+        let a = act(4, Split::Train, index, 1, 3);
         (t.prompt, t.scene, e.instruction, e.target, a.instruction, a.scene)
     };
     assert!(all(3) == all(3) && all(3) != all(4));
@@ -106,7 +106,7 @@ fn training_never_names_a_held_out_relation() {
             text_to_image(2, Split::Train, i, 1, 3).graph,
             edit(2, Split::Train, i, 1, 3).after,
             check(2, Split::Train, i, 3).graph,
-            act(2, Split::Train, i, 3).graph,
+            act(2, Split::Train, i, 1, 3).graph,
         ];
         assert!(named.iter().all(|g| split::held_out_relations(g) == 0));
         assert!(split::held_out_relations(&text_to_image(2, Split::TestUnseen, i, 1, 3).graph) > 0);
@@ -196,7 +196,7 @@ fn claims_are_balanced_and_true_to_the_scene() {
 fn an_actors_edit_mends_something() {
     let mut kinds: BTreeMap<Kind, usize> = BTreeMap::new();
     for index in 0..600 {
-        let sample = act(6, Split::Train, index, 3);
+        let sample = act(6, Split::Train, index, 1, 3);
         *kinds.entry(sample.edit.kind()).or_default() += 1;
         assert!(!sample.truth.perfect());
         assert_eq!(parse(&sample.prompt).unwrap(), sample.graph);
@@ -211,7 +211,7 @@ fn an_actors_edit_mends_something() {
 fn edits_of_a_scene_at_hand_often_help_and_change_it() {
     let (mut found, mut helped) = (0, 0);
     for index in 0..100 {
-        let sample = act(3, Split::Train, index, 3);
+        let sample = act(3, Split::Train, index, 1, 3);
         let Some((instruction, target)) = edit_of(3, index, &sample.scene, &sample.graph) else { continue };
         found += 1;
         assert!(!instruction.is_empty() && target != sample.scene && sample::trainable(&target));
