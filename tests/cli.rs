@@ -55,7 +55,7 @@ fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
 
     let info = rig.command(&["info", "a.png"]).output().unwrap();
     let info = String::from_utf8(info.stdout).unwrap();
-    for part in [PROMPT, "seed      7", "1 drawing first, a new drawing after", "round 3", "left of large blue cube"] {
+    for part in [PROMPT, "seed      7", "2 drawings first, a new drawing after", "round 3", "left of large blue cube"] {
         assert!(info.contains(part), "{part:?} is not in {info}");
     }
     let info = rig.command(&["info", "a.png", "--json"]).output().unwrap();
@@ -69,7 +69,9 @@ fn many_prompts_give_one_line_each_and_the_same_pictures_in_any_batch() {
     let many = |out: &str, batch: &str| {
         let mut command =
             rig.command(&["generate", "--model", "klein", "--vlm", "vlm", "--steps", "2", "--json", "-q"]);
-        command.args(["--prompt", "-", "--seed", "5", "-n", "2", "--rounds", "2", "--out", out, "--batch", batch]);
+        command.args([
+            "--prompt", "-", "--seed", "5", "-n", "2", "--rounds", "2", "--draws", "1", "--out", out, "--batch", batch,
+        ]);
         let output = command.write_stdin(prompts).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
         let text = String::from_utf8(output.stdout).unwrap();
@@ -151,7 +153,8 @@ fn every_editor_edits() {
         assert!(edited.iter().all(|other| *other != picture), "{method:?} changes nothing of its own");
         edited.push(picture);
         let looped = format!("loop-{i}.png");
-        let args = ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--accept", "1", "--out", &looped];
+        let args =
+            ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--draws", "1", "--accept", "1", "--out", &looped];
         rig.good("generate", &[&args[..], method].concat());
         assert_eq!(recipe(&rig, &looped).turns.len(), 2);
     }
@@ -235,7 +238,7 @@ fn adapters_change_editor_and_actor_but_not_diffuser_and_checker() {
     candle_core::safetensors::save(&tensors, &file).unwrap();
 
     let turns = |out: &str, more: &[&str]| {
-        let args = ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--accept", "1", "--out", out];
+        let args = ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--draws", "1", "--accept", "1", "--out", out];
         let line = rig.json("generate", &[&args[..], more].concat()).remove(0);
         (line["turns"].clone(), line["recipe"]["adapters"].clone(), png::read(&rig.path(out)).unwrap())
     };

@@ -335,7 +335,7 @@ fn interrupted(rig: &Rig, steps: &str, when: &str) -> (Option<i32>, String) {
     let mut child = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"))
         .current_dir(rig.dir.path())
         .args(["generate", "--model", "klein", "--vlm", "vlm", "--prompt", PROMPT, "--seed", "1", "--rounds", "100"])
-        .args(["--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns"])
+        .args(["--draws", "1", "--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns"])
         .stderr(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
