@@ -65,16 +65,8 @@ Examples:
 pub struct Generate {
     #[command(flatten)]
     pub asked: Asked,
-    /// Whether the picture may show nothing else than what the prompt names [default: with the built-in models]
-    #[arg(
-        long,
-        value_name = "true|false",
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        help_heading = "What to draw"
-    )]
-    pub only: Option<bool>,
+    #[command(flatten)]
+    pub only: OnlyArgs,
     /// Replay the recipe of a PNG made by rlrig; flags given beside it win
     #[arg(long, value_name = "FILE.png", help_heading = "What to draw")]
     pub from: Option<PathBuf>,
@@ -147,6 +139,15 @@ impl Asked {
     pub fn any(&self) -> bool {
         self.prompt.is_some() || self.prompt_file.is_some() || self.graph.is_some()
     }
+}
+
+/// Whether there may be more than a prompt says.
+#[derive(Args, Debug, Default)]
+pub struct OnlyArgs {
+    /// Whether pictures may show nothing else than what their prompts name [default: with the built-in models, and on the
+    /// tabletop world, whose prompts tell all]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub only: Option<bool>,
 }
 
 /// How the loop runs.
@@ -323,9 +324,8 @@ pub struct Check {
     /// [default: 3 with the built-in one, else 1]
     #[arg(long, value_name = "K")]
     pub looks: Option<usize>,
-    /// Whether to ask for nothing else than what the prompt names [default: with the built-in models]
-    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub only: Option<bool>,
+    #[command(flatten)]
+    pub only: OnlyArgs,
     #[command(flatten)]
     pub critic: CriticArgs,
     #[command(flatten)]

@@ -2,7 +2,7 @@
 //!
 //! Imports point one way; a test holds the rule:
 //! `error <- tensor <- scene, io <- models <- vlm <- flow <- rig's implementations <- train, eval <- commands <- main`. Beside
-//! it `config` and `cli` import only `error`, `rig::roles` only `scene`, and `rig::cycle` only `rig::roles`.
+//! it `config` imports only `error`, `cli` also `eval`, for the names of its modes, `rig::roles` only `scene`, and `rig::cycle` only `rig::roles`.
 
 pub mod cli;
 pub mod commands;

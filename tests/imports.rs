@@ -20,7 +20,8 @@ fn allowed(module: &str) -> &'static [&'static str] {
         "rig/roles" => &["scene"],
         "rig/cycle" => &["rig/roles"],
         "train" | "eval" => &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config"],
-        "config" | "cli" => &["error"],
+        "config" => &["error"],
+        "cli" => &["error", "eval"],
         "commands" => {
             &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config", "train", "eval", "cli"]
         }

@@ -334,9 +334,8 @@ impl Objective for Deaf {
 fn mistakes_are_found_before_the_first_step() {
     let optim = OptimConfig::default();
     let dir = tempfile::tempdir().unwrap();
-    let rehearse = |objective: &mut dyn Objective, config: &TrainConfig| {
-        run::rehearse(objective, config, &optim, dir.path()) //
-    };
+    let rehearse =
+        |objective: &mut dyn Objective, config: &TrainConfig| run::rehearse(objective, config, &optim, dir.path());
     let error = rehearse(&mut Deaf(Mean::new().unwrap()), &config()).unwrap_err().to_string();
     assert!(error.contains("no gradient, the first is unheard"), "{error}");
     let mut mean = Mean::new().unwrap();

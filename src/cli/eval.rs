@@ -1,6 +1,7 @@
 //! The command line of `rlrig eval`.
 
-use super::{CriticArgs, CycleArgs, EditorKind, Inversion, ModelArgs, PainterArgs, Print, Sampling};
+use super::{CriticArgs, CycleArgs, EditorKind, Inversion, ModelArgs, OnlyArgs, PainterArgs, Print, Sampling};
+use crate::eval::modes::Mode;
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -99,24 +100,6 @@ pub enum PictureGraph {
     Confirmed,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum EvalMode {
-    /// One drawing
-    Diffuser,
-    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds
-    BestOfN,
-    /// As best-of-n, of a prompt that says first what the Checker misses
-    Rewrite,
-    /// The loop without any adapter
-    LoopUntrained,
-    /// The loop with the Actor's adapters alone
-    LoopActor,
-    /// The loop with the Editor's adapters alone
-    LoopEditor,
-    /// The loop as `rlrig generate` runs it
-    Loop,
-}
-
 #[derive(Args, Debug)]
 pub struct EvalRun {
     /// What to evaluate on
@@ -157,7 +140,7 @@ pub struct EvalRun {
 
     /// How pictures are made [default: loop]
     #[arg(long, value_enum, value_name = "NAME", num_args = 1.., conflicts_with = "suite", help_heading = "Modes")]
-    pub mode: Vec<EvalMode>,
+    pub mode: Vec<Mode>,
     /// Every mode that the adapters make different
     #[arg(long, help_heading = "Modes")]
     pub suite: bool,
@@ -175,16 +158,8 @@ pub struct EvalRun {
     /// Seeds of the noise, one picture of each prompt for each; --edits takes one
     #[arg(long, value_name = "N", num_args = 1.., default_value = "0", help_heading = "Modes")]
     pub seed: Vec<u64>,
-    /// Whether pictures may show nothing else than what is asked [default: on the tabletop world, whose prompts tell all]
-    #[arg(
-        long,
-        value_name = "true|false",
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        help_heading = "Modes"
-    )]
-    pub only: Option<bool>,
+    #[command(flatten)]
+    pub only: OnlyArgs,
 
     #[command(flatten)]
     pub cycle: CycleArgs,

@@ -27,7 +27,7 @@ pub fn run(args: &Check) -> Result<()> {
     let critic = open::checker(&found, (&device.0, device.1), &mut adapters)?;
     let critic = critic.with_looks(open::looks(args.looks, &found));
     adapters.finish()?;
-    let target = ask::resolve(ask, &critic, args.only.unwrap_or(strict), &|text| console.say(text))?;
+    let target = ask::resolve(ask, &critic, args.only.only.unwrap_or(strict), &|text| console.say(text))?;
     let mut verdicts = expect_each("the Checker", 1, critic.check(&[(&picture, &target)])?)?.remove(0);
     verdicts.iter_mut().for_each(|v| v.yes = v.p_yes >= args.accept);
     let passes = !verdicts.is_empty() && verdicts.iter().all(|v| v.yes);

@@ -2,14 +2,14 @@
 
 use super::{adapters::Adapters, eval_edits, eval_join, interrupt, open, show::Console};
 use crate::{
-    cli::{self, Dataset, Eval, EvalCommand, EvalMode, EvalRun},
+    cli::{self, Dataset, Eval, EvalCommand, EvalRun},
     eval::{
         dataset::{self, Sample, Selection, Wording},
+        flaws::Flaws,
         folder::Folder,
         line::{Key, Line},
         modes::Mode,
         play::Play,
-        records::Flaws,
         results::results,
         table,
     },
@@ -240,7 +240,7 @@ impl Models {
 
     /// The modes that are asked for.
     fn modes(&self, args: &EvalRun, console: &Console) -> Result<Vec<Mode>> {
-        let mut modes: Vec<Mode> = args.mode.iter().copied().map(mode).collect();
+        let mut modes: Vec<Mode> = args.mode.clone();
         let (editor, actor) = (self.bare_painter.is_some(), self.bare_critic.is_some());
         let lacks = |mode: &&Mode| match mode {
             Mode::LoopUntrained => !editor && !actor,
@@ -347,7 +347,7 @@ impl Models {
 
 /// Whether pictures are held to show nothing else. A prompt of the tabletop world tells all of its scene.
 fn only(args: &EvalRun) -> bool {
-    args.only.unwrap_or(args.dataset == Dataset::Tabletop)
+    args.only.only.unwrap_or(args.dataset == Dataset::Tabletop)
 }
 
 /// Whether the judge lists what pictures show.
@@ -355,17 +355,5 @@ fn lists(args: &EvalRun) -> bool {
     match args.graph {
         Some(graph) => graph == cli::PictureGraph::Listed,
         None => args.dataset == Dataset::LaionSg,
-    }
-}
-
-fn mode(asked: EvalMode) -> Mode {
-    match asked {
-        EvalMode::Diffuser => Mode::Diffuser,
-        EvalMode::BestOfN => Mode::BestOfN,
-        EvalMode::Rewrite => Mode::Rewrite,
-        EvalMode::LoopUntrained => Mode::LoopUntrained,
-        EvalMode::LoopActor => Mode::LoopActor,
-        EvalMode::LoopEditor => Mode::LoopEditor,
-        EvalMode::Loop => Mode::Loop,
     }
 }

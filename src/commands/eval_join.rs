@@ -53,7 +53,7 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     }
     let note = other_judge(&config_a, &config_b);
     if args.json {
-        note.iter().for_each(|note| eprintln!("{note}"));
+        note.iter().for_each(|note| note!("{note}"));
         console.result(&serde_json::to_string(&compared)?)?;
         return Ok(());
     }
@@ -222,7 +222,7 @@ pub fn calibrate(args: &EvalCalibrate) -> Result<()> {
         calibration_error(&said.iter().map(|(claim, p, truth)| (of(claim, *p), *truth)).collect::<Vec<_>>())
     };
     let (raw, fitted) = (error(&|_, p| p), error(&|claim, p| found.of(claim).apply(p)));
-    eprintln!("expected calibration error of these {} claims: {raw:.3} before, {fitted:.3} after", said.len());
+    note!("expected calibration error of these {} claims: {raw:.3} before, {fitted:.3} after", said.len());
     let json = serde_json::to_string_pretty(&found)? + "\n";
     match &args.out {
         Some(path) => io::write_file(path, json.as_bytes(), args.force),

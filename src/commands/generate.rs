@@ -110,7 +110,7 @@ impl Plan {
             _ => ask::read(&args.asked, strict)?,
         };
         // A recipe's claims say already whether this one is among them.
-        let only = args.only.unwrap_or(strict && args.asked.any());
+        let only = args.only.only.unwrap_or(strict && args.asked.any());
         let seeds = seeds(args)?;
         let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
         let noise = args.init_noise.as_deref().map(read_noise).transpose()?;

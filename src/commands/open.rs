@@ -234,8 +234,8 @@ pub fn cycle(args: &CycleArgs, width: usize) -> Result<cycle::Options> {
         accept: args.accept.unwrap_or(usual.accept),
         width,
     };
-    if !(1..=100).contains(&options.rounds) || !(1..=4096).contains(&width) {
-        usage!("--rounds is 1 to 100, and --batch 1 to 4096");
+    if !(1..=cycle::MOST_ROUNDS).contains(&options.rounds) || !(1..=4096).contains(&width) {
+        usage!("--rounds is 1 to {}, and --batch 1 to 4096", cycle::MOST_ROUNDS);
     }
     if !(1..=options.rounds).contains(&options.draws) {
         usage!("--draws is 1 to the number of --rounds, which is {}, not {}", options.rounds, options.draws);

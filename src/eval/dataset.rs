@@ -1,6 +1,6 @@
 //! What is evaluated on: one [`Sample`] a prompt, from LAION-SG's files or from the tabletop world.
 
-use super::records::{Entry, Flaws, Records};
+use super::{flaws::Flaws, record::Entry, records::Records};
 use crate::{
     io,
     rig::roles::Target,

@@ -9,7 +9,7 @@ use super::{
     results::{Results, results},
     table,
 };
-use crate::{io, usage};
+use crate::{io, rig::cycle, usage};
 use anyhow::{Context, Result, bail, ensure};
 use image::RgbImage;
 use serde_json::Value;
@@ -25,8 +25,6 @@ const CONFIG: &str = "config.json";
 const RESULTS: &str = "results.json";
 /// A file of lines that is larger than this is none of ours.
 const LONGEST: u64 = 8 << 30;
-/// As many rounds as `--rounds` takes: more are those of no run.
-const MOST_ROUNDS: usize = 100;
 
 /// A run's folder on disk, with its lines in memory.
 pub struct Folder {
@@ -41,7 +39,7 @@ impl Folder {
     pub fn create(path: &Path, config: &Value) -> Result<Self> {
         expect_empty(path)?;
         fs::create_dir_all(path).with_context(|| format!("cannot make the folder {}", path.display()))?;
-        let lock = lock(path)?;
+        let lock = io::lock(path, "evaluates")?;
         io::write_file(&path.join(CONFIG), &pretty(config)?, false)?;
         Ok(Self { path: path.to_owned(), lines: Vec::new(), _lock: Some(lock) })
     }
@@ -53,7 +51,7 @@ impl Folder {
         if let Some(key) = different(&begun, config, &[]) {
             usage!("{} was begun with another {key}: {} instead of {}", path.display(), begun[&key], config[&key]);
         }
-        let lock = lock(path)?;
+        let lock = io::lock(path, "evaluates")?;
         let mut lines = whole(read_lines(path, &begun)?);
         let missing = |line: &&Line| !path.join(&line.file).is_file();
         let lost: HashSet<Key> = lines.iter().filter(missing).map(Line::key).collect();
@@ -204,16 +202,6 @@ fn expect_empty(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The folder's lock, which is held for as long as something is evaluated in it.
-fn lock(path: &Path) -> Result<File> {
-    let file = path.join(".lock");
-    let lock = File::create(&file).with_context(|| format!("cannot create {}", file.display()))?;
-    if lock.try_lock().is_err() {
-        bail!("another process evaluates in {}", path.display());
-    }
-    Ok(lock)
-}
-
 fn read_config(path: &Path) -> Result<Value> {
     let file = path.join(CONFIG);
     if !file.is_file() {
@@ -238,7 +226,7 @@ fn read_lines(path: &Path, config: &Value) -> Result<Vec<Line>> {
     let bytes = io::read_file(&file, LONGEST)?;
     let rows: Vec<&[u8]> = bytes.split(|b| *b == b'\n').filter(|row| !row.is_empty()).collect();
     let rounds = config["rounds"].as_u64().and_then(|rounds| usize::try_from(rounds).ok());
-    let most = rounds.map_or(MOST_ROUNDS, |rounds| rounds.min(MOST_ROUNDS));
+    let most = rounds.map_or(cycle::MOST_ROUNDS, |rounds| rounds.min(cycle::MOST_ROUNDS));
     let (mut lines, mut seen): (Vec<Line>, HashMap<(Key, usize), usize>) = Default::default();
     for (number, row) in (1..).zip(&rows) {
         let damaged =

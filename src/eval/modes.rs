@@ -8,25 +8,26 @@ use crate::rig::{
     roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
 };
 use anyhow::Result;
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// A way to make a picture of a prompt, by its name in flags and files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// One drawing.
     Diffuser,
-    /// Drawings of other noise until the Checker accepts one; the best by its score.
+    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds; the best by its score.
     BestOfN,
     /// As best-of-n, of a prompt that says first what the Checker misses.
     Rewrite,
-    /// Generate, reflect, edit without any adapter.
+    /// The loop without any adapter.
     LoopUntrained,
-    /// With the Actor's adapters alone.
+    /// The loop with the Actor's adapters alone.
     LoopActor,
-    /// With the Editor's adapters alone.
+    /// The loop with the Editor's adapters alone.
     LoopEditor,
-    /// As `rlrig generate` does it.
+    /// The loop as `rlrig generate` runs it.
     Loop,
 }
 

@@ -7,7 +7,7 @@ pub mod sheet;
 pub mod story;
 pub mod tensorboard;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::{
     fs,
     io::{ErrorKind, Write},
@@ -47,6 +47,14 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
         }
         _ => anyhow::Error::new(error).context(format!("cannot write {}", path.display())),
     })
+}
+
+/// The lock of a run's folder, which is held for as long as a process `works` in it: "trains", "evaluates".
+pub fn lock(folder: &Path, works: &str) -> Result<fs::File> {
+    let path = folder.join(".lock");
+    let lock = fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    ensure!(lock.try_lock().is_ok(), "another process {works} in {}", folder.display());
+    Ok(lock)
 }
 
 /// The error for a file that is in the way.

@@ -32,6 +32,9 @@ pub struct Cast<'a> {
     pub editor: &'a dyn Editor,
 }
 
+/// Rounds of a job at most.
+pub const MOST_ROUNDS: usize = 100;
+
 /// How the loop runs. The default is that of `rlrig generate` and, but for the width, of `rlrig eval`.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {

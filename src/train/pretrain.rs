@@ -92,10 +92,8 @@ mod tests {
     use crate::{
         config::Layers,
         error::Usage,
-        train::{
-            request::{CONFIG, Request},
-            run,
-        },
+        io,
+        train::request::{CONFIG, Request},
     };
     use std::{fs, path::Path, sync::atomic::AtomicBool};
 
@@ -142,7 +140,7 @@ mod tests {
         let request = request(dir.path(), small);
         let run = dir.path().join("run");
         fs::create_dir(&run).unwrap();
-        let _lock = run::lock(&run).unwrap();
+        let _lock = io::lock(&run, "trains").unwrap();
         let train = |request: &Request| {
             request.prepare::<PretrainConfig>().unwrap().train(&AtomicBool::new(true), &mut |_| ()).unwrap_err()
         };

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     config::{self, Layers},
-    usage,
+    io, usage,
 };
 use anyhow::{Context, Result};
 use candle_core::Device;
@@ -91,9 +91,9 @@ impl Request {
 
 /// Whether there is anything in a folder but what a run that was killed at its beginning leaves: a run replaces files.
 fn holds_other_things(folder: &Path) -> bool {
-    const LEFT: [&str; 3] = [".lock", "checkpoints", "config.new"];
+    let left = |name: &str| name == ".lock" || name == "checkpoints" || name.starts_with(".rlrig-");
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.map(|entry| entry.file_name()).any(|name| !LEFT.iter().any(|left| name == *left))
+    entries.map(|entry| entry.file_name()).any(|name| !left(&name.to_string_lossy()))
 }
 
 impl<C: RunConfig> Prepared<C> {
@@ -103,11 +103,7 @@ impl<C: RunConfig> Prepared<C> {
         let text = self.config.to_toml()?;
         // Before the config is written: what is refused, or goes on elsewhere, keeps the one it has.
         let training = run::open(&mut *self.objective, self.config.train(), self.config.optim(), folder)?;
-        let (path, new) = (folder.join(CONFIG), folder.join("config.new"));
-        // Renamed into place: a run that is killed here still has its config.
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        io::write_file(&folder.join(CONFIG), text.as_bytes(), true)?;
         training.train(Hooks { stop, report })
     }
 

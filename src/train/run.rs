@@ -21,7 +21,7 @@ use super::{
     optim::{self, Gradients, OptimConfig, OptimState, Optimizer, Outcome},
     train_config::{Format, TrainConfig},
 };
-use crate::{tensor::recompute::Tape, usage};
+use crate::{io, tensor::recompute::Tape, usage};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{Tensor, Var};
 use rayon::prelude::*;
@@ -105,16 +105,6 @@ struct State {
     tokens: u64,
 }
 
-/// The run folder's lock, which is held for as long as something trains in it.
-pub(super) fn lock(folder: &Path) -> Result<File> {
-    let path = folder.join(".lock");
-    let lock = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    if lock.try_lock().is_err() {
-        bail!("another process trains in {}", folder.display());
-    }
-    Ok(lock)
-}
-
 /// A run that can begin: what can be wrong with it is known, its folder is locked, and it stands where it was left.
 pub struct Training<'a> {
     run: Run<'a>,
@@ -135,7 +125,7 @@ pub fn open<'a>(
     let mut run = Run::new(objective, config, optim)?;
     let checkpoints = folder.join("checkpoints");
     fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
-    let _lock = lock(folder)?;
+    let _lock = io::lock(folder, "trains")?;
     let new = !run.resume(&checkpoints)?;
     if run.step > config.steps {
         usage!("train.steps is {}, and the run in {} has done {}", config.steps, folder.display(), run.step);

@@ -506,6 +506,23 @@ mod tests {
         assert!(!accepts(&parse, "{\"objects\": [], \"relations\": [[0, \"left of\"]]}"));
     }
 
+    /// An answer for which `choose` takes a token wherever one is not forced: of what is allowed, what closes, the ids so far.
+    fn answer(grammar: &Grammar, mut choose: impl FnMut(&[u32], &[u32], &[u32]) -> u32) -> Vec<u32> {
+        let (mut ids, mut at) = (Vec::new(), grammar.begin());
+        while !grammar.is_done(at) {
+            let (forced, next) = grammar.forced(at).unwrap();
+            at = next;
+            ids.extend(forced);
+            if grammar.is_done(at) {
+                break;
+            }
+            let token = choose(&grammar.allowed(at), &grammar.closing(at), &ids);
+            ids.push(token);
+            at = grammar.after(at, token).unwrap();
+        }
+        ids
+    }
+
     #[test]
     fn a_model_that_knows_nothing_still_answers_in_json() {
         let (vocabulary, chat) = vocabulary(&["\", \"verdict\": \""]);
@@ -513,20 +530,9 @@ mod tests {
             let grammar = Grammar::new(&schema, vocabulary.clone()).unwrap();
             for i in 0..20 {
                 let mut stream = Stream::new(1, "constrain", i);
-                let (mut ids, mut at) = (Vec::new(), grammar.begin());
-                while !grammar.is_done(at) {
-                    let (forced, next) = grammar.forced(at).unwrap();
-                    at = next;
-                    ids.extend(forced);
-                    if grammar.is_done(at) {
-                        break;
-                    }
-                    let closing = grammar.closing(at);
-                    let allowed = grammar.allowed(at);
-                    let token = *stream.choose(if ids.len() > 60 { &closing } else { &allowed });
-                    ids.push(token);
-                    at = grammar.after(at, token).unwrap();
-                }
+                let ids = answer(&grammar, |allowed, closing, ids| {
+                    *stream.choose(if ids.len() > 60 { closing } else { allowed })
+                });
                 let text = chat.decode(&ids).unwrap();
                 assert!(serde_json::from_str::<Value>(&text).is_ok(), "{text}");
                 assert!(accepts(&grammar, &text), "{text}");
@@ -539,20 +545,10 @@ mod tests {
         let (vocabulary, chat) = vocabulary(&[]);
         let label = ["<|image_pad|>".to_owned()];
         let grammar = Grammar::new(&prompts::list_schema(&label, &label, 1), vocabulary).unwrap();
-        let (mut at, mut ids) = (grammar.begin(), Vec::new());
-        while !grammar.is_done(at) {
-            let (forced, next) = grammar.forced(at).unwrap();
-            at = next;
-            ids.extend(forced);
-            if grammar.is_done(at) {
-                break;
-            }
-            // Whatever does not close a list fills it.
-            let (allowed, closing) = (grammar.allowed(at), grammar.closing(at));
-            let token = *allowed.iter().find(|token| !closing.contains(token)).unwrap_or(&closing[0]);
-            ids.push(token);
-            at = grammar.after(at, token).unwrap();
-        }
+        // Whatever does not close a list fills it.
+        let ids = answer(&grammar, |allowed, closing, _| {
+            *allowed.iter().find(|token| !closing.contains(token)).unwrap_or(&closing[0])
+        });
         assert!(!ids.contains(&chat.token("<|image_pad|>").unwrap()));
         assert!(chat.decode(&ids).unwrap().contains("<|image_pad|>"));
     }

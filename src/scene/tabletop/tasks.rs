@@ -328,7 +328,7 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
         let mut target = scene.clone();
         for _ in 0..1 + rng.below(2) {
             let kind = *rng.choose(&Kind::ALL);
-            target = propose(rng, &target, kind, TOUCHING).and_then(|edit| edit.apply(rng, &target)).unwrap_or(target);
+            target = changed(rng, &target, kind).unwrap_or(target);
         }
         let (fewest, most) = Split::Train.objects();
         let named = (0..target.items.len()).all(|i| sample::distinct(&target, i));
@@ -365,7 +365,7 @@ pub fn disturbed(rng: &mut Stream, split: Split, min: usize, max: usize, most: u
         let edited = match kind {
             // As a Diffuser does: what is asked for, once more.
             Kind::Add if rng.chance(0.7) => super::edit::doubled(rng, &scene),
-            _ => propose(rng, &scene, kind, TOUCHING).and_then(|e| e.apply(rng, &scene)),
+            _ => changed(rng, &scene, kind),
         };
         // Where the split belongs to training, so must whatever is shown.
         if let Some(edited) = edited.filter(|s| split != Split::Train || sample::trainable(s)) {
@@ -378,7 +378,12 @@ pub fn disturbed(rng: &mut Stream, split: Split, min: usize, max: usize, most: u
 /// A scene one edit away that training may show; nothing if none was found.
 pub fn neighbour(rng: &mut Stream, scene: &Scene) -> Option<Scene> {
     let kind = *rng.choose(&Kind::ALL);
-    propose(rng, scene, kind, TOUCHING).and_then(|edit| edit.apply(rng, scene)).filter(sample::trainable)
+    changed(rng, scene, kind).filter(sample::trainable)
+}
+
+/// The scene after a random edit of this kind, if there is one.
+fn changed(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Scene> {
+    propose(rng, scene, kind, TOUCHING).and_then(|edit| edit.apply(rng, scene))
 }
 
 /// A picture and a graph about it: right, or made wrong by changing the picture or the graph; about half of all claims

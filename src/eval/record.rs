@@ -1,0 +1,163 @@
+//! A record of LAION-SG as a caption and a scene graph; what is wrong in it is counted and left out, and the rest is used.
+
+use super::flaws::{At, Flaw, Flaws};
+use crate::scene::graph::{Object, Relation, SceneGraph, is_too_long};
+use serde_json::{Map, Value};
+use std::collections::{HashMap, hash_map};
+
+/// What is used of a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub id: String,
+    pub caption: String,
+    pub graph: SceneGraph,
+}
+
+/// A record's graph; `None` if it has no items or relations at all.
+pub(super) fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Option<Entry> {
+    let mut flaw = |flaw| flaws.add(flaw, at);
+    let id = match record.get("img_id") {
+        Some(Value::String(id)) if !id.trim().is_empty() => id.trim().to_owned(),
+        Some(Value::Number(id)) => {
+            flaw(Flaw::WrongType);
+            id.to_string()
+        }
+        _ => {
+            flaw(Flaw::MissingKey);
+            format!("record-{}", at.record)
+        }
+    };
+    match record.get("score") {
+        Some(Value::String(_)) => {}
+        None => flaw(Flaw::MissingKey),
+        Some(_) => flaw(Flaw::WrongType),
+    }
+    let caption = text(record, "caption_ori", &mut flaw).unwrap_or_default();
+    let items = list(record, "items", &mut flaw)?;
+    let relations = list(record, "relations", &mut flaw)?;
+
+    let (mut places, mut graph) = (HashMap::new(), SceneGraph::default());
+    for item in items {
+        let Some(item) = object(item, &mut flaw) else { continue };
+        let (Some(id), Some(label)) = (number(item, "item_id", &mut flaw), text(item, "label", &mut flaw)) else {
+            continue;
+        };
+        let label = printable(&label, &mut flaw);
+        if label.is_empty() {
+            flaw(Flaw::EmptyText);
+        } else if let hash_map::Entry::Vacant(place) = places.entry(id) {
+            let object = Object::new(label, attributes(item, &mut flaw));
+            if is_too_long(&object.phrase()) {
+                flaw(Flaw::LongText);
+                continue;
+            }
+            place.insert(graph.objects.len());
+            graph.objects.push(object);
+        } else {
+            flaw(Flaw::RepeatedId);
+        }
+    }
+    for relation in relations {
+        let Some(relation) = object(relation, &mut flaw) else { continue };
+        let (Some(subject), Some(predicate), Some(object)) = (
+            number(relation, "item1", &mut flaw),
+            text(relation, "relation", &mut flaw),
+            number(relation, "item2", &mut flaw),
+        ) else {
+            continue;
+        };
+        let predicate = printable(&predicate, &mut flaw);
+        match (places.get(&subject), places.get(&object)) {
+            _ if predicate.is_empty() => flaw(Flaw::EmptyText),
+            _ if is_too_long(&predicate) => flaw(Flaw::LongText),
+            (Some(subject), Some(object)) if subject == object => flaw(Flaw::SelfRelation),
+            (Some(&subject), Some(&object)) => graph.relations.push(Relation { subject, predicate, object }),
+            _ => flaw(Flaw::DanglingId),
+        }
+    }
+    Some(Entry { id, caption, graph })
+}
+
+fn object<'a>(value: &'a Value, flaw: &mut impl FnMut(Flaw)) -> Option<&'a Map<String, Value>> {
+    let object = value.as_object();
+    if object.is_none() {
+        flaw(Flaw::WrongType);
+    }
+    object
+}
+
+fn list<'a>(record: &'a Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> Option<&'a Vec<Value>> {
+    match record.get(key) {
+        Some(Value::Array(list)) => return Some(list),
+        Some(_) => flaw(Flaw::WrongType),
+        None => flaw(Flaw::MissingKey),
+    }
+    None
+}
+
+/// A text without space around it.
+fn text(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> Option<String> {
+    match record.get(key) {
+        Some(Value::String(text)) => return Some(text.trim().to_owned()),
+        Some(_) => flaw(Flaw::WrongType),
+        None => flaw(Flaw::MissingKey),
+    }
+    None
+}
+
+/// A text on one line, which is what questions are made of.
+fn printable(text: &str, flaw: &mut impl FnMut(Flaw)) -> String {
+    if !text.contains(char::is_control) {
+        return text.to_owned();
+    }
+    flaw(Flaw::ControlCharacter);
+    text.replace(char::is_control, " ").trim().to_owned()
+}
+
+fn number(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> Option<i64> {
+    let value = record.get(key);
+    let found = match value {
+        Some(Value::Number(number)) => number.as_i64().or_else(|| {
+            let whole = number.as_f64().filter(|x| x.fract() == 0.0 && x.abs() < 1e15)?;
+            flaw(Flaw::WrongType);
+            Some(whole as i64)
+        }),
+        Some(Value::String(text)) => {
+            let found = text.trim().parse().ok();
+            if found.is_some() {
+                flaw(Flaw::NumberAsString);
+            }
+            found
+        }
+        _ => None,
+    };
+    if found.is_none() {
+        flaw(if value.is_none() { Flaw::MissingKey } else { Flaw::WrongType });
+    }
+    found
+}
+
+/// Attributes as they are said; a single text stands for a list of one.
+fn attributes(item: &Map<String, Value>, flaw: &mut impl FnMut(Flaw)) -> Vec<String> {
+    let texts: Vec<&str> = match item.get("attributes") {
+        Some(Value::Array(list)) => {
+            if list.iter().any(|a| !a.is_string()) {
+                flaw(Flaw::WrongType);
+            }
+            list.iter().filter_map(Value::as_str).collect()
+        }
+        Some(Value::String(one)) => {
+            flaw(Flaw::WrongType);
+            vec![one]
+        }
+        Some(_) => {
+            flaw(Flaw::WrongType);
+            Vec::new()
+        }
+        None => {
+            flaw(Flaw::MissingKey);
+            Vec::new()
+        }
+    };
+    texts.into_iter().map(|text| printable(text.trim(), flaw)).filter(|text| !text.is_empty()).collect()
+}
