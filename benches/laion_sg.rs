@@ -1,13 +1,20 @@
-//! A gigabyte of LAION-SG's JSON, made up as it is read, through the reader of records: the rate, and the memory at the
-//! most (`VmHWM`, on Linux) before and after.
+//! LAION-SG's JSON, made up as it is read: a gigabyte through the reader of records, and a file through the choice of
+//! samples; the rate, and the memory at the most before and after, which must not grow with the file.
 
-use rlrig::eval::records::Records;
+use rlrig::{
+    eval::{
+        dataset::{self, Selection, Wording},
+        records::Records,
+    },
+    train::log::peak_memory,
+};
 use std::{
     io::{BufReader, Read},
     time::Instant,
 };
 
 const BYTES: usize = 1 << 30;
+const BYTES_OF_FILE: usize = 1 << 28;
 
 /// A list of records of six items and five relations, until `left` bytes are given.
 struct Synthetic {
@@ -18,6 +25,10 @@ struct Synthetic {
 }
 
 impl Synthetic {
+    fn new(bytes: usize) -> Self {
+        Self { left: bytes, record: 0, ready: Vec::new(), at: 0 }
+    }
+
     fn next_record(&mut self) {
         let item = |i: usize| {
             format!(
@@ -67,18 +78,23 @@ impl Read for Synthetic {
     }
 }
 
-/// The most memory this process has held, in MiB.
-fn peak() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok()? / 1024.0)
+/// What reading may need beyond what the process held before.
+const ALLOWED: u64 = 16 << 20;
+
+/// An error if the process has held more than is allowed since it held `before`.
+fn hold(before: Option<u64>) -> anyhow::Result<()> {
+    if let Some((before, after)) = before.zip(peak_memory()) {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        println!("memory at the most: {:.1} MiB before, {:.1} MiB after", mib(before), mib(after));
+        anyhow::ensure!(after - before <= ALLOWED, "memory grows with the file");
+    }
+    Ok(())
 }
 
 fn main() -> anyhow::Result<()> {
-    let before = peak();
+    let before = peak_memory();
     let start = Instant::now();
-    let source = Synthetic { left: BYTES, record: 0, ready: Vec::new(), at: 0 };
-    let mut records = Records::new(BufReader::with_capacity(1 << 16, source));
+    let mut records = Records::new(BufReader::with_capacity(1 << 16, Synthetic::new(BYTES)));
     let (mut n, mut relations) = (0, 0);
     while let Some(entry) = records.next_entry()? {
         n += 1;
@@ -86,8 +102,24 @@ fn main() -> anyhow::Result<()> {
     }
     let seconds = start.elapsed().as_secs_f64();
     println!("{n} records, {relations} relations, {:.0} MB/s", BYTES as f64 / 1e6 / seconds);
-    if let Some((before, after)) = before.zip(peak()) {
-        println!("memory at the most: {before:.0} MiB before, {after:.0} MiB after");
+    drop(records);
+    hold(before)?;
+
+    let mut file = tempfile::NamedTempFile::new()?;
+    std::io::copy(&mut Synthetic::new(BYTES_OF_FILE), &mut file)?;
+    let subset = Selection {
+        wording: Wording::Triples,
+        min_relations: 1,
+        min_objects: 1,
+        spatial_only: false,
+        limit: Some(500),
+        subset: Some(1),
+        shard: (1, 1),
+    };
+    for selection in [subset, Selection { limit: None, subset: None, shard: (1, 1000), ..subset }] {
+        let (samples, _) = dataset::laion_sg(file.path(), "test", &selection)?;
+        println!("{} samples by {selection:?}", samples.len());
+        hold(before)?;
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 use rlrig::{
     error::Usage,
+    eval::dataset::choose_file,
     io::hub::{Hub, Local},
 };
 use sha2::{Digest, Sha256};
@@ -200,10 +201,7 @@ fn of_a_data_set_one_file_is_fetched() {
             "HF_ENDPOINT" => Some(hub.url.clone()),
             other => vars.iter().find(|(name, _)| *name == other).map(|(_, value)| (*value).to_owned()),
         };
-        let choose = |files: &[&str]| match files.iter().find(|file| file.contains(part)) {
-            Some(file) => Ok((*file).to_owned()),
-            None => anyhow::bail!("none of {files:?}"),
-        };
+        let choose = |files: &[&str]| choose_file(files, part);
         Hub::from_vars(var).unwrap().data_file("org/graphs", &choose, &|_, _, _| ())
     };
     let path = get(&[], "test").unwrap();

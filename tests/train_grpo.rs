@@ -144,6 +144,20 @@ fn the_actor_trains_and_resumes() {
     assert!(steps[1]["num_tokens"] > 1.5 * steps[0]["num_tokens"]);
 }
 
+/// With a pool of one problem every step is about the same prompt; what is kept with it does not change what is learned.
+#[test]
+fn a_pool_poses_its_problems_again_and_resumes() {
+    let config = ACTOR.replace("source = 'render'", "pool = 1, source = 'render'");
+    let (_dir, folder, steps) = two_steps(&config);
+    check(&folder, &steps, &["problems/rendered", "edits/distinct"]);
+    assert_eq!(steps[0]["problems/rendered"], 1.0);
+    // Questions are most of the tokens, and of one problem.
+    let tokens = |i: usize| {
+        steps[i]["num_tokens"] - 16.0 * steps[..=i].iter().map(|s| s["completions/mean_length"]).sum::<f64>()
+    };
+    assert_eq!(tokens(1), 2.0 * tokens(0));
+}
+
 #[test]
 fn the_editor_trains_and_resumes_by_stochastic_steps() {
     let (_dir, folder, steps) = two_steps(&EDITOR.replace("LOSS", "grpo"));
@@ -345,7 +359,7 @@ fn the_configs_that_are_shipped_load() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("configs/tabletop/{name}.toml"));
         let request = Request { config: Some(file), resume: None, out: Some(dir.path().join("run")), set: Vec::new() };
         let prepared = request.prepare::<GrpoConfig>().unwrap();
-        assert!(prepared.config.group.size >= 8 && prepared.config.train.best.as_deref() == Some("eval/oracle"));
+        assert!(prepared.config.group.size >= 8 && prepared.config.train.best.as_deref() == Some("eval/perfect"));
     }
 }
 

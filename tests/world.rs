@@ -3,7 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use assert_cmd::Command;
-use rlrig::scene::{laion_sg::Record, parse::parse, tabletop::oracle};
+use rlrig::{
+    eval::{
+        dataset::{self, Selection, Wording},
+        flaws::Flaws,
+    },
+    scene::{laion_sg::Record, parse::parse, tabletop::oracle},
+};
 
 fn rlrig() -> Command {
     Command::cargo_bin("rlrig").unwrap()
@@ -28,6 +34,21 @@ fn export_writes_records_that_the_oracle_confirms() {
         let judgement = oracle::judge(&image, &record.graph());
         assert!(judgement.perfect(), "{}: {judgement:?}", record.caption_ori);
     }
+    // `rlrig eval` reads the same.
+    let all = Selection {
+        wording: Wording::Caption,
+        min_relations: 0,
+        min_objects: 0,
+        spatial_only: false,
+        limit: None,
+        subset: None,
+        shard: (1, 1),
+    };
+    let (samples, flaws) = dataset::laion_sg(&out, "test", &all).unwrap();
+    assert_eq!(flaws, Flaws::default());
+    let read: Vec<_> = samples.into_iter().map(|sample| (sample.id, sample.prompt, sample.graph)).collect();
+    let exported = |r: &Record| (r.img_id.clone(), r.caption_ori.clone(), r.graph());
+    assert_eq!(read, records.iter().map(exported).collect::<Vec<_>>());
     // The same seed writes the same bytes; a folder in use is left alone.
     let again = folder.path().join("again");
     export(&again, "test").success();

@@ -2,9 +2,9 @@
 
 use super::{adapters::Adapters, eval_edits, eval_join, interrupt, open, show::Console};
 use crate::{
-    cli::{self, Dataset, Eval, EvalCommand, EvalRun},
+    cli::{self, Dataset, EditorKind, Eval, EvalCommand, EvalRun},
     eval::{
-        dataset::{self, Sample, Selection, Wording},
+        dataset::{self, DataFile, Sample, Selection, Wording},
         flaws::Flaws,
         folder::Folder,
         line::{Key, Line},
@@ -55,12 +55,12 @@ fn evaluate(args: &EvalRun) -> Result<()> {
         return eval_edits::run(args);
     }
     let console = Console::new(args.print.quiet, 0);
-    let (samples, flaws) = samples(args)?;
+    let (samples, flaws, files) = samples(args)?;
     flaws.iter().flat_map(Flaws::sentences).for_each(|flaw| console.say(&format!("the data has {flaw}")));
     let stop = interrupt()?;
     let models = Models::open(args, options, &console, stop)?;
     let modes = models.modes(args, &console)?;
-    let config = models.config(args, &modes);
+    let config = models.config(args, &modes, &files);
     let mut kept = match &args.out {
         Some(out) if args.resume => {
             let (folder, lost) = Folder::resume(out, &config)?;
@@ -92,8 +92,8 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     Ok(())
 }
 
-/// The prompts of all splits, and the flaws of each file.
-fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>)> {
+/// The prompts of all splits, the flaws of each file, and the files.
+fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
     let wording = match (args.wording, args.dataset) {
         (Some(cli::Wording::Caption), _) | (None, Dataset::Tabletop) => Wording::Caption,
         (Some(cli::Wording::Triples), _) | (None, Dataset::LaionSg) => Wording::Triples,
@@ -114,7 +114,7 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>)> {
     if args.seed.iter().collect::<HashSet<_>>().len() < args.seed.len() {
         usage!("--seed names a seed twice");
     }
-    let (mut samples, mut flaws) = (Vec::new(), Vec::new());
+    let (mut samples, mut flaws, mut files) = (Vec::new(), Vec::new(), Vec::new());
     for split in &args.split {
         match (args.dataset, &args.data) {
             (Dataset::Tabletop, None) => {
@@ -126,13 +126,14 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>)> {
                 if args.split.len() > 1 && args.data.as_deref().is_some_and(Path::is_file) {
                     usage!("--data is one file: give its --split, or a folder with a file for each");
                 }
+                files.push(dataset::data_file(&data, split)?);
                 let (more, found) = dataset::laion_sg(&data, split, &selection)?;
                 samples.extend(more);
                 flaws.push(found);
             }
         }
     }
-    Ok((samples, flaws))
+    Ok((samples, flaws, files))
 }
 
 /// LAION-SG's file or folder: what is given, or its file of the split on the hub.
@@ -243,16 +244,12 @@ impl Models {
         let mut modes: Vec<Mode> = args.mode.clone();
         let (editor, actor) = (self.bare_painter.is_some(), self.bare_critic.is_some());
         let lacks = |mode: &&Mode| match mode {
-            Mode::LoopUntrained => !editor && !actor,
             Mode::LoopActor => !actor,
             Mode::LoopEditor => !editor,
             _ => false,
         };
         if let Some(mode) = modes.iter().find(lacks) {
-            usage!(
-                "--mode {} leaves out an adapter, or has that of one role, and it is not on: name it by --adapter",
-                mode.name()
-            );
+            usage!("--mode {} is about an adapter that is not on: name it by --adapter", mode.name());
         }
         if args.suite {
             modes = Mode::ALL.to_vec();
@@ -271,15 +268,22 @@ impl Models {
         }
         modes.sort();
         modes.dedup();
+        let rivals = modes.iter().any(|mode| matches!(mode, Mode::BestOfN | Mode::Rewrite));
+        if args.editor != EditorKind::Reference && rivals && modes.iter().any(|mode| mode.edits()) {
+            tracing::warn!(
+                "with this --editor an edit takes more network evaluations than a drawing: best-of-n and rewrite cost less \
+                 than the loop in as many rounds"
+            );
+        }
         Ok(modes)
     }
 
     /// All that the results depend on.
-    fn config(&self, args: &EvalRun, modes: &[Mode]) -> Value {
+    fn config(&self, args: &EvalRun, modes: &[Mode], files: &[DataFile]) -> Value {
         let Options { rounds, draws, redraw, accept, .. } = self.options;
         let mut config = json!({
             "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
-            "data": args.data.as_ref().map(|path| path.to_string_lossy()), "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
+            "data": files, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,

@@ -141,7 +141,7 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
     for path in &args.parts {
         parts.push(Folder::open(path)?);
     }
-    let Some((_, first)) = parts.first() else { usage!("name the folders of the shards") };
+    let Some((first_part, first)) = parts.first() else { usage!("name the folders of the shards") };
     for ((_, config), path) in parts.iter().zip(&args.parts) {
         if let Some(key) = different(first, config, &["shard"]) {
             usage!("{} is no part of the same evaluation: its {key} is another", path.display());
@@ -150,9 +150,15 @@ pub fn merge(args: &EvalMerge) -> Result<()> {
     complete(&parts, &args.parts)?;
     let mut config = first.clone();
     config["shard"] = Value::Null;
-    let versions = json!({ "rlrig": env!("CARGO_PKG_VERSION") });
     // Each part has read the whole data, so what the first found is what there is.
-    let flaws = parts.first().map_or(Ok(Value::Null), |(part, _)| part.flaws())?;
+    let (versions, flaws) = first_part.versions_and_flaws()?;
+    for ((part, _), path) in parts.iter().zip(&args.parts) {
+        let (other, _) = part.versions_and_flaws()?;
+        if other != versions {
+            let first = args.parts[0].display();
+            usage!("{} was made by other versions than {first}: {other} instead of {versions}", path.display());
+        }
+    }
     let results = Folder::join(&args.out, &parts, config, versions, flaws)?;
     Console::new(true, 0).result(table::markdown(&results).trim_end())?;
     Ok(())

@@ -13,9 +13,10 @@ use crate::{
     usage,
 };
 use anyhow::{Context, Result};
+use serde::Serialize;
 use std::{
     collections::BinaryHeap,
-    fs::File,
+    fs::{self, File},
     io::BufReader,
     path::{Path, PathBuf},
 };
@@ -90,10 +91,15 @@ impl Selection {
         graph.relations.len() >= self.min_relations && graph.objects.len() >= self.min_objects
     }
 
-    /// Every `n`th of what was selected.
-    fn shard<T>(&self, samples: Vec<T>) -> Vec<T> {
+    /// Whether the shard has the `place`th, from 0, of what the rest selects.
+    fn in_shard(&self, place: usize) -> bool {
         let (part, parts) = self.shard;
-        samples.into_iter().skip(part - 1).step_by(parts).collect()
+        place % parts == part - 1
+    }
+
+    /// Those of the shard, of all that the rest selects.
+    fn shard(&self, samples: Vec<Sample>) -> Vec<Sample> {
+        (0..).zip(samples).filter(|(place, _)| self.in_shard(*place)).map(|(_, sample)| sample).collect()
     }
 }
 
@@ -128,12 +134,27 @@ pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sa
     Ok(selection.shard(samples))
 }
 
-/// The samples of a LAION-SG file, or of the file of `split` in a folder, and the flaws that were found.
+/// A file of data as a run's config tells it: the same in whatever folder it lies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DataFile {
+    pub file: String,
+    pub bytes: u64,
+}
+
+/// The file that [`laion_sg`] reads.
+pub fn data_file(data: &Path, split: &str) -> Result<DataFile> {
+    let path = file_of(data, split)?;
+    let bytes = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    Ok(DataFile { file: path.file_name().unwrap_or_default().to_string_lossy().into_owned(), bytes })
+}
+
+/// The samples of a LAION-SG file, or of the file of `split` in a folder, and the flaws that were found. Held in memory
+/// are those of the shard; of a random subset, the whole subset.
 pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Vec<Sample>, Flaws)> {
     let path = file_of(data, split)?;
     let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut records = Records::new(BufReader::with_capacity(1 << 16, file));
-    let mut chosen = Chosen::new(selection);
+    let mut chosen = Chosen::new(*selection);
     let mut index = 0;
     while !chosen.full() {
         let entry = records.next_entry().with_context(|| path.display().to_string())?;
@@ -145,14 +166,13 @@ pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Vec<
         }
         index += 1;
     }
-    let samples = chosen.finish();
-    if samples.is_empty() {
+    if chosen.n == 0 {
         usage!("{}: none of {index} records has enough objects and relations", path.display());
     }
-    Ok((selection.shard(samples), records.flaws))
+    Ok((chosen.finish(), records.flaws))
 }
 
-/// The file itself, or the one of a folder whose name has the split in it.
+/// The file itself, or that of the split in a folder.
 fn file_of(data: &Path, split: &str) -> Result<PathBuf> {
     if data.is_file() {
         return Ok(data.to_owned());
@@ -163,47 +183,81 @@ fn file_of(data: &Path, split: &str) -> Result<PathBuf> {
     Ok(data.join(chosen))
 }
 
-/// Of a data set's files, in whatever folder, the JSON file whose name has the split in it.
+/// Of a data set's files, in whatever folder, the JSON file that is named by the split; without one, that in whose name
+/// it is a word.
 pub fn choose_file(names: &[&str], split: &str) -> Result<String> {
-    let json: Vec<&&str> = names.iter().filter(|name| name.ends_with(".json")).collect();
-    let is_of_split = |name: &&&&str| name.rsplit('/').next().is_some_and(|file| file.contains(split));
-    match json.iter().find(is_of_split) {
-        Some(name) => Ok((**name).to_string()),
-        None => usage!("there is no .json file of the split \"{split}\", only {json:?}"),
+    let json: Vec<&str> = names.iter().copied().filter(|name| name.ends_with(".json")).collect();
+    let named = |fits: fn(&str, &str) -> bool| -> Vec<&str> {
+        let is = |name: &str| Path::new(name).file_stem().is_some_and(|stem| fits(&stem.to_string_lossy(), split));
+        json.iter().copied().filter(|name| is(name)).collect()
+    };
+    // In "test-unseen.json", too, "test" is a word.
+    let whole = named(|stem, split| stem == split);
+    let fitting = if whole.is_empty() { named(has_word) } else { whole };
+    match fitting.as_slice() {
+        [name] => Ok((*name).to_owned()),
+        [] => usage!("there is no .json file of the split \"{split}\", only {json:?}"),
+        _ => usage!("more than one .json file is of the split \"{split}\": {fitting:?}; name one of them"),
     }
+}
+
+/// Whether a name has a word with neither letters nor digits beside it.
+fn has_word(name: &str, word: &str) -> bool {
+    name.match_indices(word).any(|(at, _)| {
+        let (before, after) = (&name[..at], &name[at + word.len()..]);
+        !before.ends_with(char::is_alphanumeric) && !after.starts_with(char::is_alphanumeric)
+    })
 }
 
 /// The first samples that are offered, or a random subset that does not depend on their order.
 struct Chosen {
-    limit: usize,
-    subset: Option<u64>,
+    selection: Selection,
+    /// How many are chosen, of all shards.
+    n: usize,
+    /// The first ones, as far as they are the shard's.
     first: Vec<Sample>,
-    /// By the number each sample draws, the highest on top.
+    /// The subset, by the number each sample draws, the highest on top. Which are the shard's shows at the end.
     drawn: BinaryHeap<(u64, Sample)>,
 }
 
 impl Chosen {
-    fn new(selection: &Selection) -> Self {
-        let limit = selection.limit.unwrap_or(usize::MAX);
-        Self { limit, subset: selection.subset, first: Vec::new(), drawn: BinaryHeap::new() }
+    fn new(selection: Selection) -> Self {
+        Self { selection, n: 0, first: Vec::new(), drawn: BinaryHeap::new() }
     }
 
+    /// The seed and the size of the subset; one without a limit is all there is.
+    fn subset(&self) -> Option<(u64, usize)> {
+        self.selection.subset.zip(self.selection.limit)
+    }
+
+    /// Whether no later sample can be chosen.
     fn full(&self) -> bool {
-        self.subset.is_none() && self.first.len() >= self.limit
+        self.subset().is_none() && self.selection.limit.is_some_and(|limit| self.n >= limit)
     }
 
     fn offer(&mut self, sample: Sample) {
-        let Some(seed) = self.subset else { return self.first.push(sample) };
-        self.drawn.push((Stream::new(seed, "subset", sample.index).next_u64(), sample));
-        if self.drawn.len() > self.limit {
-            self.drawn.pop();
+        if let Some((seed, limit)) = self.subset() {
+            self.drawn.push((Stream::new(seed, "subset", sample.index).next_u64(), sample));
+            if self.drawn.len() > limit {
+                self.drawn.pop();
+            }
+            self.n = self.drawn.len();
+        } else {
+            if self.selection.in_shard(self.n) {
+                self.first.push(sample);
+            }
+            self.n += 1;
         }
     }
 
-    fn finish(mut self) -> Vec<Sample> {
-        self.first.extend(self.drawn.into_iter().map(|(_, sample)| sample));
-        self.first.sort_by_key(|sample| sample.index);
-        self.first
+    /// Those of the shard, in the order of the data set.
+    fn finish(self) -> Vec<Sample> {
+        if self.subset().is_none() {
+            return self.first;
+        }
+        let mut subset: Vec<Sample> = self.drawn.into_iter().map(|(_, sample)| sample).collect();
+        subset.sort_by_key(|sample| sample.index);
+        self.selection.shard(subset)
     }
 }
 
@@ -300,11 +354,14 @@ mod tests {
 
     #[test]
     fn shards_part_the_selection_and_a_subset_is_random_but_fixed() {
-        let parts: Vec<Vec<String>> = (1..=3).map(|i| ids(Selection { shard: (i, 3), ..ALL })).collect();
-        assert_eq!(parts[0], ["1", "4", "8"]);
-        let mut joined = parts.concat();
-        joined.sort();
-        assert_eq!(joined, ids(ALL));
+        assert_eq!(ids(Selection { shard: (1, 3), ..ALL }), ["1", "4", "8"]);
+        for (limit, subset) in [None, Some(1), Some(5), Some(100)].into_iter().flat_map(|l| [(l, None), (l, Some(7))]) {
+            let whole = Selection { limit, subset, ..ALL };
+            for (part, parts) in (1..=4).flat_map(|parts| (1..=parts).map(move |part| (part, parts))) {
+                let expected: Vec<String> = ids(whole).into_iter().skip(part - 1).step_by(parts).collect();
+                assert_eq!(ids(Selection { shard: (part, parts), ..whole }), expected, "{limit:?} {subset:?}");
+            }
+        }
         let subset = |seed| ids(Selection { limit: Some(4), subset: Some(seed), ..ALL });
         assert_eq!(subset(1), subset(1));
         assert!((2..20).any(|seed| subset(seed) != subset(1)));
@@ -330,6 +387,20 @@ mod tests {
         assert_eq!(laion_sg(dir.path(), "val", &ALL).unwrap().0.len(), 8);
         let error = format!("{:#}", laion_sg(dir.path(), "train", &ALL).unwrap_err());
         assert!(error.contains("LAION-SG_test.json"), "{error}");
+        let bytes = fs::metadata(fixture()).unwrap().len();
+        let told = data_file(dir.path(), "test").unwrap();
+        assert_eq!(told, DataFile { file: "LAION-SG_test.json".into(), bytes });
+    }
+
+    #[test]
+    fn a_split_is_a_word_of_one_files_name() {
+        let chosen = |names: &[&str]| choose_file(names, "test").map_err(|error| error.to_string());
+        let one = chosen(&["latest.json", "test/train.json", "a_test.txt", "a/LAION-SG_test.json"]);
+        assert_eq!(one.unwrap(), "a/LAION-SG_test.json");
+        assert_eq!(chosen(&["test-unseen.json", "x/test.json"]).unwrap(), "x/test.json");
+        assert!(chosen(&["latest.json", "test2.json"]).unwrap_err().contains("there is no .json file"));
+        let several = chosen(&["a_test.json", "train.json", "b-test.json"]).unwrap_err();
+        assert!(several.contains(r#"["a_test.json", "b-test.json"]"#), "{several}");
     }
 
     #[test]

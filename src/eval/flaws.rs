@@ -19,7 +19,7 @@ pub enum Flaw {
     WrongType,
     /// A number written as a string.
     NumberAsString,
-    /// A label or a relation without text.
+    /// A label, an attribute or a relation without text.
     EmptyText,
     /// An item, with its attributes, or a relation of more characters than a scene graph may have.
     LongText,
@@ -78,7 +78,7 @@ impl Flaws {
                 Flaw::MissingKey => "missing keys",
                 Flaw::WrongType => "values of a wrong type",
                 Flaw::NumberAsString => "numbers written as strings, read as numbers",
-                Flaw::EmptyText => "empty labels or relations, left out",
+                Flaw::EmptyText => "empty labels, attributes or relations, left out",
                 Flaw::LongText => "items or relations whose text is too long, left out",
                 Flaw::ControlCharacter => "texts with control characters, read as blanks",
                 Flaw::RepeatedId => "repeated ids, of which the first counts",

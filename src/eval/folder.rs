@@ -107,15 +107,12 @@ impl Folder {
         self.path.join(RESULTS).is_file()
     }
 
-    /// What was wrong with the data, of a run that is finished.
-    pub fn flaws(&self) -> Result<Value> {
-        if !self.is_finished() {
-            return Ok(Value::Null);
-        }
+    /// The versions that made a finished run, and what was wrong with its data.
+    pub fn versions_and_flaws(&self) -> Result<(Value, Value)> {
         let file = self.path.join(RESULTS);
-        let mut results: Value = serde_json::from_slice(&io::read_file(&file, LONGEST)?)
+        let results: Value = serde_json::from_slice(&io::read_file(&file, LONGEST)?)
             .with_context(|| format!("{} is damaged", file.display()))?;
-        Ok(results["flaws"].take())
+        Ok((results["versions"].clone(), results["flaws"].clone()))
     }
 
     /// The prompts that are made.

@@ -15,7 +15,9 @@ use crate::{
         roles::{Claim, Verdict},
     },
     scene::{
+        graph::{Relation, SceneGraph},
         iou::{self, Lists},
+        relation::Spatial,
         tabletop::view::Judgement,
     },
     tensor::rng::Stream,
@@ -200,10 +202,22 @@ impl Made<'_> {
                 evaluations: self.evaluations[i],
                 seconds: turn.seconds.paint + turn.seconds.reflect + turn.seconds.check,
             },
-            tag: if graph.relations.is_empty() { "object" } else { "position" }.to_owned(),
+            tag: tag(graph).to_owned(),
             correct: missed.is_empty(),
             reason: missed.join("; "),
         }
+    }
+}
+
+/// What kind of prompt a graph is: GenEval's tag where it has one.
+fn tag(graph: &SceneGraph) -> &'static str {
+    let is_direction = |r: &Relation| Spatial::from_name(&r.predicate).is_some_and(Spatial::is_direction);
+    match (graph.objects.len(), graph.relations.as_slice()) {
+        (1, []) => "single_object",
+        (2, []) => "two_object",
+        (_, []) => "objects",
+        (_, relations) if relations.iter().all(is_direction) => "position",
+        _ => "relations",
     }
 }
 

@@ -1,7 +1,9 @@
 //! The ways to make a picture that are compared, and who plays the roles in each.
 //!
-//! All of them are the same loop with the same Checker, the same stop and the same rounds at most, so that they cost about
-//! the same: the Diffuser alone is one round of it, and the two rivals of editing draw anew where it would edit.
+//! All of them are the same loop with the same Checker, the same stop and the same rounds at most: the Diffuser alone
+//! is one round of it, and the two rivals of editing draw anew where it would edit. The rivals cost what the loop does
+//! where it edits by reference: such an edit takes as many network evaluations as a drawing, though of a sequence that
+//! the source picture makes longer. By inversion or FlowEdit it takes more.
 
 use crate::rig::{
     cycle::{Cast, Options, seed_of_drawing},
@@ -17,11 +19,13 @@ use serde::{Deserialize, Serialize};
 pub enum Mode {
     /// One drawing.
     Diffuser,
-    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds; the best by its score.
+    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds; the best by its
+    /// score. In as many rounds it takes as many network evaluations as the loop with `--editor reference`, and fewer
+    /// than with another editor.
     BestOfN,
-    /// As best-of-n, of a prompt that says first what the Checker misses.
+    /// As best-of-n, and at its cost, of a prompt that says first what the Checker misses.
     Rewrite,
-    /// The loop without any adapter.
+    /// The loop without the adapters of Editor and Actor.
     LoopUntrained,
     /// The loop with the Actor's adapters alone.
     LoopActor,
@@ -64,7 +68,8 @@ impl Mode {
         matches!(self, Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop)
     }
 
-    /// How the mode runs where the loop has these options.
+    /// How the mode runs where the loop has these options: for as many rounds at most, which cost alike where the loop
+    /// edits by reference.
     pub fn options(self, of_loop: Options) -> Options {
         match self {
             Self::Diffuser => Options { rounds: 1, ..of_loop },
@@ -158,6 +163,21 @@ mod tests {
         };
         let shapes = [Mode::Diffuser, Mode::BestOfN, Mode::Rewrite, Mode::Loop].map(shape);
         assert_eq!(shapes, [(1, 2), (4, 4), (4, 1), (4, 2)]);
+    }
+
+    #[test]
+    fn a_loop_has_the_adapters_of_its_name_and_its_rivals_have_none() {
+        let (editor, actor) = (true, true);
+        let table = [
+            (Mode::Diffuser, (false, false)),
+            (Mode::BestOfN, (false, false)),
+            (Mode::Rewrite, (false, false)),
+            (Mode::LoopUntrained, (false, false)),
+            (Mode::LoopActor, (false, actor)),
+            (Mode::LoopEditor, (editor, false)),
+            (Mode::Loop, (editor, actor)),
+        ];
+        assert_eq!(Mode::ALL.map(|mode| (mode, mode.adapters())), table);
     }
 
     #[test]

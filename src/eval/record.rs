@@ -1,4 +1,8 @@
 //! A record of LAION-SG as a caption and a scene graph; what is wrong in it is counted and left out, and the rest is used.
+//!
+//! Looked at are `img_id`, `caption_ori`, `score` (its type alone), `items` with their `item_id`, `label` and
+//! `attributes`, and `relations` with their `item1`, `relation` and `item2`: each counts as missing where it is absent.
+//! Not used, and not missed, are `name`, `url`, `triple_id`, `global_item_id` and `global_relation_id`.
 
 use super::flaws::{At, Flaw, Flaws};
 use crate::scene::graph::{Object, Relation, SceneGraph, is_too_long};
@@ -159,5 +163,12 @@ fn attributes(item: &Map<String, Value>, flaw: &mut impl FnMut(Flaw)) -> Vec<Str
             Vec::new()
         }
     };
-    texts.into_iter().map(|text| printable(text.trim(), flaw)).filter(|text| !text.is_empty()).collect()
+    let mut said = Vec::new();
+    for text in texts {
+        match printable(text.trim(), flaw) {
+            text if text.is_empty() => flaw(Flaw::EmptyText),
+            text => said.push(text),
+        }
+    }
+    said
 }

@@ -336,13 +336,15 @@ mod tests {
         let itself =
             relations(r#"{"item1": 1, "relation": "on", "item2": 1}"#).replace(r#""img_id": "2""#, r#""img_id": "3""#);
         let broken = record(4).replace(r#""label": "b""#, r#""label": "b\u0000\nc""#);
-        let text = format!("[{items}, {endless}, {itself}, {broken}]");
-        let wrong = vec![(Flaw::LongText, 2), (Flaw::ControlCharacter, 1), (Flaw::SelfRelation, 1)];
-        assert_eq!(found(&text), (["1", "2", "3", "4"].map(String::from).to_vec(), wrong));
+        let bare = record(5).replacen(r#""attributes": []"#, r#""attributes": ["", "red", " "]"#, 1);
+        let text = format!("[{items}, {endless}, {itself}, {broken}, {bare}]");
+        let wrong =
+            [(Flaw::EmptyText, 2), (Flaw::LongText, 2), (Flaw::ControlCharacter, 1), (Flaw::SelfRelation, 1)].to_vec();
+        assert_eq!(found(&text), (["1", "2", "3", "4", "5"].map(String::from).to_vec(), wrong));
         let (entries, flaws) = all(text.as_bytes(), 64).unwrap();
-        assert_eq!(entries[3].graph.triples(), ["a on b  c"]);
+        assert_eq!([3, 4].map(|i: usize| entries[i].graph.triple_text()), ["a on b  c", "red a on b"]);
         assert!(entries.iter().all(|entry| entry.graph.validate().is_ok()));
-        assert!(flaws.sentences()[0].contains("text is too long"), "{:?}", flaws.sentences());
+        assert!(flaws.sentences()[1].contains("text is too long"), "{:?}", flaws.sentences());
     }
 
     #[test]

@@ -1,10 +1,6 @@
 //! Results as tables, ready for a paper: Markdown and LaTeX.
 
-use super::{
-    bootstrap::Estimate,
-    edits::Review,
-    results::{Estimates, Results},
-};
+use super::{bootstrap::Estimate, edits::Review, results::Results};
 
 /// The columns of this table and of the report's: a metric and its heading.
 const METRICS: [(&str, &str); 10] = [
@@ -16,12 +12,16 @@ const METRICS: [(&str, &str); 10] = [
     ("oracle_sg_iou", "SG-IoU, oracle"),
     ("oracle_mean", "triples"),
     ("no_others", "no others"),
-    ("render_distance", "distance"),
+    ("render_distance", "RMS from a render"),
     ("oracle_perfect", "all right"),
 ];
 /// The columns behind them: a cost, its heading, and how many decimals it is given with.
 pub(super) const COSTS: [(&str, &str, usize); 3] =
     [("rounds", "rounds", 2), ("evaluations", "evaluations", 0), ("seconds", "s", 1)];
+
+/// What stands around the ends of an interval.
+const MARKDOWN: [&str; 3] = [" (", " to ", ")"];
+const LATEX: [&str; 3] = [" {\\scriptsize [", ", ", "]}"];
 
 /// The modes as rows.
 pub fn markdown(results: &Results) -> String {
@@ -30,8 +30,8 @@ pub fn markdown(results: &Results) -> String {
     let heads: Vec<&str> = ["mode"].into_iter().chain(heads).collect();
     let mut text = format!("| {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len()));
     for (mode, found) in &results.modes {
-        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), " (", " to ", ")", 3));
-        let costs = COSTS.iter().map(|(name, _, decimals)| mean(&found.cost, name, *decimals));
+        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), MARKDOWN, 3));
+        let costs = COSTS.iter().map(|(name, _, decimals)| cell(found.cost.get(*name), MARKDOWN, *decimals));
         let cells: Vec<String> = [mode.name().to_owned()].into_iter().chain(metrics).chain(costs).collect();
         text += &format!("| {} |\n", cells.join(" | "));
     }
@@ -39,8 +39,7 @@ pub fn markdown(results: &Results) -> String {
         let heads: Vec<&str> = columns.iter().map(|(_, head)| *head).collect();
         text += &format!("\n| {}, round | {} |\n|{}\n", mode.name(), heads.join(" | "), "---|".repeat(heads.len() + 1));
         for (i, round) in found.by_round.iter().enumerate() {
-            let cells: Vec<String> =
-                columns.iter().map(|(name, _)| cell(round.get(*name), " (", " to ", ")", 3)).collect();
+            let cells: Vec<String> = columns.iter().map(|(name, _)| cell(round.get(*name), MARKDOWN, 3)).collect();
             text += &format!("| {} | {} |\n", i + 1, cells.join(" | "));
         }
     }
@@ -51,7 +50,7 @@ pub fn markdown(results: &Results) -> String {
             &format!("\n| edits of wrong pictures | {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len() + 1));
     }
     for (mode, found) in edited {
-        let cells = Review::NAMES.map(|name| cell(found.edits.get(name), " (", " to ", ")", 3));
+        let cells = Review::NAMES.map(|name| cell(found.edits.get(name), MARKDOWN, 3));
         text += &format!("| {} | {} |\n", mode.name(), cells.join(" | "));
     }
     text
@@ -68,8 +67,8 @@ pub fn latex(results: &Results) -> String {
         heads.join(" & ")
     );
     for (mode, found) in &results.modes {
-        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), " {\\scriptsize [", ", ", "]}", 3));
-        let costs = COSTS.iter().map(|(name, _, decimals)| mean(&found.cost, name, *decimals));
+        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), LATEX, 3));
+        let costs = COSTS.iter().map(|(name, _, decimals)| cell(found.cost.get(*name), LATEX, *decimals));
         let cells: Vec<String> = [mode.name().to_owned()].into_iter().chain(metrics).chain(costs).collect();
         text += &format!("{} \\\\\n", cells.join(" & "));
     }
@@ -82,17 +81,13 @@ pub(super) fn columns(results: &Results) -> Vec<(&'static str, &'static str)> {
     METRICS.into_iter().filter(|(name, _)| known(name)).collect()
 }
 
-fn cell(estimate: Option<&Estimate>, open: &str, between: &str, close: &str, decimals: usize) -> String {
+fn cell(estimate: Option<&Estimate>, [open, between, close]: [&str; 3], decimals: usize) -> String {
     match estimate {
         Some(Estimate { mean, lo, hi, .. }) => {
             format!("{mean:.decimals$}{open}{lo:.decimals$}{between}{hi:.decimals$}{close}")
         }
         None => "-".to_owned(),
     }
-}
-
-fn mean(estimates: &Estimates, name: &str, decimals: usize) -> String {
-    estimates.get(name).map_or("-".to_owned(), |estimate| format!("{:.decimals$}", estimate.mean))
 }
 
 #[cfg(test)]
@@ -109,9 +104,13 @@ mod tests {
         let rows: Vec<&str> = text.lines().collect();
         assert!(rows[0].starts_with("| mode | SG-IoU | Ent-IoU | Rel-IoU | judge |"), "{text}");
         assert!(
-            rows[2].starts_with("| diffuser | 0.000 (0.000 to 0.000) |") && rows[2].ends_with("| 1.00 | 40 | 1.0 |")
+            rows[2].starts_with("| diffuser | 0.000 (0.000 to 0.000) |")
+                && rows[2].ends_with("| 1.00 (1.00 to 1.00) | 40 (40 to 40) | 1.0 (1.0 to 1.0) |")
         );
-        assert!(rows[3].starts_with("| loop | 1.000 (1.000 to 1.000) |") && rows[3].ends_with("| 2.00 | 80 | 2.0 |"));
+        assert!(
+            rows[3].starts_with("| loop | 1.000 (1.000 to 1.000) |")
+                && rows[3].contains("| 2.00 (2.00 to 2.00) | 80 (80 to 80) |")
+        );
         assert!(rows[5].starts_with("| loop, round |") && rows.len() == 14);
         assert!(rows[13].starts_with("| loop | 1.000 (1.000 to 1.000) | 0.000"), "{text}");
         let columns = rows[0].matches('|').count();

@@ -4,7 +4,7 @@
 //!
 //! 1. the Checker says what is wrong;
 //! 2. the Actor writes a group of edits at temperature 1;
-//! 3. the Editor carries each out, from the same noise for the whole group;
+//! 3. the Editor carries each out, from the noise of the problem (so that the same words are carried out once);
 //! 4. the Checker answers the prompt's claims again: the rewards;
 //! 5. one update on the advantages within the group ([`super::grpo`]).
 //!
@@ -20,7 +20,7 @@ use super::{
     grpo::{TokenBatch, TokenLoss, TokenLossKind, token_loss},
     grpo_config::{GroupConfig, GrpoConfig},
     pixels::tiled,
-    pose::{Poser, Problem, Source, TOGETHER},
+    pose::{Poser, Problem, RENDERED_SHARE, Source, TOGETHER, rendered},
     replay::{Asked, Written, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
     run::TOKENS,
@@ -39,12 +39,17 @@ use crate::{
     tensor::rng::Stream,
     vlm::{Vlm, decode::Answer},
 };
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 /// The section `[actor]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,8 +59,13 @@ pub struct ActorConfig {
     /// Objects of a prompt at least and at most.
     pub min_objects: usize,
     pub max_objects: usize,
-    /// Steps and guidance of Diffuser and Editor.
+    /// The problems that there are: training goes through them again and again, and what an edit came to is kept with its
+    /// problem (some 60 kB for a picture of 128 x 128). 0 poses new ones in every step.
+    pub pool: u64,
+    /// Steps of the edits that are learned from.
     pub steps: usize,
+    /// Steps of drawings and of an evaluation's edits: those of the loop.
+    pub evaluation_steps: usize,
     pub guidance: f64,
     pub loss: TokenLossKind,
     /// The clip range; the loss's own ([`TokenLossKind::clip`]) if not given.
@@ -73,7 +83,9 @@ impl Default for ActorConfig {
             source: Source::Draw,
             min_objects: 2,
             max_objects: 3,
+            pool: 0,
             steps: 8,
+            evaluation_steps: 20,
             guidance: 3.0,
             loss: TokenLossKind::Grpo,
             eps_low: None,
@@ -105,6 +117,26 @@ const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 
+/// A problem, and what has come of the edits of it so far. Editor and Checker stay as they are and the noise is the problem's:
+/// the same words make the same picture.
+struct Posed {
+    problem: Problem,
+    made: Mutex<BTreeMap<String, Made>>,
+}
+
+/// A picture after an edit, and the verdicts on it.
+type Made = (Picture, Vec<Verdict>);
+
+impl Posed {
+    fn new(problem: Problem) -> Arc<Self> {
+        Arc::new(Self { problem, made: Mutex::default() })
+    }
+
+    fn made(&self) -> MutexGuard<'_, BTreeMap<String, Made>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// An edit written for a problem, and what became of it.
 struct Attempt {
     answer: Answer,
@@ -119,7 +151,7 @@ struct Attempt {
 
 /// What the updates of a step are computed from.
 struct Rollouts {
-    problems: Vec<Problem>,
+    problems: Vec<Arc<Posed>>,
     attempts: Vec<Attempt>,
     advantages: Vec<f32>,
     /// 1, or 0 for what no update may use.
@@ -138,13 +170,14 @@ pub fn seen<'a>(answers: impl Iterator<Item = &'a Answer>, counts: &[f32]) -> f6
 
 impl Rollouts {
     fn questions(&self) -> Vec<String> {
-        self.problems.iter().map(Problem::question).collect()
+        self.problems.iter().map(|p| p.problem.question()).collect()
     }
 
     /// Reads the answers again.
     fn replay(&self, vlm: &Vlm) -> Result<super::replay::Replay> {
         let (texts, size) = (self.questions(), self.attempts.len() / self.problems.len().max(1));
-        let pictures: Vec<&RgbImage> = self.problems.iter().map(|p| p.picture.pixels()).collect::<Result<_>>()?;
+        let pictures: Vec<&RgbImage> =
+            self.problems.iter().map(|p| p.problem.picture.pixels()).collect::<Result<_>>()?;
         let rows = self.attempts.iter().enumerate();
         let asked: Vec<Asked> =
             rows.map(|(r, a)| Asked { picture: r / size, question: &texts[r / size], answer: &a.answer }).collect();
@@ -162,7 +195,9 @@ pub struct Actor {
     trained: Trained,
     frozen: usize,
     kept: Kept<Rollouts>,
-    held_out: Vec<Problem>,
+    /// The problems of the pool so far.
+    pool: Mutex<BTreeMap<u64, Arc<Posed>>>,
+    held_out: Vec<Arc<Posed>>,
 }
 
 impl Actor {
@@ -184,7 +219,7 @@ impl Actor {
                 critic,
                 actor.source,
                 objects,
-                (actor.steps, actor.guidance),
+                (actor.evaluation_steps, actor.guidance),
                 size,
             )?,
             judges: Judges::open(config, device)?,
@@ -192,55 +227,76 @@ impl Actor {
             trained,
             frozen: models.bytes()?,
             kept: Kept::default(),
+            pool: Mutex::default(),
             held_out: Vec::new(),
         })
     }
 
-    /// `size` edits for each problem, problem by problem, carried out and checked.
-    fn attempts(&self, problems: &[Problem], size: usize, temperature: f64, first: u64) -> Result<Vec<Attempt>> {
-        let pictures: Vec<&RgbImage> = problems.iter().map(|p| p.picture.pixels()).collect::<Result<_>>()?;
-        let texts: Vec<String> = problems.iter().map(Problem::question).collect();
+    /// The problems of these numbers, out of the pool if there is one.
+    fn problems(&self, indices: &[u64]) -> Result<Vec<Arc<Posed>>> {
+        let pose = |indices: &[u64]| self.poser.problems(Split::Train, self.seed, indices);
+        if self.config.pool == 0 {
+            return Ok(pose(indices)?.into_iter().map(Posed::new).collect());
+        }
+        let pool = || self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let numbers: Vec<u64> = indices.iter().map(|index| index % self.config.pool).collect();
+        let new: Vec<u64> = numbers.iter().copied().filter(|number| !pool().contains_key(number)).collect();
+        // Without the lock: a thread that waits within may be given the work of another micro-batch.
+        let posed = pose(&new)?.into_iter().map(Posed::new);
+        for (number, problem) in new.into_iter().zip(posed) {
+            pool().entry(number).or_insert(problem);
+        }
+        numbers.iter().map(|number| pool().get(number).cloned().context("a problem for each number")).collect()
+    }
+
+    /// `size` edits for each problem, problem by problem, carried out in `steps` steps and checked.
+    fn attempts(
+        &self,
+        problems: &[Arc<Posed>],
+        (size, temperature, steps): (usize, f64, usize),
+        first: u64,
+    ) -> Result<Vec<Attempt>> {
+        let pictures: Vec<&RgbImage> = problems.iter().map(|p| p.problem.picture.pixels()).collect::<Result<_>>()?;
+        let texts: Vec<String> = problems.iter().map(|p| p.problem.question()).collect();
         let rows = 0..problems.len() * size;
         let asked: Vec<(usize, &str)> = rows.clone().map(|r| (r / size, texts[r / size].as_str())).collect();
         let stream = |r: usize| Stream::new(self.seed, "actor edits", first * size as u64 + r as u64);
         let streams: Vec<Stream> = rows.map(stream).collect();
         let written = write(&self.policy, &pictures, &asked, temperature, &streams)?;
-        let instructions: Vec<String> = written.iter().map(|w| w.edit.clone().unwrap_or_default()).collect();
+        let words = |w: &Written| w.edit.clone().unwrap_or_default();
+        self.carry_out(problems, written.iter().enumerate().map(|(r, w)| (r / size, words(w))).collect(), steps)?;
+        let attempt = |(r, written): (usize, Written)| {
+            let instruction = words(&written);
+            let made = problems[r / size].made().get(&instruction).cloned();
+            let (picture, verdicts) = made.context("an edit that was not carried out")?;
+            let Written { answer, edit, tokens } = written;
+            Ok(Attempt { answer, read: edit.is_some(), instruction, picture, verdicts, tokens })
+        };
+        written.into_iter().enumerate().map(attempt).collect()
+    }
 
-        // The same words in one group make the same picture: they are carried out once.
-        let mut numbers: BTreeMap<(usize, &str), usize> = BTreeMap::new();
-        let mut jobs: Vec<Edit> = Vec::new();
-        let places: Vec<usize> = instructions
-            .iter()
-            .enumerate()
-            .map(|(r, instruction)| {
-                let Problem { target, picture, verdicts, seed, .. } = &problems[r / size];
-                *numbers.entry((r / size, instruction)).or_insert_with(|| {
-                    jobs.push(Edit { target, picture, verdicts, instruction, seed: *seed, round: 1 });
-                    jobs.len() - 1
-                })
-            })
-            .collect();
-        let edited = self.poser.painter().edit(&jobs)?;
+    /// Makes those of the edits, each of the problem of its number, that have not been made before.
+    fn carry_out(&self, problems: &[Arc<Posed>], edits: BTreeSet<(usize, String)>, steps: usize) -> Result<()> {
+        let new: Vec<(usize, String)> =
+            edits.into_iter().filter(|(p, instruction)| !problems[*p].made().contains_key(instruction)).collect();
+        let jobs = new.iter().map(|(p, instruction)| {
+            let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
+            Edit { target, picture, verdicts, instruction, seed: *seed, round: 1 }
+        });
+        let jobs: Vec<Edit> = jobs.collect();
+        let edited = self.poser.painter(steps).edit(&jobs)?;
         Picture::develop(&edited.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = edited.iter().zip(&jobs).map(|(p, job)| (p, job.target)).collect();
         let verdicts = rollout::check(&self.poser.critic, &asked);
-        let all = written.into_iter().zip(&places);
-        Ok(all
-            .map(|(Written { answer, edit, tokens }, place)| Attempt {
-                answer,
-                read: edit.is_some(),
-                instruction: edit.unwrap_or_default(),
-                picture: edited[*place].clone(),
-                verdicts: verdicts[*place].clone(),
-                tokens,
-            })
-            .collect())
+        for (((p, instruction), picture), verdicts) in new.into_iter().zip(edited).zip(verdicts) {
+            problems[p].made().insert(instruction, (picture, verdicts));
+        }
+        Ok(())
     }
 
-    fn rewards(&self, problems: &[Problem], attempts: &[Attempt]) -> Result<Vec<Reward>> {
-        let before: Vec<&[Verdict]> =
-            (0..attempts.len()).map(|r| problems[r / self.group.size].verdicts.as_slice()).collect();
+    fn rewards(&self, problems: &[Arc<Posed>], attempts: &[Attempt]) -> Result<Vec<Reward>> {
+        let problem = |r: usize| &problems[r / self.group.size].problem;
+        let before: Vec<&[Verdict]> = (0..attempts.len()).map(|r| problem(r).verdicts.as_slice()).collect();
         let after: Vec<Vec<Verdict>> = attempts.iter().map(|a| a.verdicts.clone()).collect();
         let mut rewards = rollout::by_verdicts(&self.group, &before, &after);
         let mut add = |name: &str, value: &dyn Fn(&Attempt) -> f64| {
@@ -251,12 +307,8 @@ impl Actor {
         add("format", &|a| well_formed(&a.instruction));
         // From 1 for no words down to 0 for as many as there may be.
         add("brevity", &|a| 1.0 - (a.answer.ids.len() as f64 / EDIT as f64).min(1.0));
-        let judged: Vec<(&Picture, &Target, &SceneGraph)> = attempts
-            .iter()
-            .enumerate()
-            .map(|(r, a)| (&a.picture, &problems[r / self.group.size]))
-            .map(|(picture, problem)| (picture, &problem.target, &problem.graph))
-            .collect();
+        let judged: Vec<(&Picture, &Target, &SceneGraph)> =
+            attempts.iter().enumerate().map(|(r, a)| (&a.picture, &problem(r).target, &problem(r).graph)).collect();
         rewards.extend(self.judges.rewards(&self.group, &judged)?);
         rollout::withhold(&mut rewards, attempts.iter().map(|a| a.read && rollout::known(&a.verdicts)));
         Ok(rewards)
@@ -266,10 +318,12 @@ impl Actor {
     fn held_out(&mut self, count: usize) -> Result<Vec<Attempt>> {
         if self.held_out.is_empty() {
             let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
-            self.held_out = self.poser.problems(Split::Val, HELD_OUT, &indices)?;
+            let problems = self.poser.problems(Split::Val, HELD_OUT, &indices)?;
+            self.held_out = problems.into_iter().map(Posed::new).collect();
         }
         let some = &self.held_out[..count.min(self.held_out.len())];
-        let parts = some.chunks(TOGETHER).map(|some| self.attempts(some, 1, 0.0, 0));
+        let greedy = (1, 0.0, self.config.evaluation_steps);
+        let parts = some.chunks(TOGETHER).map(|some| self.attempts(some, greedy, 0));
         Ok(parts.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 }
@@ -294,12 +348,15 @@ impl Objective for Actor {
 
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let indices: Vec<u64> = batch.indices().collect();
-        let problems = self.poser.problems(Split::Train, self.seed, &indices)?;
-        let attempts = self.attempts(&problems, self.group.size, 1.0, indices[0])?;
+        let problems = self.problems(&indices)?;
+        let attempts = self.attempts(&problems, (self.group.size, 1.0, self.config.steps), indices[0])?;
         let judged = judge(&self.group, &self.rewards(&problems, &attempts)?, &self.group.numbers(attempts.len()))?;
         let mean = |value: &dyn Fn(&Attempt) -> f64| attempts.iter().map(value).sum::<f64>() / attempts.len() as f64;
         let mut metrics = judged.metrics;
+        let distinct = |group: &[Attempt]| group.iter().map(|a| &a.instruction).collect::<BTreeSet<_>>().len() as f64;
         let more = [
+            (RENDERED_SHARE, rendered(problems.iter().map(|p| &p.problem))),
+            ("edits/distinct", attempts.chunks(self.group.size).map(distinct).sum::<f64>() / problems.len() as f64),
             ("completions/mean_length", mean(&|a| a.answer.ids.len() as f64)),
             ("completions/clipped_ratio", mean(&|a| f64::from(u8::from(a.answer.ids.len() >= EDIT)))),
             (TOKENS, mean(&|a| a.tokens as f64) * self.group.size as f64),
@@ -332,6 +389,9 @@ impl Objective for Actor {
         let (drawn, mask) = drawn(&answers, device)?;
         let old = rollouts.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
         let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.policy))?;
+        if batch.update == 0 {
+            check_ratio(&replayed.log_probs, &old, &mask, rollout::TOKEN_RATIO)?;
+        }
         let counts = Tensor::from_slice(&rollouts.counts, (answers.len(), 1), device)?;
         let mask = mask.broadcast_mul(&counts)?;
         let tokens = TokenBatch {
@@ -355,7 +415,7 @@ impl Objective for Actor {
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
         let attempts = self.held_out(self.config.evaluation)?;
-        let pairs: Vec<(&Problem, &Attempt)> = self.held_out.iter().zip(&attempts).collect();
+        let pairs: Vec<(&Problem, &Attempt)> = self.held_out.iter().map(|p| &p.problem).zip(&attempts).collect();
         let pictures = pairs.par_iter().map(|(p, attempt)| (&p.picture, &attempt.picture, &p.graph));
         let mut metrics = rollout::before_and_after(pictures)?;
         let formed: f64 = attempts.iter().map(|a| well_formed(&a.instruction)).sum();
@@ -372,7 +432,7 @@ impl Objective for Actor {
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
         let attempts = self.held_out(SHOWN)?;
         let (mut pictures, mut words) = (Vec::new(), String::new());
-        for (problem, attempt) in self.held_out.iter().zip(&attempts) {
+        for (Posed { problem, .. }, attempt) in self.held_out.iter().map(Arc::as_ref).zip(&attempts) {
             pictures.extend([problem.picture.pixels()?.clone(), attempt.picture.pixels()?.clone()]);
             words += &format!("{} | {}\n", problem.target.prompt, attempt.instruction);
         }

@@ -32,6 +32,8 @@ pub struct DiffuserConfig {
     pub drawn_share: f64,
     /// Weight of the loss that tells the transformer's middle what lies where ([`super::layout`]).
     pub layout: f64,
+    /// Weight of both losses in tokens where two things overlap, without noise; the more noise, the nearer to 1.
+    pub overlap: f64,
     pub precision: Precision,
     pub stages: Vec<Stage>,
     pub evaluation: Evaluation,
@@ -95,6 +97,7 @@ impl Default for DiffuserConfig {
             drawn: Vec::new(),
             drawn_share: 0.5,
             layout: 0.2,
+            overlap: 1.0,
             precision: Precision::Bf16,
             stages: vec![Stage {
                 steps: 0,
@@ -153,6 +156,9 @@ impl DiffuserConfig {
         }
         if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {
             crate::usage!("[diffuser] dropout is a share, shift is positive and layout is not negative");
+        }
+        if !self.overlap.is_finite() || self.overlap <= 0.0 {
+            crate::usage!("[diffuser] overlap is positive, not {}", self.overlap);
         }
         if !(0.0..=1.0).contains(&self.drawn_share) {
             crate::usage!("[diffuser] drawn_share is a share, not {}", self.drawn_share);

@@ -15,8 +15,8 @@
 //! as it was.
 //!
 //! The edits are the world's own, on renders, or, as in the loop, what the Actor asks for on pictures of the Diffuser that
-//! miss their prompts. The latter are worth what they do for the whole prompt: where the Actor asks for the wrong thing, the
-//! best edit is the one that does the least harm.
+//! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as the tabletop's oracle reads
+//! picture and words; where it cannot, the whole prompt.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
@@ -38,7 +38,7 @@ use crate::{
     rig::roles::{Actor as _, Picture, Reflection, Situation, Target, Verdict},
     scene::{
         graph::SceneGraph,
-        tabletop::{render::render, split::Split, tasks},
+        tabletop::{oracle, render::render, split::Split, tasks},
     },
     tensor::rng::Stream,
     usage,
@@ -88,7 +88,7 @@ pub struct EditorConfig {
     pub guidance: f64,
     /// Whether a group begins with one noise (so that its members differ by their stochastic steps alone).
     pub shared_noise: bool,
-    /// Held-out edits of an evaluation, and its steps.
+    /// Held-out edits of an evaluation, and its steps, which are also those of drawings.
     pub evaluation: usize,
     pub evaluation_steps: usize,
 }
@@ -218,17 +218,20 @@ impl Editor {
         }
         let adapter = || config.learned(built_in::EDITOR, TARGETS);
         let (klein, both) = rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 })?;
+        if nft && klein.distilled {
+            usage!("diffusion-nft would undo the distillation of this model: take the losses grpo or grpo-guard");
+        }
         let mut both = both.into_iter();
         let (learned, trained) = both.next().context("an Editor to be trained")?;
         let old = both.next();
         let follows = |(_, old): &(Learned, Trained)| old.vars().values().map(|v| 4 * v.elem_count()).sum::<usize>();
-        let EditorConfig { min_objects, max_objects, steps, guidance, .. } = *editor;
+        let EditorConfig { min_objects, max_objects, evaluation_steps, guidance, .. } = *editor;
         let (objects, size) = ([min_objects, max_objects], models.size(&klein));
         Ok(Self {
             config: editor.clone(),
             group: group.clone(),
             seed: *seed,
-            poser: Poser::new((klein, None), critic, Source::Draw, objects, (steps, guidance), size)?,
+            poser: Poser::new((klein, None), critic, Source::Draw, objects, (evaluation_steps, guidance), size)?,
             judges: Judges::open(config, device)?,
             learned,
             trained,
@@ -278,11 +281,16 @@ impl Editor {
             })
             .collect();
         let edits = self.poser.critic.reflect(&situations)?;
-        let problem = |(missed, Reflection { edit, .. }): (pose::Problem, Reflection)| {
+        let problem = |((missed, Reflection { edit, .. }), index): ((pose::Problem, Reflection), &u64)| {
             let pose::Problem { picture, target, graph, .. } = missed;
-            Problem { source: picture, instruction: edit, target, graph }
+            let shown = oracle::read(picture.pixels()?).scene;
+            let (target, graph) = match tasks::after(seed, *index, &shown, &edit) {
+                Some(after) => (Target::new(after.triple_text(), &after).and_nothing_else(), after),
+                None => (target, graph),
+            };
+            Ok(Problem { source: picture, instruction: edit, target, graph })
         };
-        Ok(missed.into_iter().zip(edits).map(problem).collect())
+        missed.into_iter().zip(edits).zip(indices).map(problem).collect()
     }
 
     /// `size` edits of each problem.

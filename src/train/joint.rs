@@ -27,7 +27,7 @@ use super::{
     means::Means,
     optim,
     pixels::{preserved, still, tiled},
-    pose::{Poser, Problem, TOGETHER},
+    pose::{Poser, Problem, RENDERED_SHARE, TOGETHER, rendered},
     replay::{Asked, Replay, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
     run::TOKENS,
@@ -91,7 +91,7 @@ impl Default for JointConfig {
             improvement: 1.0,
             success: 1.0,
             idle: -0.25,
-            broken: 0.0,
+            broken: -0.25,
             actor: 1.0,
             editor: 1.0,
             actor_lr: 0.3,
@@ -104,15 +104,37 @@ impl Default for JointConfig {
 const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
-/// One round of all trajectories that had not ended before.
-struct Turn {
+/// The edits that the Actor wrote in a round, by row.
+struct Writing {
     /// The pictures that the edits are about, and for each row which of them it is.
     sources: Vec<Picture>,
     source_of: Vec<usize>,
     questions: Vec<String>,
     answers: Vec<Answer>,
+    /// `None` where an answer cannot be read.
+    instructions: Vec<Option<String>>,
     /// Of questions and answers.
     tokens: usize,
+}
+
+impl Writing {
+    fn replay(&self, vlm: &Vlm) -> Result<Replay> {
+        let pictures: Vec<&RgbImage> = self.sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
+        let rows = self.source_of.iter().zip(&self.questions).zip(&self.answers);
+        let asked: Vec<Asked> =
+            rows.map(|((picture, question), answer)| Asked { picture: *picture, question, answer }).collect();
+        replay(vlm, &pictures, &asked)
+    }
+
+    /// The mean over the rows.
+    fn mean(&self, of_length: impl Fn(usize) -> f64) -> f64 {
+        self.answers.iter().map(|a| of_length(a.ids.len())).sum::<f64>() / self.answers.len() as f64
+    }
+}
+
+/// One round of all trajectories that had not ended before.
+struct Turn {
+    writing: Writing,
     carried: Carried,
     /// For each row, and what of it counts.
     advantages: Tensor,
@@ -125,16 +147,8 @@ struct Turn {
 }
 
 impl Turn {
-    fn replay(&self, vlm: &Vlm) -> Result<Replay> {
-        let pictures: Vec<&RgbImage> = self.sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
-        let rows = self.source_of.iter().zip(&self.questions).zip(&self.answers);
-        let asked: Vec<Asked> =
-            rows.map(|((picture, question), answer)| Asked { picture: *picture, question, answer }).collect();
-        replay(vlm, &pictures, &asked)
-    }
-
     fn rows(&self) -> usize {
-        self.answers.len()
+        self.writing.answers.len()
     }
 }
 
@@ -153,6 +167,20 @@ struct State<'a> {
 impl State<'_> {
     fn passes(&self) -> bool {
         self.verdicts.iter().all(|v| v.yes)
+    }
+
+    /// Takes in what an edit made, and the verdicts on it.
+    fn advance(&mut self, instruction: &str, picture: &Picture, after: Vec<Verdict>) -> Result<()> {
+        self.idle += usize::from(still(self.best.pixels()?, picture.pixels()?));
+        self.broken += (score(&self.verdicts).unwrap_or(1.0) - score(&after).unwrap_or(1.0)).max(0.0);
+        let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
+        if rank(&after) > rank(&self.verdicts) {
+            (self.best, self.verdicts) = (picture.clone(), after);
+            self.failed.clear();
+        } else {
+            self.failed.push(instruction.to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -187,7 +215,14 @@ impl Joint {
         let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: config.clone(),
-            poser: Poser::new((klein, None), critic, actor.source, objects, (actor.steps, actor.guidance), size)?,
+            poser: Poser::new(
+                (klein, None),
+                critic,
+                actor.source,
+                objects,
+                (actor.evaluation_steps, actor.guidance),
+                size,
+            )?,
             judges: Judges::open(config, device)?,
             actor: Arc::new(policy),
             editor: learned,
@@ -197,10 +232,34 @@ impl Joint {
         })
     }
 
-    /// Plays round `round` of the trajectories `rows`, and moves them on. The turn has no advantages yet; with it come the
-    /// pictures before and after, and the verdicts after.
+    /// Plays round `round` of the trajectories `rows`, and moves them on. The turn has no advantages yet.
     fn play(&self, states: &mut [State], rows: &[usize], round: usize, batch: &Batch) -> Result<(Turn, Vec<Reward>)> {
-        let GrpoConfig { editor, group, joint, seed, .. } = &self.config;
+        let writing = self.ask(states, rows, round, batch)?;
+        let (carried, pictures) = self.paint(states, rows, &writing, round, batch)?;
+        let targets = rows.iter().map(|r| &states[*r].problem.target);
+        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(targets).collect();
+        let after = rollout::check(&self.poser.critic, &asked);
+        let mut rewards = self.rewards(states, rows, &writing, &pictures, &after)?;
+        let answered = writing.instructions.iter().zip(&after);
+        let known: Vec<bool> = answered.map(|(edit, after)| edit.is_some() && rollout::known(after)).collect();
+        rollout::withhold(&mut rewards, known.iter().copied());
+        for ((((r, edit), picture), after), known) in
+            rows.iter().zip(&writing.instructions).zip(&pictures).zip(after).zip(known)
+        {
+            states[*r].turns += 1;
+            // Nothing follows from what is not known.
+            if let Some(edit) = edit.as_ref().filter(|_| known) {
+                states[*r].advance(edit, picture, after)?;
+            }
+        }
+        let none = Tensor::zeros(rows.len(), DType::F32, self.poser.klein.device())?;
+        let (advantages, counts) = (none.clone(), none);
+        Ok((Turn { writing, carried, advantages, counts, seen: 0.0, old: None, reference: None }, rewards))
+    }
+
+    /// The Actor writes an edit of each trajectory's best picture.
+    fn ask(&self, states: &[State], rows: &[usize], round: usize, batch: &Batch) -> Result<Writing> {
+        let GrpoConfig { group, seed, .. } = &self.config;
         let first = batch.indices().start * group.size as u64;
         // In the first round all of a group read the same picture.
         let (sources, source_of): (Vec<Picture>, Vec<usize>) = if round == 1 {
@@ -209,24 +268,35 @@ impl Joint {
         } else {
             (rows.iter().map(|r| states[*r].best.clone()).collect(), (0..rows.len()).collect())
         };
-        let ask = |r: &usize| {
+        let question = |r: &usize| {
             let State { problem, verdicts, failed, .. } = &states[*r];
             prompts::reflect(&problem.target.prompt, verdicts, &failed.iter().map(String::as_str).collect::<Vec<_>>())
         };
-        let questions: Vec<String> = rows.iter().map(ask).collect();
+        let questions: Vec<String> = rows.iter().map(question).collect();
         let asked: Vec<(usize, &str)> = source_of.iter().copied().zip(questions.iter().map(String::as_str)).collect();
         let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
         let streams: Vec<Stream> = rows.iter().map(stream).collect();
         let pixels: Vec<&RgbImage> = sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
         let written = write(&self.actor, &pixels, &asked, 1.0, &streams)?;
         let tokens = written.iter().map(|w| w.tokens).sum();
-        let read: Vec<bool> = written.iter().map(|w| w.edit.is_some()).collect();
-        let (answers, instructions): (Vec<Answer>, Vec<String>) =
-            written.into_iter().map(|w| (w.answer, w.edit.unwrap_or_default())).unzip();
+        let (answers, instructions) = written.into_iter().map(|w| (w.answer, w.edit)).unzip();
+        Ok(Writing { sources, source_of, questions, answers, instructions, tokens })
+    }
 
+    /// The Editor carries the edits out, by stochastic steps.
+    fn paint(
+        &self,
+        states: &[State],
+        rows: &[usize],
+        writing: &Writing,
+        round: usize,
+        batch: &Batch,
+    ) -> Result<(Carried, Vec<Picture>)> {
+        let GrpoConfig { editor, group, joint, seed, .. } = &self.config;
+        let first = batch.indices().start * group.size as u64;
         let latents = |r: &usize| states[*r].best.latents().cloned().context("a picture without latents");
-        let edits =
-            Edits { instructions: instructions.clone(), sources: rows.iter().map(latents).collect::<Result<_>>()? };
+        let instructions = writing.instructions.iter().map(|edit| edit.clone().unwrap_or_default()).collect();
+        let edits = Edits { instructions, sources: rows.iter().map(latents).collect::<Result<_>>()? };
         let (h, w) = edits.shape()?;
         let klein = &*self.poser.klein;
         let noise = |r: &usize| {
@@ -235,72 +305,45 @@ impl Joint {
         };
         let noise = Tensor::stack(&rows.iter().map(noise).collect::<candle_core::Result<Vec<_>>>()?, 0)?;
         let window = window_of(editor, *seed, batch.step * joint.rounds as u64 + round as u64)?;
-        let streams = (*seed, format!("joint {round}"), first);
-        let carried =
-            carry_out(editor, (klein, &self.editor.still), edits, &noise, window, (streams.0, &streams.1, streams.2))?;
+        let fresh = (*seed, &*format!("joint {round}"), first);
+        let carried = carry_out(editor, (klein, &self.editor.still), edits, &noise, window, fresh)?;
         let picture =
             |i: usize| Ok(Picture::from_latents(unpack(&carried.states.get(i)?, h, w)?, self.poser.decode.clone()));
         let pictures: Vec<Picture> = (0..rows.len()).map(picture).collect::<Result<_>>()?;
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
-        let targets = rows.iter().map(|r| &states[*r].problem.target);
-        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(targets).collect();
-        let after = rollout::check(&self.poser.critic, &asked);
+        Ok((carried, pictures))
+    }
 
+    /// What each row's turn is worth, by the names of the rewards.
+    fn rewards(
+        &self,
+        states: &[State],
+        rows: &[usize],
+        writing: &Writing,
+        pictures: &[Picture],
+        after: &[Vec<Verdict>],
+    ) -> Result<Vec<Reward>> {
+        let group = &self.config.group;
         let before: Vec<&[Verdict]> = rows.iter().map(|r| states[*r].verdicts.as_slice()).collect();
-        let mut rewards = rollout::by_verdicts(group, &before, &after);
+        let mut rewards = rollout::by_verdicts(group, &before, after);
         let kept = |(picture, r): (&Picture, &usize)| Ok(preserved(states[*r].best.pixels()?, picture.pixels()?));
         let kept: Vec<f64> = pictures.iter().zip(rows).map(kept).collect::<Result<_>>()?;
+        let formed = |edit: &Option<String>| well_formed(edit.as_deref().unwrap_or_default());
         let brief = |a: &Answer| 1.0 - (a.ids.len() as f64 / EDIT as f64).min(1.0);
         for (name, values) in [
-            ("format", instructions.iter().map(|i| well_formed(i)).collect()),
-            ("brevity", answers.iter().map(brief).collect()),
+            ("format", writing.instructions.iter().map(formed).collect()),
+            ("brevity", writing.answers.iter().map(brief).collect()),
             ("preserve", kept),
         ] {
             if group.asks(name) {
                 rewards.push((name.to_owned(), values));
             }
         }
+        let problems = rows.iter().map(|r| states[*r].problem);
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
-            asked.iter().zip(rows).map(|((p, t), r)| (*p, *t, &states[*r].problem.graph)).collect();
+            pictures.iter().zip(problems).map(|(picture, p)| (picture, &p.target, &p.graph)).collect();
         rewards.extend(self.judges.rewards(group, &judged)?);
-        let known: Vec<bool> = read.iter().zip(&after).map(|(read, after)| *read && rollout::known(after)).collect();
-        rollout::withhold(&mut rewards, known.iter().copied());
-
-        let played = rows.iter().zip(&pictures).zip(after).zip(instructions).zip(known);
-        for ((((r, picture), after), instruction), known) in played {
-            let state = &mut states[*r];
-            state.turns += 1;
-            // Nothing follows from what is not known.
-            if !known {
-                continue;
-            }
-            state.idle += usize::from(still(state.best.pixels()?, picture.pixels()?));
-            state.broken += (score(&state.verdicts).unwrap_or(1.0) - score(&after).unwrap_or(1.0)).max(0.0);
-            let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
-            if rank(&after) > rank(&state.verdicts) {
-                (state.best, state.verdicts) = (picture.clone(), after);
-                state.failed.clear();
-            } else {
-                state.failed.push(instruction);
-            }
-        }
-        let none = Tensor::zeros(rows.len(), DType::F32, klein.device())?;
-        let (advantages, counts) = (none.clone(), none);
-        let (old, reference) = (None, None);
-        let turn = Turn {
-            sources,
-            source_of,
-            questions,
-            answers,
-            tokens,
-            carried,
-            advantages,
-            counts,
-            seen: 0.0,
-            old,
-            reference,
-        };
-        Ok((turn, rewards))
+        Ok(rewards)
     }
 
     /// The advantages of whole trajectories, and what to log of them.
@@ -329,13 +372,16 @@ impl Joint {
         Ok((found, metrics.map(|(name, value)| (name.to_owned(), value)).into()))
     }
 
-    /// The Actor's loss on a turn, with the turn's share of the tokens of the update.
-    fn actor_loss(&self, turn: &Turn, active: f64) -> Result<Step> {
-        let replayed = turn.replay(&self.actor)?;
-        let answers: Vec<&Answer> = turn.answers.iter().collect();
+    /// The Actor's loss on a turn, with the turn's share of the tokens of the update, which may be the first of the step.
+    fn actor_loss(&self, turn: &Turn, active: f64, first: bool) -> Result<Step> {
+        let replayed = turn.writing.replay(&self.actor)?;
+        let answers: Vec<&Answer> = turn.writing.answers.iter().collect();
         let (drawn, mask) = drawn(&answers, replayed.log_probs.device())?;
         let old = turn.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
         let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.actor))?;
+        if first {
+            check_ratio(&replayed.log_probs, &old, &mask, rollout::TOKEN_RATIO)?;
+        }
         let tokens = TokenBatch {
             log_probs: &replayed.log_probs,
             old: &old,
@@ -366,11 +412,17 @@ impl Joint {
             seed: i,
         };
         let jobs: Vec<cycle::Job> = (0..).zip(&samples).map(job).collect();
-        let painter = self.poser.painter().with_editor(Some(self.editor.still.clone()));
+        let painter = self.poser.painter(actor.evaluation_steps).with_editor(Some(self.editor.still.clone()));
         let critic = self.poser.critic.clone().with_actor(Some(self.actor.clone()));
         let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
-        // What is trained are edits, so they come first.
-        let options = cycle::Options { rounds: joint.rounds, draws: 1, width: TOGETHER, ..cycle::Options::default() };
+        // What is trained are edits, so they come first, and one after the other.
+        let options = cycle::Options {
+            rounds: joint.rounds,
+            draws: 1,
+            redraw: false,
+            width: TOGETHER,
+            ..cycle::Options::default()
+        };
         let outcomes = cycle::run(cast, &jobs, &options, &|| false, &mut |_| Ok(()))?;
         let whole = samples.into_iter().zip(outcomes);
         whole.map(|(s, outcome)| Ok((s.graph, s.prompt, outcome.context("a prompt without an outcome")?))).collect()
@@ -428,11 +480,11 @@ impl Objective for Joint {
             let groups: Vec<u64> = rows.iter().map(|r| (r / group.size) as u64).collect();
             let judged = judge(group, &rewards, &groups)?;
             judged.metrics.into_iter().for_each(|metric| means.add(metric, rows.len() as f64));
-            let mean = |of: &dyn Fn(usize) -> f64| {
-                turn.answers.iter().map(|a| of(a.ids.len())).sum::<f64>() / rows.len() as f64
-            };
-            let clipped = mean(&|length| f64::from(u8::from(length >= EDIT)));
-            means.add(("completions/mean_length".to_owned(), mean(&|length| length as f64)), rows.len() as f64);
+            let clipped = turn.writing.mean(|length| f64::from(u8::from(length >= EDIT)));
+            means.add(
+                ("completions/mean_length".to_owned(), turn.writing.mean(|length| length as f64)),
+                rows.len() as f64,
+            );
             means.add(("completions/clipped_ratio".to_owned(), clipped), rows.len() as f64);
             worth.push((rows, judged.advantages, judged.counts));
             turns.push(turn);
@@ -447,21 +499,22 @@ impl Objective for Joint {
                 counts * fused.clamp(-bound, bound)
             };
             let fused: Vec<f32> = of_turn.iter().zip(&counts).zip(&rows).map(fuse).collect();
-            turn.seen = actor::seen(turn.answers.iter(), &counts);
+            turn.seen = actor::seen(turn.writing.answers.iter(), &counts);
             let device = self.poser.klein.device();
             (turn.advantages, turn.counts) = (Tensor::new(fused, device)?, Tensor::new(counts, device)?);
             if group.updates() > 1 {
                 let models = (&*self.poser.klein, &*self.editor.still);
                 turn.carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
-                turn.old = Some(turn.replay(&self.actor)?.log_probs.detach());
+                turn.old = Some(turn.writing.replay(&self.actor)?.log_probs.detach());
             }
             if actor.kl != 0.0 {
-                turn.reference = Some(turn.replay(&self.poser.critic.checker)?.log_probs.detach());
+                turn.reference = Some(turn.writing.replay(&self.poser.critic.checker)?.log_probs.detach());
             }
         }
         let mut metrics = means.metrics();
         metrics.extend(more);
-        let tokens = turns.iter().map(|turn| turn.tokens).sum::<usize>() as f64;
+        let tokens = turns.iter().map(|turn| turn.writing.tokens).sum::<usize>() as f64;
+        metrics.push((RENDERED_SHARE.to_owned(), rendered(problems.iter())));
         metrics.push((TOKENS.to_owned(), tokens / batch.rows.len().max(1) as f64));
         self.kept.keep(batch, turns);
         Ok(metrics)
@@ -484,12 +537,13 @@ impl Objective for Joint {
         let together = self.kept.together(batch);
         let all = || together.iter().flat_map(|turns| turns.iter());
         let share = turn.rows() as f64 / all().map(Turn::rows).sum::<usize>().max(1) as f64;
+        let first = batch.update == 0;
         let (Step { loss, metrics }, weight) = match part {
-            0 => (self.actor_loss(turn, share * all().map(|turn| turn.seen).sum::<f64>())?, joint.actor),
+            0 => (self.actor_loss(turn, share * all().map(|turn| turn.seen).sum::<f64>(), first)?, joint.actor),
             _ => {
                 let models = (&*self.poser.klein, &self.editor);
-                let (piece, first) = ((pieces, part - 1), batch.update == 0);
-                let step = turn.carried.loss(editor, models, piece, (&turn.advantages, &turn.counts), first)?;
+                let step =
+                    turn.carried.loss(editor, models, (pieces, part - 1), (&turn.advantages, &turn.counts), first)?;
                 let named = step.metrics.into_iter().map(|(name, value)| (format!("editor/{name}"), value));
                 (Step { loss: step.loss, metrics: named.collect() }, joint.editor)
             }

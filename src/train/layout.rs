@@ -44,10 +44,10 @@ impl LayoutHead {
         })
     }
 
-    /// The cross entropy of what lies in the cells of each picture, summed over the three labels, `(B)`, given hidden
+    /// The cross entropy of what lies in the cells of each token, summed over the three labels, `(B, N)`, given hidden
     /// image tokens `(B, N, D)` in rows.
     pub fn losses(&self, tokens: &Tensor, labels: &Labels) -> Result<Tensor> {
-        let b = tokens.dim(0)?;
+        let (b, n, _) = tokens.dims3()?;
         let logits = self.out.forward(&rms_norm(tokens, &self.norm, 1e-6)?)?;
         let logits = logits.reshape(((), CLASSES.iter().sum::<usize>()))?;
         let (mut start, mut total) = (0, Tensor::zeros(logits.dim(0)?, logits.dtype(), tokens.device())?);
@@ -56,7 +56,29 @@ impl LayoutHead {
             total = (total + cross_entropy(&logits.narrow(1, start, classes)?, &targets)?)?;
             start += classes;
         }
-        Ok(total.reshape((b, ()))?.mean(1)?)
+        Ok(total.reshape((b, n, ()))?.mean(2)?)
+    }
+
+    /// For each token of each scene 1 if two things overlap in it, else 0.
+    pub fn overlaps(&self, scenes: &[&Scene]) -> Vec<f32> {
+        let cells = self.cells * self.cells;
+        let of = |scene: &&Scene| {
+            let covered: Vec<bool> = self
+                .centres()
+                .map(|(x, y)| scene.items.iter().filter(|i| i.distance(x, y) < 0.0).count() > 1)
+                .collect();
+            let token = |cells: &[bool]| f32::from(u8::from(cells.contains(&true)));
+            covered.chunks(cells).map(token).collect::<Vec<_>>()
+        };
+        scenes.par_iter().flat_map_iter(of).collect()
+    }
+
+    /// The centres of all cells, token by token.
+    fn centres(&self) -> impl Iterator<Item = (f32, f32)> + '_ {
+        let (cells, tokens) = (self.cells, SIDE as usize / (self.cells * CELL));
+        let at = move |token: usize, cell: usize| ((token * cells + cell) * CELL) as f32 + CELL as f32 / 2.0;
+        let places = (0..tokens * tokens).flat_map(move |token| (0..cells * cells).map(move |cell| (token, cell)));
+        places.map(move |(token, cell)| (at(token % tokens, cell % cells), at(token / tokens, cell / cells)))
     }
 
     /// What lies in the cells of each scene.
@@ -67,20 +89,12 @@ impl LayoutHead {
 
     /// Shape, colour and size at the centre of each cell, token by token; 0 is none.
     fn labels_of(&self, scene: &Scene) -> Vec<[u32; 3]> {
-        let (cells, tokens) = (self.cells, SIDE as usize / (self.cells * CELL));
         let order = scene.painting_order();
-        let at = |token: usize, cell: usize| ((token * cells + cell) * CELL) as f32 + CELL as f32 / 2.0;
-        let seen = |x: f32, y: f32| {
+        let seen = |(x, y): (f32, f32)| {
             let front = order.iter().rev().map(|&i| &scene.items[i]).find(|item| item.distance(x, y) < 0.0);
             front.map_or([0; 3], |i| [i.shape as u32 + 1, i.colour as u32 + 1, i.size as u32 + 1])
         };
-        let mut labels = Vec::with_capacity((tokens * cells).pow(2));
-        for token in 0..tokens * tokens {
-            for cell in 0..cells * cells {
-                labels.push(seen(at(token % tokens, cell % cells), at(token / tokens, cell / cells)));
-            }
-        }
-        labels
+        self.centres().map(seen).collect()
     }
 }
 
@@ -88,7 +102,7 @@ impl LayoutHead {
 mod tests {
     use super::*;
     use crate::{
-        scene::tabletop::{sample, split::Split},
+        scene::tabletop::{sample, split::Split, world::Item},
         tensor::rng::Stream,
     };
     use candle_core::{DType, Device};
@@ -132,8 +146,30 @@ mod tests {
         let head = LayoutHead::new(8, 16, &Params::fresh(0, DType::F32, &Device::Cpu)).unwrap();
         let (scene, _) = sample::draw(&mut Stream::new(1, "layout", 0), Split::Train, 2, 2);
         let tokens = Tensor::randn(0f32, 1.0, (1, 64, 8), &Device::Cpu).unwrap();
-        let loss: Vec<f32> = head.losses(&tokens, &head.labels(&[&scene])).unwrap().to_vec1().unwrap();
+        let loss = head.losses(&tokens, &head.labels(&[&scene])).unwrap();
+        assert_eq!(loss.dims(), [1, 64]);
         let expected: f64 = CLASSES.iter().map(|c| (*c as f64).ln()).sum();
-        assert!((f64::from(loss[0]) - expected).abs() < 1e-4);
+        assert!(loss.to_vec2::<f32>().unwrap()[0].iter().all(|l| (f64::from(*l) - expected).abs() < 1e-4));
+    }
+
+    #[test]
+    fn things_overlap_where_one_hides_the_other() {
+        let head = LayoutHead::new(8, 16, &Params::fresh(0, DType::F32, &Device::Cpu)).unwrap();
+        let item = |x: f32, depth| Item {
+            shape: Shape::Ball,
+            colour: if depth == 0 { Colour::Red } else { Colour::Blue },
+            size: Size::Large,
+            x,
+            y: 40.0,
+            radius: 20.0,
+            depth,
+        };
+        let (mut scene, _) = sample::draw(&mut Stream::new(1, "layout", 0), Split::Train, 1, 1);
+        scene.items = vec![item(40.0, 0), item(60.0, 1)];
+        let overlaps = head.overlaps(&[&scene]);
+        // Both cover (50, 40) in the token of column 3, row 2, and nothing is at (10, 10).
+        assert_eq!((overlaps.len(), overlaps[2 * 8 + 3], overlaps[0]), (64, 1.0, 0.0));
+        scene.items[1].x = 100.0;
+        assert!(head.overlaps(&[&scene]).iter().all(|o| *o == 0.0));
     }
 }

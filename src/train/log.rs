@@ -2,7 +2,7 @@
 
 use super::Metrics;
 use crate::io::tensorboard::EventWriter;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use std::{
     fs::{self, File, OpenOptions},
@@ -54,18 +54,21 @@ impl Log {
     }
 }
 
-/// Keeps the whole lines of steps up to `step`, or none.
+/// Keeps the whole lines of steps up to `step`, or none. What comes after them may be torn; between them nothing may.
 fn truncate(path: &Path, step: Option<u64>) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
     let text = fs::read_to_string(path)?;
-    let mut length = 0;
-    for line in text.split_inclusive('\n') {
+    let (mut length, mut end, mut damaged) = (0, 0, None);
+    for (number, line) in (1..).zip(text.split_inclusive('\n')) {
+        end += line.len() as u64;
         let parsed: Option<Value> = line.strip_suffix('\n').and_then(|line| serde_json::from_str(line).ok());
-        match parsed.and_then(|line| line.get("step")?.as_u64()) {
-            Some(at) if Some(at) <= step => length += line.len() as u64,
-            _ => break,
+        match (parsed.and_then(|line| line.get("step")?.as_u64()), damaged) {
+            (None, _) => damaged = damaged.or(Some(number)),
+            (at, _) if at > step => break,
+            (_, Some(number)) => bail!("line {number} is not what a training writes: take it out"),
+            (_, None) => length = end,
         }
     }
     let file = OpenOptions::new().write(true).open(path)?;
@@ -102,5 +105,18 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), lines[..3].concat());
         log.metrics(4, &vec![("loss".into(), 0.25), ("bad".into(), f64::INFINITY)]).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), lines[..4].concat());
+    }
+
+    #[test]
+    fn damage_between_the_lines_is_an_error_that_cuts_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS);
+        let damaged = "{\"step\":1}\n\0\0\0\n{\"step\":3}\n";
+        fs::write(&path, damaged).unwrap();
+        let error = format!("{:#}", Log::open(dir.path(), Some(3)).err().unwrap());
+        assert!(error.contains("metrics.jsonl") && error.contains("line 2"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), damaged);
+        Log::open(dir.path(), Some(2)).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n");
     }
 }

@@ -63,6 +63,8 @@ struct Rendered {
     pixels: Vec<f32>,
     /// What lies in their cells.
     labels: Labels,
+    /// For each token 1 if two things overlap in it.
+    overlaps: Vec<f32>,
 }
 
 /// Samples that all draw, or all edit, as numbers on the host.
@@ -221,7 +223,8 @@ impl Diffuser {
             };
             let pixels: Vec<Vec<f32>> = scenes.par_iter().map(picture).collect();
             let scenes: Vec<&Scene> = scenes.iter().map(|(scene, _)| *scene).collect();
-            Rendered { pixels: pixels.concat(), labels: self.layout.labels(&scenes) }
+            let (labels, overlaps) = (self.layout.labels(&scenes), self.layout.overlaps(&scenes));
+            Rendered { pixels: pixels.concat(), labels, overlaps }
         };
         // Of each sample's stream a uniform number, then noise for a picture.
         let draw = |purpose: &str| -> (Vec<f64>, Vec<Vec<f32>>) {
@@ -293,12 +296,18 @@ impl Diffuser {
         let angles = self.klein.transformer.angles(&sequence, device)?;
         let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
         let (predicted, hidden) = self.klein.transformer.forward_with_hidden(&x, &given)?;
+        // Which of two things hides the other is seen in few tokens. These count more the less noise there is: where the
+        // noise leaves open what lies where, the weight would draw things together.
+        let overlaps = Tensor::from_slice(&part.targets.overlaps, (b, n), device)?;
+        let clear = ((1.0 - sigma.reshape((b, 1))?)? * (self.config.overlap - 1.0))?;
+        let weights = (overlaps.broadcast_mul(&clear)? + 1.0)?;
         let error = (predicted.narrow(1, 0, n)? - velocity)?.sqr()?;
-        let flow = (error.sum((1, 2))? / (n * c) as f64)?;
-        let mut layout = self.layout.losses(&hidden.narrow(1, 0, n)?.contiguous()?, &part.targets.labels)?;
+        let flow = ((error.sum(2)? * &weights)?.sum(1)? / (n * c) as f64)?;
+        let layout = self.layout.losses(&hidden.narrow(1, 0, n)?.contiguous()?, &part.targets.labels)?;
+        let mut layout = (layout * weights)?.mean(1)?;
         if let Some((sources, _)) = &part.sources {
             let of_source = hidden.narrow(1, n, n)?.contiguous()?;
-            layout = ((layout + self.layout.losses(&of_source, &sources.labels)?)? / 2.0)?;
+            layout = ((layout + self.layout.losses(&of_source, &sources.labels)?.mean(1)?)? / 2.0)?;
         }
         Ok((flow, layout))
     }

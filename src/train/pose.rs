@@ -32,7 +32,7 @@ pub enum Source {
 
 /// Prompts tried for a problem until the Checker finds something wrong with a picture: so many pictures are drawn, and then so
 /// many rendered.
-const DRAWN: u64 = 3;
+const DRAWN: u64 = 10;
 const RENDERED: u64 = 3;
 const ATTEMPTS: u64 = DRAWN + RENDERED;
 /// Pictures that run through a network together.
@@ -46,6 +46,8 @@ pub struct Problem {
     pub verdicts: Vec<Verdict>,
     /// Of all noise in its pictures.
     pub seed: u64,
+    /// Whether a render stands in for a drawing.
+    pub rendered: bool,
 }
 
 impl Problem {
@@ -65,10 +67,20 @@ pub struct Poser {
     source: Source,
     /// Objects of a prompt at least and at most.
     objects: [usize; 2],
+    /// Of the drawings.
     steps: usize,
     guidance: f64,
     /// Width and height of pictures.
     pub size: (u32, u32),
+}
+
+/// The metric of the share of problems whose picture is a render.
+pub const RENDERED_SHARE: &str = "problems/rendered";
+
+/// How many of the problems there are renders in, for [`RENDERED_SHARE`].
+pub fn rendered<'a>(problems: impl ExactSizeIterator<Item = &'a Problem>) -> f64 {
+    let n = problems.len().max(1) as f64;
+    problems.filter(|p| p.rendered).count() as f64 / n
 }
 
 impl Poser {
@@ -80,15 +92,18 @@ impl Poser {
         (steps, guidance): (usize, f64),
         size: (u32, u32),
     ) -> Result<Self> {
-        if objects[0] == 0 || objects[0] > objects[1] || steps == 0 {
-            usage!("objects are from 1 on and in order, steps are 1 or more");
+        let [min, max] = objects;
+        let (fewest, most) = Split::Train.objects();
+        if min < fewest || max > most || min > max || steps == 0 {
+            usage!("objects are {fewest} to {most} and in order, not {min} to {max}; steps are 1 or more");
         }
         let (editor, decode) = (editor.map(Arc::new), decoder(&klein));
         Ok(Self { klein, editor, critic, decode, source, objects, steps, guidance, size })
     }
 
-    pub fn painter(&self) -> Painter {
-        let Self { steps, guidance, size, .. } = *self;
+    /// Who draws and edits in so many steps.
+    pub fn painter(&self, steps: usize) -> Painter {
+        let Self { guidance, size, .. } = *self;
         let painting = Painting { steps, guidance, editing: Editing::Reference, size, batch: TOGETHER };
         Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_editor(self.editor.clone())
     }
@@ -131,14 +146,21 @@ impl Poser {
         }
         if drawn {
             let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();
-            pictures = self.painter().draw(&jobs)?;
+            pictures = self.painter(self.steps).draw(&jobs)?;
         }
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(&problems).map(|(p, (t, ..))| (p, t)).collect();
         let verdicts = rollout::check(&self.critic, &asked);
         let all = problems.into_iter().zip(pictures.iter().cloned()).zip(verdicts);
         Ok(all
-            .map(|(((target, graph, seed), picture), verdicts)| Problem { target, graph, picture, verdicts, seed })
+            .map(|(((target, graph, seed), picture), verdicts)| Problem {
+                target,
+                graph,
+                picture,
+                verdicts,
+                seed,
+                rendered: !drawn,
+            })
             .collect())
     }
 }

@@ -34,7 +34,7 @@ use std::{
 
 /// The largest difference from 1 that the ratio of a token's probabilities, replayed and as drawn, may have: decoding word
 /// by word and reading at once round differently.
-const TOKEN_RATIO: f64 = 1e-3;
+pub const TOKEN_RATIO: f64 = 1e-3;
 /// The same below f32.
 pub const COARSE_RATIO: f64 = 0.5;
 /// As [`TOKEN_RATIO`] for a step of the flow, which is replayed in the shape it was taken in. Clip ranges are of this order.

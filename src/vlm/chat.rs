@@ -144,6 +144,20 @@ impl Chat {
         Ok(Self { tokenizer, file, template, specials, pad })
     }
 
+    /// Errs if a token has no row in a model's embedding of `rows` tokens.
+    pub fn expect_within(&self, rows: usize) -> Result<()> {
+        let beyond = self.tokenizer.get_vocab(true).into_iter().filter(|(_, id)| *id as usize >= rows);
+        match beyond.max_by_key(|(_, id)| *id) {
+            None => Ok(()),
+            Some((token, id)) => {
+                bail!(
+                    "{} is another model's: its token {token:?} has the id {id}, and this one knows {rows}",
+                    self.file
+                )
+            }
+        }
+    }
+
     /// The conversation as the model's template writes it.
     pub fn render(&self, messages: &[Message], rendering: Rendering) -> Result<String> {
         let Some((file, environment)) = &self.template else { bail!("{} has no chat template beside it", self.file) };
@@ -289,6 +303,12 @@ mod tests {
                 assert!(format!("{error:#}").contains("tokenizer.json"), "{part}: {error:#}");
             }
         }
+        let (_dir, folder) = folder("{{ messages }}");
+        let chat = Chat::open(&folder).unwrap();
+        let ids = chat.tokenizer().get_vocab(true).into_values().max().unwrap() as usize + 1;
+        chat.expect_within(ids).unwrap();
+        let error = chat.expect_within(ids - 1).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json") && error.contains(&format!("the id {}", ids - 1)), "{error}");
         let panics = || -> tokenizers::Result<()> { panic!("a tokenizer's") };
         let error = guarded("a/tokenizer.json", "cannot tokenize", panics).unwrap_err().to_string();
         assert!(error.starts_with("a/tokenizer.json cannot tokenize"), "{error}");

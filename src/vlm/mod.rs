@@ -76,6 +76,7 @@ impl Vlm {
                 == (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size),
             "the image processor cuts pictures otherwise than the vision tower reads them"
         );
+        chat.expect_within(model.config().text_config.vocab_size)?;
         let vocabulary = Arc::new(Vocabulary::new(&chat));
         let ends = chat.special("eos_token").into_iter().collect();
         Ok(Self { model, chat, images, vocabulary, ends, grammars: Mutex::default() })

@@ -28,12 +28,17 @@ pub struct Tokens {
 impl TextEncoder {
     /// `model` is the folder `text_encoder`, `tokenizer` the folder `tokenizer` of a pipeline.
     pub fn open(model: &Folder, tokenizer: &Folder, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(Self { model: qwen3::Qwen3::open(model, dtype, device)?, chat: Chat::open(tokenizer)? })
+        Self::of(qwen3::Qwen3::open(model, dtype, device)?, Chat::open(tokenizer)?)
     }
 
     /// One to be trained, with its tensors at the root of `params`.
     pub fn new(config: &qwen3::Config, params: &Params, chat: Chat) -> Result<Self> {
-        Ok(Self { model: qwen3::Qwen3::new(config, params)?, chat })
+        Self::of(qwen3::Qwen3::new(config, params)?, chat)
+    }
+
+    fn of(model: qwen3::Qwen3, chat: Chat) -> Result<Self> {
+        chat.expect_within(model.decoder.config().vocab_size)?;
+        Ok(Self { model, chat })
     }
 
     /// The ids of one prompt before padding: at most `max_length`.

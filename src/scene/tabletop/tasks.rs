@@ -190,6 +190,15 @@ pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Opti
     None
 }
 
+/// What a scene should show after an instruction: its things, and what the words ask for. Nothing where the words cannot be
+/// read or carried out.
+pub fn after(seed: u64, index: u64, scene: &Scene, instruction: &str) -> Option<SceneGraph> {
+    let edit = Edit::parse(instruction).ok()?;
+    let target = edit.apply(&mut stream("after", seed, Split::Train, index), scene)?;
+    let before = SceneGraph { objects: scene.objects(), relations: Vec::new() };
+    Some(described_after(&before, &edit, scene, &target))
+}
+
 /// Whether the instruction itself names a relation that training never names.
 pub fn novel(edit: &Edit) -> bool {
     match edit {

@@ -221,6 +221,25 @@ fn edits_of_a_scene_at_hand_often_help_and_change_it() {
 }
 
 #[test]
+fn what_an_instruction_asks_of_a_scene_holds_after_it() {
+    let mut asked = 0;
+    for index in 0..100 {
+        let EditSample { source, target, edit, instruction, .. } = edit(4, Split::Train, index, 2, 3);
+        let Some(after) = after(4, index, &source, &instruction) else { continue };
+        // A place may be another one that is as good, and a size that is not said too.
+        let mut kinds = [&source, &target].map(|scene| scene.items.len());
+        kinds.sort_unstable();
+        assert!((kinds[0]..=kinds[1]).contains(&after.objects.len()));
+        let judged = target.view().judge(&after);
+        asked += usize::from(judged.perfect());
+        assert!(judged.perfect() || edit.kind() == Kind::Add, "{instruction}: {after:?}");
+    }
+    assert!(asked > 70, "{asked}");
+    let scene = edit(4, Split::Train, 0, 2, 3).source;
+    assert!(after(4, 0, &scene, "make it better").is_none());
+}
+
+#[test]
 fn a_wish_is_a_prompt_for_training_that_the_scene_misses() {
     let mut found = 0;
     for index in 0..200 {
