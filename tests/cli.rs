@@ -4,10 +4,10 @@
 
 mod rlrig;
 
-use self::rlrig::{PROMPT, Rig, stderr};
+use self::rlrig::{PROMPT, Rig, stderr, write_adapter};
 use ::rlrig::{io::png, rig::trajectory::Trajectory};
 use serde_json::{Value, json};
-use std::{fs, path::Path};
+use std::fs;
 
 fn recipe(rig: &Rig, file: &str) -> Trajectory {
     let texts = png::read_texts(&rig.path(file)).unwrap();
@@ -193,25 +193,10 @@ fn check_gives_a_verdict_for_every_claim() {
     assert!(text.contains("small red ball left of large blue cube") && text.ends_with("does not pass\n"));
 }
 
-/// Writes an adapter for one layer of `width` in and out.
-fn write_adapter(folder: &Path, layer: &str, width: usize) {
-    fs::create_dir(folder).unwrap();
-    fs::write(folder.join("adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
-    let wave = |n: usize, m: usize| {
-        let numbers: Vec<f32> = (0..n * m).map(|i| 0.3 * (i as f32).sin()).collect();
-        candle_core::Tensor::from_vec(numbers, (n, m), &candle_core::Device::Cpu).unwrap()
-    };
-    let tensors = std::collections::HashMap::from([
-        (format!("base_model.model.{layer}.lora_A.weight"), wave(1, width)),
-        (format!("base_model.model.{layer}.lora_B.weight"), wave(width, 1)),
-    ]);
-    candle_core::safetensors::save(&tensors, folder.join("adapter_model.safetensors")).unwrap();
-}
-
 #[test]
 fn an_adapter_changes_the_picture_by_its_strength() {
     let rig = Rig::new();
-    write_adapter(&rig.path("lora"), "transformer_blocks.0.attn.to_q", 32);
+    write_adapter(&rig.path("lora"), "transformer_blocks.0.attn.to_q", (32, 32));
     let draw = |out: &str, more: &[&str]| {
         let args = ["--prompt", "a green ring", "--seed", "1", "--rounds", "1", "--out", out];
         rig.good("generate", &[&args[..], more].concat());
@@ -227,15 +212,8 @@ fn an_adapter_changes_the_picture_by_its_strength() {
 #[test]
 fn adapters_change_editor_and_actor_but_not_diffuser_and_checker() {
     let rig = Rig::new();
-    write_adapter(&rig.path("editor"), "transformer_blocks.0.attn.to_q", 32);
-    write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", 24);
-    // Only the output of down_proj has 24 numbers; its input has 32.
-    let file = rig.path("actor/adapter_model.safetensors");
-    let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
-    let name = "base_model.model.model.language_model.layers.1.mlp.down_proj.lora_A.weight";
-    let wide: Vec<f32> = (0..32).map(|i| (i as f32).cos()).collect();
-    tensors.insert(name.to_owned(), candle_core::Tensor::from_vec(wide, (1, 32), &candle_core::Device::Cpu).unwrap());
-    candle_core::safetensors::save(&tensors, &file).unwrap();
+    write_adapter(&rig.path("editor"), "transformer_blocks.0.attn.to_q", (32, 32));
+    write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", (32, 24));
 
     let turns = |out: &str, more: &[&str]| {
         let args = ["--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--draws", "1", "--accept", "1", "--out", out];

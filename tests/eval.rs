@@ -4,18 +4,10 @@
 
 mod rlrig;
 
-use self::rlrig::Rig;
-use ::rlrig::{
-    eval::modes::Mode,
-    models::{Adapter, Linear, Params, peft, qwen3_vl},
-};
-use candle_core::{DType, Device, Tensor};
+use self::rlrig::{Rig, write_adapter, write_vlm};
+use ::rlrig::eval::modes::Mode;
 use serde_json::{Value, json};
-use std::{
-    collections::{BTreeSet, HashMap},
-    fs,
-    path::Path,
-};
+use std::{collections::BTreeSet, fs, path::Path};
 
 const FEW: [&str; 6] = ["--limit", "3", "--rounds", "2", "--accept", "0.99"];
 
@@ -58,28 +50,6 @@ fn hold_to_schemas(rig: &Rig, out: &str) {
     hold("schemas/eval-results.json", &[document(rig, &format!("{out}/results.json"))]);
 }
 
-/// Writes an adapter that changes much of what a layer of so many numbers in and out gives.
-fn write_adapter(folder: &Path, layer: &str, (inner, out): (usize, usize)) {
-    let adapter = Adapter::fresh(1, 100.0, vec![layer.to_owned()], 0);
-    let params = Params::fresh(0, DType::F32, &Device::Cpu).adapted(vec![adapter.clone()]);
-    Linear::new(inner, out, &params.at(layer)).unwrap();
-    let wave: Vec<f32> = (0..out).map(|i| (i as f32).cos()).collect();
-    let wave = Tensor::from_vec(wave, (out, 1), &Device::Cpu).unwrap();
-    adapter.vars()[&format!("{layer}.lora_B.weight")].set(&wave).unwrap();
-    fs::create_dir(folder).unwrap();
-    peft::write(&adapter, folder, DType::F32).unwrap();
-}
-
-/// Writes an untrained VLM as the folder has one, with other weights.
-fn write_judge(rig: &Rig) {
-    rlrig::copy(&rig.path("vlm"), &rig.path("judge"));
-    let config: qwen3_vl::Config = serde_json::from_value(document(rig, "judge/config.json")).unwrap();
-    let params = Params::fresh(4, DType::F32, &Device::Cpu);
-    qwen3_vl::Qwen3VL::new(&config, &params).unwrap();
-    let tensors: HashMap<_, _> = params.tensors().into_iter().collect();
-    candle_core::safetensors::save(&tensors, rig.path("judge/model.safetensors")).unwrap();
-}
-
 #[test]
 fn the_suite_writes_every_mode_and_every_picture() {
     let rig = Rig::new();
@@ -119,7 +89,7 @@ fn each_loop_of_the_suite_has_the_adapters_of_its_roles() {
     let rig = Rig::new();
     write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", (32, 24));
     write_adapter(&rig.path("editor"), "transformer_blocks.0.attn.to_q", (32, 32));
-    let (draw, actor, editor) = (["--draws", "1"], ["--adapter", "actor"], ["--adapter", "editor"]);
+    let (draw, actor, editor) = (["--draws", "1"], ["--adapter", "actor:100"], ["--adapter", "editor:100"]);
     eval(&rig, "suite", &[&draw[..], &["--suite"], &actor, &editor].concat());
     hold_to_schemas(&rig, "suite");
     let results = document(&rig, "suite/results.json");
@@ -342,7 +312,7 @@ fn words_that_are_written_as_special_tokens_are_words() {
 #[test]
 fn a_judge_apart_is_another_than_the_checker_and_sg_iou_is_what_it_says() {
     let rig = Rig::new();
-    write_judge(&rig);
+    write_vlm(&rig.path("judge"), 4);
     // The share of a picture's distinct triples that one of them confirms.
     let confirmed = |line: &Value, who: &str| {
         let triples = line["reference"]["triples"].as_array().unwrap();
@@ -378,7 +348,7 @@ fn a_judge_apart_is_another_than_the_checker_and_sg_iou_is_what_it_says() {
 #[test]
 fn batches_and_threads_change_nothing() {
     let rig = Rig::new();
-    write_judge(&rig);
+    write_vlm(&rig.path("judge"), 4);
     let same = |name: &str, arguments: &[&str]| {
         let run = |batch: &str, threads: &str| {
             let out = format!("{name}-{batch}");

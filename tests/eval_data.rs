@@ -1,4 +1,4 @@
-//! `rlrig eval` on a file: a run is one of the file's name and size, wherever it lies, and its shards of one version.
+//! `rlrig eval` on a file: a run is tied to its file's name and size, not to its folder, and its shards to one version.
 
 #![allow(clippy::unwrap_used)]
 

@@ -41,7 +41,8 @@ fn brightness(colour: &str) -> f64 {
 
 #[test]
 fn the_report_is_readable_on_a_phone_by_day_and_by_night() {
-    let Some(browser) = BROWSERS.into_iter().find(|name| Command::new(name).arg("--version").output().is_ok()) else {
+    let runs = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success());
+    let Some(browser) = BROWSERS.into_iter().find(runs) else {
         let required = env::var_os("RLRIG_BROWSER").is_some_and(|value| value == "required");
         assert!(!required, "RLRIG_BROWSER is required, and none of {BROWSERS:?} is installed");
         eprintln!("skipped: none of {BROWSERS:?} is installed");

@@ -151,7 +151,7 @@ fn a_pool_poses_its_problems_again_and_resumes() {
     let (_dir, folder, steps) = two_steps(&config);
     check(&folder, &steps, &["problems/rendered", "edits/distinct"]);
     assert_eq!(steps[0]["problems/rendered"], 1.0);
-    // Questions are most of the tokens, and of one problem.
+    // All but the answers are questions, and those of one problem.
     let tokens = |i: usize| {
         steps[i]["num_tokens"] - 16.0 * steps[..=i].iter().map(|s| s["completions/mean_length"]).sum::<f64>()
     };
@@ -375,8 +375,6 @@ fn the_configs_for_real_checkpoints_load_and_train_on_small_ones_of_their_kind()
             "train.batch=1",
             "train.steps=1",
             "train.best=\"eval/checker\"",
-            "actor.max_objects=2",
-            "editor.max_objects=2",
         ]
         .map(str::to_owned)
         .into();

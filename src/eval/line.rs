@@ -209,7 +209,7 @@ impl Made<'_> {
     }
 }
 
-/// What kind of prompt a graph is: GenEval's tag where it has one.
+/// What kind of prompt a graph is, in GenEval's words as far as the numbers of objects and the relations tell.
 fn tag(graph: &SceneGraph) -> &'static str {
     let is_direction = |r: &Relation| Spatial::from_name(&r.predicate).is_some_and(Spatial::is_direction);
     match (graph.objects.len(), graph.relations.as_slice()) {
@@ -241,9 +241,25 @@ pub mod tests {
             cycle::{Ending, Seconds},
             roles::{Picture, Target, score},
         },
-        scene::tabletop::{render::render, split::Split, tasks},
+        scene::{
+            parse::parse,
+            tabletop::{render::render, split::Split, tasks},
+        },
     };
     use image::RgbImage;
+
+    #[test]
+    fn a_tag_tells_what_kind_of_prompt_it_is() {
+        for (prompt, expected) in [
+            ("a red ball", "single_object"),
+            ("a red ball and a blue cube", "two_object"),
+            ("a red ball, a blue cube, and a green ring", "objects"),
+            ("a red ball left of a blue cube", "position"),
+            ("a red ball in front of a blue cube", "relations"),
+        ] {
+            assert_eq!(tag(&parse(prompt).unwrap()), expected, "{prompt}");
+        }
+    }
 
     /// A loop that draws nothing, is told so, and then paints the scene itself.
     pub fn mended(index: u64, mode: Mode) -> Vec<Line> {

@@ -20,7 +20,7 @@ use super::{
     grpo::{TokenBatch, TokenLoss, TokenLossKind, token_loss},
     grpo_config::{GroupConfig, GrpoConfig},
     pixels::tiled,
-    pose::{Poser, Problem, RENDERED_SHARE, Source, TOGETHER, rendered},
+    pose::{Poser, Problem, RENDERED_SHARE, Source, TOGETHER, rendered_share},
     replay::{Asked, Written, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
     run::TOKENS,
@@ -37,6 +37,7 @@ use crate::{
         tabletop::{edit, split::Split},
     },
     tensor::rng::Stream,
+    usage,
     vlm::{Vlm, decode::Answer},
 };
 use anyhow::{Context, Result};
@@ -59,8 +60,8 @@ pub struct ActorConfig {
     /// Objects of a prompt at least and at most.
     pub min_objects: usize,
     pub max_objects: usize,
-    /// The problems that there are: training goes through them again and again, and what an edit came to is kept with its
-    /// problem (some 60 kB for a picture of 128 x 128). 0 poses new ones in every step.
+    /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (some 60 kB for a picture of
+    /// 128 x 128, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the caches anew.
     pub pool: u64,
     /// Steps of the edits that are learned from.
     pub steps: usize,
@@ -117,23 +118,23 @@ const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 
-/// A problem, and what has come of the edits of it so far. Editor and Checker stay as they are and the noise is the problem's:
-/// the same words make the same picture.
-struct Posed {
+/// A problem, and the outcomes of its edits so far. Editor and Checker stay as they are and the noise is the problem's, so the
+/// same words come to the same.
+struct CachedProblem {
     problem: Problem,
-    made: Mutex<BTreeMap<String, Made>>,
+    outcomes: Mutex<BTreeMap<String, Outcome>>,
 }
 
 /// A picture after an edit, and the verdicts on it.
-type Made = (Picture, Vec<Verdict>);
+type Outcome = (Picture, Vec<Verdict>);
 
-impl Posed {
+impl CachedProblem {
     fn new(problem: Problem) -> Arc<Self> {
-        Arc::new(Self { problem, made: Mutex::default() })
+        Arc::new(Self { problem, outcomes: Mutex::default() })
     }
 
-    fn made(&self) -> MutexGuard<'_, BTreeMap<String, Made>> {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    fn cache(&self) -> MutexGuard<'_, BTreeMap<String, Outcome>> {
+        self.outcomes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -151,7 +152,7 @@ struct Attempt {
 
 /// What the updates of a step are computed from.
 struct Rollouts {
-    problems: Vec<Arc<Posed>>,
+    problems: Vec<Arc<CachedProblem>>,
     attempts: Vec<Attempt>,
     advantages: Vec<f32>,
     /// 1, or 0 for what no update may use.
@@ -196,14 +197,17 @@ pub struct Actor {
     frozen: usize,
     kept: Kept<Rollouts>,
     /// The problems of the pool so far.
-    pool: Mutex<BTreeMap<u64, Arc<Posed>>>,
-    held_out: Vec<Arc<Posed>>,
+    pool: Mutex<BTreeMap<u64, Arc<CachedProblem>>>,
+    held_out: Vec<Arc<CachedProblem>>,
 }
 
 impl Actor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
         let GrpoConfig { actor, group, models, seed, .. } = config;
         group.check(&["format", "brevity"])?;
+        if actor.steps == 0 {
+            usage!("[actor] steps is 1 or more");
+        }
         let scale = group.scale.or(Some(actor.loss.scale()));
         let at = (models.dtype.dtype(), device);
         let (critic, policy, trained) = rollout::actor(models, at, config.learned(built_in::ACTOR, TARGETS)?)?;
@@ -233,16 +237,17 @@ impl Actor {
     }
 
     /// The problems of these numbers, out of the pool if there is one.
-    fn problems(&self, indices: &[u64]) -> Result<Vec<Arc<Posed>>> {
+    fn problems(&self, indices: &[u64]) -> Result<Vec<Arc<CachedProblem>>> {
         let pose = |indices: &[u64]| self.poser.problems(Split::Train, self.seed, indices);
         if self.config.pool == 0 {
-            return Ok(pose(indices)?.into_iter().map(Posed::new).collect());
+            return Ok(pose(indices)?.into_iter().map(CachedProblem::new).collect());
         }
         let pool = || self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let numbers: Vec<u64> = indices.iter().map(|index| index % self.config.pool).collect();
-        let new: Vec<u64> = numbers.iter().copied().filter(|number| !pool().contains_key(number)).collect();
+        let new: BTreeSet<u64> = numbers.iter().copied().filter(|number| !pool().contains_key(number)).collect();
+        let new: Vec<u64> = new.into_iter().collect();
         // Without the lock: a thread that waits within may be given the work of another micro-batch.
-        let posed = pose(&new)?.into_iter().map(Posed::new);
+        let posed = pose(&new)?.into_iter().map(CachedProblem::new);
         for (number, problem) in new.into_iter().zip(posed) {
             pool().entry(number).or_insert(problem);
         }
@@ -252,7 +257,7 @@ impl Actor {
     /// `size` edits for each problem, problem by problem, carried out in `steps` steps and checked.
     fn attempts(
         &self,
-        problems: &[Arc<Posed>],
+        problems: &[Arc<CachedProblem>],
         (size, temperature, steps): (usize, f64, usize),
         first: u64,
     ) -> Result<Vec<Attempt>> {
@@ -264,11 +269,11 @@ impl Actor {
         let streams: Vec<Stream> = rows.map(stream).collect();
         let written = write(&self.policy, &pictures, &asked, temperature, &streams)?;
         let words = |w: &Written| w.edit.clone().unwrap_or_default();
-        self.carry_out(problems, written.iter().enumerate().map(|(r, w)| (r / size, words(w))).collect(), steps)?;
+        self.fill_caches(problems, written.iter().enumerate().map(|(r, w)| (r / size, words(w))).collect(), steps)?;
         let attempt = |(r, written): (usize, Written)| {
             let instruction = words(&written);
-            let made = problems[r / size].made().get(&instruction).cloned();
-            let (picture, verdicts) = made.context("an edit that was not carried out")?;
+            let outcome = problems[r / size].cache().get(&instruction).cloned();
+            let (picture, verdicts) = outcome.context("an edit that was not carried out")?;
             let Written { answer, edit, tokens } = written;
             Ok(Attempt { answer, read: edit.is_some(), instruction, picture, verdicts, tokens })
         };
@@ -276,9 +281,14 @@ impl Actor {
     }
 
     /// Makes those of the edits, each of the problem of its number, that have not been made before.
-    fn carry_out(&self, problems: &[Arc<Posed>], edits: BTreeSet<(usize, String)>, steps: usize) -> Result<()> {
+    fn fill_caches(
+        &self,
+        problems: &[Arc<CachedProblem>],
+        edits: BTreeSet<(usize, String)>,
+        steps: usize,
+    ) -> Result<()> {
         let new: Vec<(usize, String)> =
-            edits.into_iter().filter(|(p, instruction)| !problems[*p].made().contains_key(instruction)).collect();
+            edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(instruction)).collect();
         let jobs = new.iter().map(|(p, instruction)| {
             let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
             Edit { target, picture, verdicts, instruction, seed: *seed, round: 1 }
@@ -289,12 +299,12 @@ impl Actor {
         let asked: Vec<(&Picture, &Target)> = edited.iter().zip(&jobs).map(|(p, job)| (p, job.target)).collect();
         let verdicts = rollout::check(&self.poser.critic, &asked);
         for (((p, instruction), picture), verdicts) in new.into_iter().zip(edited).zip(verdicts) {
-            problems[p].made().insert(instruction, (picture, verdicts));
+            problems[p].cache().entry(instruction).or_insert((picture, verdicts));
         }
         Ok(())
     }
 
-    fn rewards(&self, problems: &[Arc<Posed>], attempts: &[Attempt]) -> Result<Vec<Reward>> {
+    fn rewards(&self, problems: &[Arc<CachedProblem>], attempts: &[Attempt]) -> Result<Vec<Reward>> {
         let problem = |r: usize| &problems[r / self.group.size].problem;
         let before: Vec<&[Verdict]> = (0..attempts.len()).map(|r| problem(r).verdicts.as_slice()).collect();
         let after: Vec<Vec<Verdict>> = attempts.iter().map(|a| a.verdicts.clone()).collect();
@@ -319,12 +329,17 @@ impl Actor {
         if self.held_out.is_empty() {
             let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
             let problems = self.poser.problems(Split::Val, HELD_OUT, &indices)?;
-            self.held_out = problems.into_iter().map(Posed::new).collect();
+            self.held_out = problems.into_iter().map(CachedProblem::new).collect();
         }
         let some = &self.held_out[..count.min(self.held_out.len())];
         let greedy = (1, 0.0, self.config.evaluation_steps);
         let parts = some.chunks(TOGETHER).map(|some| self.attempts(some, greedy, 0));
-        Ok(parts.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+        let attempts: Vec<Attempt> = parts.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        // The next evaluation mostly asks for the same; what it does not is not kept for ever.
+        for (problem, attempt) in some.iter().zip(&attempts) {
+            problem.cache().retain(|instruction, _| *instruction == attempt.instruction);
+        }
+        Ok(attempts)
     }
 }
 
@@ -355,7 +370,7 @@ impl Objective for Actor {
         let mut metrics = judged.metrics;
         let distinct = |group: &[Attempt]| group.iter().map(|a| &a.instruction).collect::<BTreeSet<_>>().len() as f64;
         let more = [
-            (RENDERED_SHARE, rendered(problems.iter().map(|p| &p.problem))),
+            (RENDERED_SHARE, rendered_share(problems.iter().map(|p| &p.problem))),
             ("edits/distinct", attempts.chunks(self.group.size).map(distinct).sum::<f64>() / problems.len() as f64),
             ("completions/mean_length", mean(&|a| a.answer.ids.len() as f64)),
             ("completions/clipped_ratio", mean(&|a| f64::from(u8::from(a.answer.ids.len() >= EDIT)))),
@@ -389,7 +404,8 @@ impl Objective for Actor {
         let (drawn, mask) = drawn(&answers, device)?;
         let old = rollouts.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
         let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.policy))?;
-        if batch.update == 0 {
+        if batch.update == 0 && rollouts.old.is_some() {
+            // Both were read in one shape, so this holds in any number format.
             check_ratio(&replayed.log_probs, &old, &mask, rollout::TOKEN_RATIO)?;
         }
         let counts = Tensor::from_slice(&rollouts.counts, (answers.len(), 1), device)?;
@@ -432,7 +448,7 @@ impl Objective for Actor {
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
         let attempts = self.held_out(SHOWN)?;
         let (mut pictures, mut words) = (Vec::new(), String::new());
-        for (Posed { problem, .. }, attempt) in self.held_out.iter().map(Arc::as_ref).zip(&attempts) {
+        for (CachedProblem { problem, .. }, attempt) in self.held_out.iter().map(Arc::as_ref).zip(&attempts) {
             pictures.extend([problem.picture.pixels()?.clone(), attempt.picture.pixels()?.clone()]);
             words += &format!("{} | {}\n", problem.target.prompt, attempt.instruction);
         }

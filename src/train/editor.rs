@@ -15,8 +15,8 @@
 //! as it was.
 //!
 //! The edits are the world's own, on renders, or, as in the loop, what the Actor asks for on pictures of the Diffuser that
-//! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as the tabletop's oracle reads
-//! picture and words; where it cannot, the whole prompt.
+//! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as far as the tabletop's oracle
+//! reads the whole picture and the words; where it does not (as with pictures of other worlds), the whole prompt.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
@@ -186,9 +186,6 @@ impl EditorConfig {
         if !(0.0..=1.0).contains(&self.drawn) {
             usage!("[editor] drawn is a share, from 0 to 1, not {}", self.drawn);
         }
-        if self.min_objects == 0 || self.min_objects > self.max_objects {
-            usage!("[editor] objects are from 1 on and in order");
-        }
         if self.loss == LossKind::DiffusionNft {
             if self.window == 0 || self.window > self.steps || self.beta <= 0.0 {
                 usage!("[editor] with diffusion-nft, window is 1 to steps, and beta is positive");
@@ -219,7 +216,7 @@ impl Editor {
         let adapter = || config.learned(built_in::EDITOR, TARGETS);
         let (klein, both) = rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 })?;
         if nft && klein.distilled {
-            usage!("diffusion-nft would undo the distillation of this model: take the losses grpo or grpo-guard");
+            usage!("[editor] loss: diffusion-nft would undo this model's distillation; take grpo or grpo-guard");
         }
         let mut both = both.into_iter();
         let (learned, trained) = both.next().context("an Editor to be trained")?;
@@ -283,8 +280,9 @@ impl Editor {
         let edits = self.poser.critic.reflect(&situations)?;
         let problem = |((missed, Reflection { edit, .. }), index): ((pose::Problem, Reflection), &u64)| {
             let pose::Problem { picture, target, graph, .. } = missed;
-            let shown = oracle::read(picture.pixels()?).scene;
-            let (target, graph) = match tasks::after(seed, *index, &shown, &edit) {
+            let shown = oracle::read(picture.pixels()?);
+            let after = (shown.unclear == 0).then(|| tasks::after(seed, *index, &shown.scene, &edit)).flatten();
+            let (target, graph) = match after {
                 Some(after) => (Target::new(after.triple_text(), &after).and_nothing_else(), after),
                 None => (target, graph),
             };

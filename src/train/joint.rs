@@ -14,8 +14,8 @@
 //! ```
 //!
 //! and given to all tokens of the turn's edit and to all stochastic steps of its picture (as MT-EditFlow broadcasts them). One
-//! update moves both adapters. How the Actor's answers are weighed is written in `[actor]`, and the Editor's steps in
-//! `[editor]`; each is what it is in its own stage.
+//! update moves both adapters. How the Actor's answers are weighed is written in `[actor]`, as are the steps of drawings and of
+//! an evaluation, and the Editor's steps in `[editor]`; each is what it is in its own stage.
 
 use super::{
     Batch, Group, Metrics, Objective, Step, Work,
@@ -27,7 +27,7 @@ use super::{
     means::Means,
     optim,
     pixels::{preserved, still, tiled},
-    pose::{Poser, Problem, RENDERED_SHARE, TOGETHER, rendered},
+    pose::{Poser, Problem, RENDERED_SHARE, TOGETHER, rendered_share},
     replay::{Asked, Replay, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
     run::TOKENS,
@@ -104,6 +104,7 @@ impl Default for JointConfig {
 const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
+
 /// The edits that the Actor wrote in a round, by row.
 struct Writing {
     /// The pictures that the edits are about, and for each row which of them it is.
@@ -203,6 +204,9 @@ impl Joint {
         editor.check(*seed)?;
         if editor.loss == LossKind::DiffusionNft {
             usage!("[editor] loss is grpo or grpo-guard here: diffusion-nft has an old policy of its own");
+        }
+        if actor.pool != 0 {
+            usage!("[actor] pool is for the Actor's own stage: a trajectory's later pictures are new ones");
         }
         if joint.rounds < 2 {
             usage!("joint.rounds is at least 2: the drawing and an edit");
@@ -379,7 +383,7 @@ impl Joint {
         let (drawn, mask) = drawn(&answers, replayed.log_probs.device())?;
         let old = turn.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
         let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.actor))?;
-        if first {
+        if first && turn.old.is_some() {
             check_ratio(&replayed.log_probs, &old, &mask, rollout::TOKEN_RATIO)?;
         }
         let tokens = TokenBatch {
@@ -514,7 +518,7 @@ impl Objective for Joint {
         let mut metrics = means.metrics();
         metrics.extend(more);
         let tokens = turns.iter().map(|turn| turn.writing.tokens).sum::<usize>() as f64;
-        metrics.push((RENDERED_SHARE.to_owned(), rendered(problems.iter())));
+        metrics.push((RENDERED_SHARE.to_owned(), rendered_share(problems.iter())));
         metrics.push((TOKENS.to_owned(), tokens / batch.rows.len().max(1) as f64));
         self.kept.keep(batch, turns);
         Ok(metrics)

@@ -74,15 +74,6 @@ pub struct Poser {
     pub size: (u32, u32),
 }
 
-/// The metric of the share of problems whose picture is a render.
-pub const RENDERED_SHARE: &str = "problems/rendered";
-
-/// How many of the problems there are renders in, for [`RENDERED_SHARE`].
-pub fn rendered<'a>(problems: impl ExactSizeIterator<Item = &'a Problem>) -> f64 {
-    let n = problems.len().max(1) as f64;
-    problems.filter(|p| p.rendered).count() as f64 / n
-}
-
 impl Poser {
     pub fn new(
         (klein, editor): (Arc<Klein>, Option<Flux2>),
@@ -94,8 +85,11 @@ impl Poser {
     ) -> Result<Self> {
         let [min, max] = objects;
         let (fewest, most) = Split::Train.objects();
-        if min < fewest || max > most || min > max || steps == 0 {
-            usage!("objects are {fewest} to {most} and in order, not {min} to {max}; steps are 1 or more");
+        if min < fewest || max > most || min > max {
+            usage!("min_objects and max_objects lie in {fewest} to {most} and in order, unlike {min} and {max}");
+        }
+        if steps == 0 {
+            usage!("evaluation_steps is 1 or more");
         }
         let (editor, decode) = (editor.map(Arc::new), decoder(&klein));
         Ok(Self { klein, editor, critic, decode, source, objects, steps, guidance, size })
@@ -163,4 +157,13 @@ impl Poser {
             })
             .collect())
     }
+}
+
+/// The metric of [`rendered_share`].
+pub const RENDERED_SHARE: &str = "problems/rendered";
+
+/// The share of problems whose picture is a render.
+pub fn rendered_share<'a>(problems: impl ExactSizeIterator<Item = &'a Problem>) -> f64 {
+    let n = problems.len().max(1) as f64;
+    problems.filter(|p| p.rendered).count() as f64 / n
 }

@@ -4,7 +4,7 @@
 #![allow(dead_code)]
 
 use assert_cmd::Command;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use rlrig::{
     models::{Folder, Params, qwen3_vl},
     rig::prompts,
@@ -29,7 +29,7 @@ impl Rig {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/klein"), &dir.path().join("klein"));
-        write_vlm(&dir.path().join("vlm"));
+        write_vlm(&dir.path().join("vlm"), 3);
         Self { dir }
     }
 
@@ -120,7 +120,7 @@ pub fn copy(from: &Path, to: &Path) {
 }
 
 /// An untrained Qwen3-VL with a tokenizer of its own, as `save_pretrained` lays it out.
-fn write_vlm(folder: &Path) {
+pub fn write_vlm(folder: &Path, seed: u64) {
     fs::create_dir_all(folder).unwrap();
     let texts = vec![prompts::verdict("red ball, blue cube", false), prompts::edit("misplaced ball", "move the ball")];
     vocabulary::train(texts, 400).unwrap().write(folder).unwrap();
@@ -154,9 +154,24 @@ fn write_vlm(folder: &Path) {
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     fs::write(folder.join("preprocessor_config.json"), processor.to_string()).unwrap();
-    let params = Params::fresh(3, DType::F32, &Device::Cpu);
+    let params = Params::fresh(seed, DType::F32, &Device::Cpu);
     let parsed: qwen3_vl::Config = serde_json::from_value(config).unwrap();
     qwen3_vl::Qwen3VL::new(&parsed, &params).unwrap();
     let tensors: std::collections::HashMap<_, _> = params.tensors().into_iter().collect();
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+}
+
+/// Writes an adapter that changes much of what a layer of so many numbers in and out gives.
+pub fn write_adapter(folder: &Path, layer: &str, (inner, out): (usize, usize)) {
+    fs::create_dir(folder).unwrap();
+    fs::write(folder.join("adapter_config.json"), r#"{"r": 1, "lora_alpha": 1}"#).unwrap();
+    let wave = |n: usize, m: usize| {
+        let numbers: Vec<f32> = (0..n * m).map(|i| 0.3 * (i as f32).sin()).collect();
+        Tensor::from_vec(numbers, (n, m), &Device::Cpu).unwrap()
+    };
+    let tensors = std::collections::HashMap::from([
+        (format!("base_model.model.{layer}.lora_A.weight"), wave(1, inner)),
+        (format!("base_model.model.{layer}.lora_B.weight"), wave(out, 1)),
+    ]);
+    candle_core::safetensors::save(&tensors, folder.join("adapter_model.safetensors")).unwrap();
 }

@@ -320,7 +320,13 @@ fn described_after(before: &SceneGraph, edit: &Edit, source: &Scene, target: &Sc
                 graph.objects[i] = Object::new(object.label, object.attributes[kept..].to_vec());
             }
         }
-        Edit::Swap { .. } => {}
+        Edit::Swap { first, second } => {
+            if let Some((i, j)) = find(source, first).zip(find(source, second)) {
+                let (was, is) = (source.view(), target.view());
+                let new = Spatial::ALL.into_iter().filter(|r| is.holds(i, *r, j) && !was.holds(i, *r, j));
+                graph.relations.extend(new.map(|r| Relation { subject: i, predicate: r.name().into(), object: j }));
+            }
+        }
     }
     let view = target.view();
     graph

@@ -136,8 +136,7 @@ impl View {
 
     /// The seen object that each of the graph's objects is assigned to by [`Self::judge`]: right label and colour.
     ///
-    /// No assignment crate does it: those solve the linear problem, and a relation is met or not by a pair of assignments,
-    /// which makes this a quadratic one.
+    /// This is a quadratic assignment (a relation depends on two choices), hence a search and not the Hungarian algorithm.
     pub fn matching(&self, graph: &SceneGraph) -> Vec<Option<usize>> {
         let mut best = (0, vec![None; graph.objects.len()]);
         let mut chosen = best.1.clone();
@@ -147,8 +146,8 @@ impl View {
 
     /// Tries every assignment of seen objects to the graph's objects from `next` on, and to leave one without where others
     /// could have all that fits it; only such names branch, so the search is short, and `budget` bounds it for graphs that
-    /// repeat a name many times. Within it, as for any five names and five objects, the best is found: how many
-    /// requirements are met and how many objects are left over depends on no order; beyond it, it may.
+    /// repeat a name many times. Within the budget (enough for any five names and five objects) the best is found, so that
+    /// the score does not depend on any order.
     fn assign(
         &self,
         graph: &SceneGraph,
