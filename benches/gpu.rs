@@ -9,7 +9,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use rlrig::{
-    flow::{Job, Klein, Options, Unwatched, euler},
+    flow::{Job, Klein, Options, Solver, Unwatched, euler},
     models::{
         Params, built_in,
         flux2::{Conditioning, Config, Flux2, image_positions, text_positions},
@@ -83,7 +83,8 @@ fn tabletop(device: &Device) -> Result<()> {
             klein.forget();
             let job = |i| Ok(Job { prompt: PROMPT, noise: klein.noise(0, i as u64, size)?, references: Vec::new() });
             let jobs: Vec<Job> = (0..count).map(job).collect::<Result<_>>()?;
-            let options = Options { steps: STEPS, guidance: GUIDANCE, batch: count, watch: &Unwatched };
+            let options =
+                Options { steps: STEPS, solver: Solver::Euler, guidance: GUIDANCE, batch: count, watch: &Unwatched };
             klein.decode(&klein.draw(&jobs, &options)?).map(drop)
         })?;
         println!("pictures {name}: {}", seconds / count as f64);

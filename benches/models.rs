@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use image::RgbImage;
 use rlrig::{
-    flow::{Job, Klein, Options, Unwatched},
+    flow::{Job, Klein, Options, Solver, Unwatched},
     models::{Folder, qwen3_vl::Qwen3VL},
     rig::prompts,
     tensor::rng::Stream,
@@ -40,7 +40,8 @@ fn main() -> Result<()> {
             klein.forget();
             let job = |i| Ok(Job { prompt: PROMPT, noise: klein.noise(0, i as u64, size)?, references: Vec::new() });
             let jobs: Vec<Job> = (0..count).map(job).collect::<Result<_>>()?;
-            let options = Options { steps: STEPS, guidance: GUIDANCE, batch: BATCH, watch: &Unwatched };
+            let options =
+                Options { steps: STEPS, solver: Solver::Euler, guidance: GUIDANCE, batch: BATCH, watch: &Unwatched };
             klein.decode(&klein.draw(&jobs, &options)?).map(drop)
         })?;
     }

@@ -4,6 +4,7 @@ mod eval;
 
 pub use eval::*;
 
+use crate::flow::Solver;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -179,6 +180,10 @@ pub struct Sampling {
     /// Sampling steps [default: the model's]
     #[arg(long, value_name = "N", help_heading = "Sampling")]
     pub steps: Option<usize>,
+    /// How steps are taken when drawing and when editing by reference
+    /// [default: fireflow with the built-in model, else euler]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Sampling")]
+    pub solver: Option<Solver>,
     /// Guidance strength; 1 switches guidance off [default: the model's]
     #[arg(long, value_name = "G", help_heading = "Sampling")]
     pub guidance: Option<f64>,

@@ -2,7 +2,8 @@
 //!
 //! Imports point one way; a test holds the rule:
 //! `error <- tensor <- scene, io <- models <- vlm <- flow <- rig's implementations <- train, eval <- commands <- main`. Beside
-//! it `config` imports only `error`, `cli` also `eval`, for the names of its modes, `rig::roles` only `scene`, and `rig::cycle` only `rig::roles`.
+//! it `config` imports only `error`, `cli` also `eval` and `flow`, for the names of modes and solvers, `rig::roles` only
+//! `scene`, and `rig::cycle` only `rig::roles`.
 
 pub mod cli;
 pub mod commands;

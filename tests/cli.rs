@@ -194,6 +194,23 @@ fn check_gives_a_verdict_for_every_claim() {
 }
 
 #[test]
+fn a_picture_by_fireflow_is_another_and_its_recipe_says_so() {
+    let rig = Rig::new();
+    let draw = |out: &str, more: &[&str]| {
+        rig.good("generate", &[&["--prompt", PROMPT, "--seed", "1", "--rounds", "1", "--out", out], more].concat());
+        fs::read(rig.path(out)).unwrap()
+    };
+    let (plain, euler) = (draw("a.png", &[]), draw("b.png", &["--solver", "euler"]));
+    let fireflow = draw("c.png", &["--solver", "fireflow"]);
+    assert!(plain == euler && plain != fireflow);
+    let call = |args: &[&str]| String::from_utf8(rig.command(args).output().unwrap().stdout).unwrap();
+    assert!(call(&["info", "c.png"]).contains("steps by FireFlow"));
+    assert!(png::read_texts(&rig.path("c.png")).unwrap().iter().any(|(_, t)| t.contains("Sampler: FireFlow")));
+    assert_eq!(call(&["generate", "--from", "c.png", "--out", "d.png"]), "d.png\n");
+    assert!(fs::read(rig.path("d.png")).unwrap() == fireflow);
+}
+
+#[test]
 fn an_adapter_changes_the_picture_by_its_strength() {
     let rig = Rig::new();
     write_adapter(&rig.path("lora"), "transformer_blocks.0.attn.to_q", (32, 32));

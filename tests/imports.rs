@@ -21,7 +21,7 @@ fn allowed(module: &str) -> &'static [&'static str] {
         "rig/cycle" => &["rig/roles"],
         "train" | "eval" => &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config"],
         "config" => &["error"],
-        "cli" => &["error", "eval"],
+        "cli" => &["error", "eval", "flow"],
         "commands" => {
             &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config", "train", "eval", "cli"]
         }

@@ -10,7 +10,7 @@ use golden::{Golden, assert_close, fixture};
 use image::RgbImage;
 use rlrig::{
     flow::{
-        Cancelled, Change, FlowEdit, Inversion, Job, Klein, Method, Options, Unwatched, Velocity, Watch,
+        Cancelled, Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Unwatched, Velocity, Watch,
         field::pack,
         policy::{Policy, Taken, rollout},
     },
@@ -31,7 +31,7 @@ fn golden() -> Golden {
 }
 
 fn options(steps: usize, guidance: f64) -> Options<'static> {
-    Options { steps, guidance, batch: 8, watch: &Unwatched }
+    Options { steps, solver: Solver::Euler, guidance, batch: 8, watch: &Unwatched }
 }
 
 fn job<'a>(klein: &Klein, prompt: &'a str, seed: u64, references: Vec<Tensor>) -> Job<'a> {

@@ -34,7 +34,7 @@ pub fn run(args: &Edit) -> Result<()> {
     let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), 1);
-    let (steps, guidance) = (painting.steps, painting.guidance);
+    let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);
     let painter = Painter::new(klein, painting, console.watch(stop)).with_editor(editor);
 
     if args.seed.is_none() {
@@ -55,6 +55,7 @@ pub fn run(args: &Edit) -> Result<()> {
             "image": args.image.file_name().and_then(|n| n.to_str()),
             "seed": seed,
             "steps": steps,
+            "solver": solver,
             "guidance": guidance,
             "editor": args.editor.to_possible_value().map(|v| v.get_name().to_owned()),
             "inversion": (args.editor == EditorKind::Inversion)
@@ -66,7 +67,8 @@ pub fn run(args: &Edit) -> Result<()> {
     });
     let pixels = edited[0].pixels()?;
     let parameters = format!(
-        "{instruction}\nSteps: {steps}, Sampler: Euler, CFG scale: {guidance}, Seed: {seed}, Size: {}x{}, Version: rlrig {}",
+        "{instruction}\nSteps: {steps}, Sampler: {}, CFG scale: {guidance}, Seed: {seed}, Size: {}x{}, Version: rlrig {}",
+        solver.name(),
         pixels.width(),
         pixels.height(),
         env!("CARGO_PKG_VERSION")

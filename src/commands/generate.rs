@@ -154,6 +154,7 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
         accept: options.accept,
         looks: critic.looks,
         steps: painting.steps,
+        solver: painting.solver,
         guidance: painting.guidance,
         editor: flag(editor),
         inversion: (editor == EditorKind::Inversion).then(|| flag(inversion)),
@@ -231,6 +232,7 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     args.cycle.accept = args.cycle.accept.or(Some(recipe.accept));
     args.cycle.looks = args.cycle.looks.or(Some(recipe.looks));
     args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
+    args.sampling.solver = args.sampling.solver.or(Some(recipe.solver));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));
     args.editor = args.editor.or(value(&recipe.editor)?);
     args.inversion = args.inversion.or(recipe.inversion.as_deref().map(value).transpose()?.flatten());

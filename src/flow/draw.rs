@@ -4,7 +4,7 @@ use super::{
     field::{pack, unpack},
     inversion::{FlowEdit, Inversion},
     pipeline::Klein,
-    sampler::euler,
+    sampler::Solver,
     watch::{Progress, Watch},
 };
 use crate::{models::flux2::Flux2, tensor::rng::Stream, usage};
@@ -15,6 +15,8 @@ use candle_core::Tensor;
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
     pub steps: usize,
+    /// How pictures are drawn and, by reference, edited; the methods of [`Klein::change`] have solvers of their own.
+    pub solver: Solver,
     /// Strength of guidance; 1 and less, and any strength with a distilled model, are none.
     pub guidance: f64,
     /// How many pictures run through the network together, at most.
@@ -74,14 +76,15 @@ impl Klein {
     pub fn draw_by(&self, transformer: &Flux2, jobs: &[Job], options: &Options) -> Result<Vec<Tensor>> {
         options.check()?;
         let shape = |job: &Job| [&job.noise].into_iter().chain(&job.references).map(|t| t.dims().to_vec()).collect();
-        self.in_batches(jobs, options, options.steps, shape, |progress, batch| {
+        let evaluations = options.solver.evaluations(options.steps);
+        self.in_batches(jobs, options, evaluations, shape, |progress, batch| {
             let (_, h, w) = batch[0].noise.dims3()?;
             let prompts: Vec<&str> = batch.iter().map(|j| j.prompt).collect();
             let references: Vec<Vec<Tensor>> = batch.iter().map(|j| j.references.clone()).collect();
             let noise = stack(batch.iter().map(|j| &j.noise))?;
             let sigmas = self.schedule.sigmas(options.steps, h * w);
             let field = self.field_of(transformer, &prompts, &references, (h, w), options.guidance)?;
-            progress.finish(euler(&field.watched(progress), &noise, &sigmas))
+            progress.finish(options.solver.solve(&field.watched(progress), &noise, &sigmas))
         })
     }
 

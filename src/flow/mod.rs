@@ -19,6 +19,6 @@ pub use field::Field;
 pub use inversion::{FlowEdit, Inversion, RfInversion};
 pub use pipeline::{Klein, Parts, PromptEmbedding};
 pub use policy::{KlForm, Policy};
-pub use sampler::{Velocity, euler, fireflow, rf_solver};
+pub use sampler::{Solver, Velocity, euler, fireflow, rf_solver};
 pub use schedule::{Schedule, empirical_mu};
 pub use watch::{Cancelled, Unwatched, Watch};

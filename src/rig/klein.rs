@@ -3,7 +3,7 @@
 
 use super::roles::{Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict};
 use crate::{
-    flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Watch},
+    flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Watch},
     models::flux2::Flux2,
     usage,
 };
@@ -26,6 +26,7 @@ pub enum Editing {
 #[derive(Clone, Debug)]
 pub struct Painting {
     pub steps: usize,
+    pub solver: Solver,
     pub guidance: f64,
     pub editing: Editing,
     /// Width and height of drawn pictures in pixels.
@@ -85,8 +86,8 @@ impl Painter {
     }
 
     fn options(&self) -> Options<'_> {
-        let Painting { steps, guidance, batch, .. } = self.painting;
-        Options { steps, guidance, batch, watch: &*self.watch }
+        let Painting { steps, solver, guidance, batch, .. } = self.painting;
+        Options { steps, solver, guidance, batch, watch: &*self.watch }
     }
 
     fn pictures(&self, latents: Vec<Tensor>) -> Vec<Picture> {

@@ -7,7 +7,10 @@ use super::{
     cycle::{Action, Ending, Outcome, Seconds},
     roles::{Target, Verdict},
 };
-use crate::io::story::{Card, Finding, Story};
+use crate::{
+    flow::Solver,
+    io::story::{Card, Finding, Story},
+};
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
@@ -44,6 +47,9 @@ pub struct Recipe {
     #[serde(default = "one")]
     pub looks: usize,
     pub steps: usize,
+    /// Recipes that do not say are of the time when there was only Euler's rule.
+    #[serde(default)]
+    pub solver: Solver,
     pub guidance: f64,
     pub editor: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -170,6 +176,7 @@ impl Trajectory {
             fact("loop", r.cycle()),
             fact("seed", r.seed.to_string()),
             fact("steps", r.steps.to_string()),
+            fact("solver", r.solver.name().to_owned()),
             fact("guidance", r.guidance.to_string()),
             fact("editor", r.editor.clone()),
             fact("model", r.model.name.clone()),
@@ -189,10 +196,11 @@ impl Trajectory {
     pub fn parameters(&self, (width, height): (u32, u32)) -> String {
         let r = &self.recipe;
         format!(
-            "{}\nSteps: {}, Sampler: Euler, CFG scale: {}, Seed: {}, Size: {width}x{height}, Model: {}, Rounds: {}, \
+            "{}\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {width}x{height}, Model: {}, Rounds: {}, \
              Version: rlrig {}",
             self.target.prompt.replace(['\n', '\r'], " "),
             r.steps,
+            r.solver.name(),
             r.guidance,
             r.seed,
             r.model.name.replace(',', " "),
@@ -279,6 +287,7 @@ mod tests {
                 accept: 0.5,
                 looks: 3,
                 steps: 20,
+                solver: Solver::Euler,
                 guidance: 3.0,
                 editor: "reference".into(),
                 inversion: None,

@@ -18,6 +18,7 @@ use crate::{
     flow::{
         draw::{Job, Options},
         pipeline::{Klein, Parts, PromptEmbedding},
+        sampler::Solver,
         schedule::Schedule,
         watch::Unwatched,
     },
@@ -462,7 +463,7 @@ impl Objective for Diffuser {
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
         let Evaluation { steps, guidance, .. } = self.config.evaluation;
         self.klein.forget();
-        let drawn = self.held_out(&Options { steps, guidance, batch: 32, watch: &Unwatched })?;
+        let drawn = self.held_out(&Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched })?;
         self.klein.forget();
         let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
         let mut count = |name: &'static str, good: usize, all: usize| {
@@ -492,7 +493,7 @@ impl Objective for Diffuser {
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
         let Evaluation { steps, guidance, .. } = self.config.evaluation;
         self.klein.forget();
-        let drawn = self.held_out(&Options { steps, guidance, batch: 32, watch: &Unwatched })?;
+        let drawn = self.held_out(&Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched })?;
         self.klein.forget();
         let (prompts, edits): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|d| matches!(d.sample, Sample::Prompt(_)));
         for (name, drawn) in [("draw", prompts), ("edit", edits)] {

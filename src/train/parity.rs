@@ -9,7 +9,7 @@ use super::{
     run::{End, Event},
 };
 use crate::{
-    flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Unwatched},
+    flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Unwatched},
     models::{built_in, qwen3_vl::Qwen3VL},
     rig::{
         roles::{Checker, Picture, Target},
@@ -206,7 +206,7 @@ fn pictures(device: &Device, dtype: DType) -> Vec<Tensor> {
     let klein = Klein::open(&built_in::tabletop(), dtype, device, Vec::new()).unwrap();
     let (w, h) = klein.default_size();
     let size = klein.tokens(w, h).unwrap();
-    let options = Options { steps: 3, guidance: 2.0, batch: 2, watch: &Unwatched };
+    let options = Options { steps: 3, solver: Solver::Euler, guidance: 2.0, batch: 2, watch: &Unwatched };
     let sample = tasks::text_to_image(0, Split::Train, 0, 2, 2);
     let source = klein.encode(&render::render(&sample.scene)).unwrap();
     let noise = |i| klein.noise(0, i, size).unwrap();

@@ -2,7 +2,7 @@
 
 use super::rollout::{self, decoder, through_latents};
 use crate::{
-    flow::{Klein, Unwatched},
+    flow::{Klein, Solver, Unwatched},
     models::flux2::Flux2,
     rig::{
         klein::{Editing, Painter, Painting},
@@ -98,7 +98,8 @@ impl Poser {
     /// Who draws and edits in so many steps.
     pub fn painter(&self, steps: usize) -> Painter {
         let Self { guidance, size, .. } = *self;
-        let painting = Painting { steps, guidance, editing: Editing::Reference, size, batch: TOGETHER };
+        let painting =
+            Painting { steps, solver: Solver::Euler, guidance, editing: Editing::Reference, size, batch: TOGETHER };
         Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_editor(self.editor.clone())
     }
 
