@@ -180,8 +180,7 @@ pub struct Sampling {
     /// Sampling steps [default: the model's]
     #[arg(long, value_name = "N", help_heading = "Sampling")]
     pub steps: Option<usize>,
-    /// How steps are taken when drawing and when editing by reference
-    /// [default: fireflow with the built-in model, else euler]
+    /// How steps are taken when drawing and when editing by reference [default: euler]
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Sampling")]
     pub solver: Option<Solver>,
     /// Guidance strength; 1 switches guidance off [default: the model's]

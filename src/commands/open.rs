@@ -3,7 +3,7 @@
 use super::adapters::{Adapters, Who};
 use crate::{
     cli::{CriticArgs, CycleArgs, DeviceKind, Dtype, EditorKind, Inversion, ModelArgs, PainterArgs, Sampling},
-    flow::{self, Klein, Solver},
+    flow::{self, Klein},
     io::hub::{Hub, Local},
     models::{Adapter, Folder, Params, built_in, flux2::Flux2, qwen3_vl},
     rig::{
@@ -23,8 +23,6 @@ use std::sync::Arc;
 
 /// The built-in model's sampling.
 const BUILT_IN_STEPS: usize = 20;
-/// Draws in 20 steps as well as Euler's rule in 50 (docs/results.md).
-const BUILT_IN_SOLVER: Solver = Solver::Fireflow;
 const BUILT_IN_GUIDANCE: f64 = 3.0;
 /// How often the built-in Checker looks: it is small, and sure of little at one look.
 const BUILT_IN_LOOKS: usize = 3;
@@ -190,10 +188,10 @@ pub fn painting(
     (editor, inversion): (EditorKind, Inversion),
     batch: usize,
 ) -> Painting {
-    let (steps, solver, guidance) = match (found.is_built_in(), klein.distilled) {
-        (true, _) => (BUILT_IN_STEPS, BUILT_IN_SOLVER, BUILT_IN_GUIDANCE),
-        (false, true) => (4, Solver::Euler, 1.0),
-        (false, false) => (50, Solver::Euler, 4.0),
+    let (steps, guidance) = match (found.is_built_in(), klein.distilled) {
+        (true, _) => (BUILT_IN_STEPS, BUILT_IN_GUIDANCE),
+        (false, true) => (4, 1.0),
+        (false, false) => (50, 4.0),
     };
     let inversion = match inversion {
         Inversion::RfInversion => flow::Inversion::RfInversion,
@@ -202,7 +200,7 @@ pub fn painting(
     };
     Painting {
         steps: sampling.steps.unwrap_or(steps),
-        solver: sampling.solver.unwrap_or(solver),
+        solver: sampling.solver.unwrap_or_default(),
         guidance: sampling.guidance.unwrap_or(guidance),
         editing: match editor {
             EditorKind::Reference => Editing::Reference,
