@@ -20,7 +20,7 @@ use super::{
     grpo::{TokenBatch, TokenLoss, TokenLossKind, token_loss},
     grpo_config::{GroupConfig, GrpoConfig},
     pixels::tiled,
-    pose::{Poser, Problem, RENDERED_SHARE, Source, TOGETHER, rendered_share},
+    pose::{Poser, Posing, Problem, RENDERED_SHARE, Source, TOGETHER, rendered_share},
     replay::{Asked, Written, drawn, replay, write},
     rollout::{self, Judges, Kept, Reward, check_ratio, judge},
     run::TOKENS,
@@ -98,6 +98,11 @@ impl Default for ActorConfig {
 }
 
 impl ActorConfig {
+    pub fn posing(&self) -> Posing {
+        let Self { source, min_objects, max_objects, evaluation_steps, guidance, .. } = *self;
+        Posing { source, objects: [min_objects, max_objects], steps: evaluation_steps, guidance }
+    }
+
     /// The loss of answers of at most [`EDIT`] tokens.
     pub fn token_loss(&self) -> TokenLoss {
         let (low, high) = self.loss.clip();
@@ -213,19 +218,11 @@ impl Actor {
         let (critic, policy, trained) = rollout::actor(models, at, config.learned(built_in::ACTOR, TARGETS)?)?;
         let editor = models.adapter(built_in::EDITOR)?.map(|peft| peft.adapter(1.0));
         let (klein, mut editors) = rollout::pipeline(&models.pipeline()?, at, editor.as_slice())?;
-        let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: actor.clone(),
             group: GroupConfig { scale, ..group.clone() },
             seed: *seed,
-            poser: Poser::new(
-                (klein, editors.pop()),
-                critic,
-                actor.source,
-                objects,
-                (actor.evaluation_steps, actor.guidance),
-                size,
-            )?,
+            poser: Poser::new((klein, editors.pop()), critic, actor.posing(), models)?,
             judges: Judges::open(config, device)?,
             policy,
             trained,

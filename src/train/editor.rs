@@ -24,7 +24,7 @@ use super::{
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
     grpo_config::{GroupConfig, GrpoConfig},
     pixels::{preserved, tiled},
-    pose::{self, Poser, Source, TOGETHER},
+    pose::{self, Poser, Posing, Source, TOGETHER},
     rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
     trained::Trained,
 };
@@ -180,6 +180,11 @@ impl EditorConfig {
         self.eps.unwrap_or(if self.loss == LossKind::GrpoGuard { 2e-6 } else { 1e-5 })
     }
 
+    fn posing(&self) -> Posing {
+        let Self { min_objects, max_objects, evaluation_steps, guidance, .. } = *self;
+        Posing { source: Source::Draw, objects: [min_objects, max_objects], steps: evaluation_steps, guidance }
+    }
+
     /// Refuses what cannot be learned from.
     pub fn check(&self, seed: u64) -> Result<()> {
         self.policy.check()?;
@@ -222,13 +227,11 @@ impl Editor {
         let (learned, trained) = both.next().context("an Editor to be trained")?;
         let old = both.next();
         let follows = |(_, old): &(Learned, Trained)| old.vars().values().map(|v| 4 * v.elem_count()).sum::<usize>();
-        let EditorConfig { min_objects, max_objects, evaluation_steps, guidance, .. } = *editor;
-        let (objects, size) = ([min_objects, max_objects], models.size(&klein));
         Ok(Self {
             config: editor.clone(),
             group: group.clone(),
             seed: *seed,
-            poser: Poser::new((klein, None), critic, Source::Draw, objects, (evaluation_steps, guidance), size)?,
+            poser: Poser::new((klein, None), critic, editor.posing(), models)?,
             judges: Judges::open(config, device)?,
             learned,
             trained,

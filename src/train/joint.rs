@@ -17,42 +17,40 @@
 //! update moves both adapters. How the Actor's answers are weighed is written in `[actor]`, as are the steps of drawings and of
 //! an evaluation, and the Editor's steps in `[editor]`; each is what it is in its own stage.
 
+mod round;
+
+use self::round::{State, Turn};
 use super::{
-    Batch, Group, Metrics, Objective, Step, Work,
-    actor::{self, well_formed},
+    Batch, Group, Metrics, Objective, Step, Work, actor,
     editor::{self, LossKind},
-    flow_steps::{Carried, Edits, Learned, carry_out, window_of},
+    flow_steps::Learned,
     grpo::{ADVANTAGE_BOUND, Advantages, TokenBatch, token_loss},
     grpo_config::GrpoConfig,
     means::Means,
     optim,
-    pixels::{preserved, still, tiled},
-    pose::{Poser, Problem, RENDERED_SHARE, TOGETHER, rendered_share},
-    replay::{Asked, Replay, drawn, replay, write},
-    rollout::{self, Judges, Kept, Reward, check_ratio, judge},
+    pixels::tiled,
+    pose::{Poser, RENDERED_SHARE, TOGETHER, rendered_share},
+    replay::drawn,
+    rollout::{self, Judges, Kept, check_ratio, judge},
     run::TOKENS,
     trained::Trained,
 };
 use crate::{
-    flow::field::{pack, unpack},
     models::built_in,
     rig::{
         cycle::{self, Cast},
-        prompts,
-        roles::{Picture, Target, Verdict, score},
+        roles::{Target, score},
         vlm_roles::EDIT,
     },
     scene::{
         graph::SceneGraph,
         tabletop::{split::Split, tasks},
     },
-    tensor::rng::Stream,
     usage,
     vlm::{Vlm, decode::Answer},
 };
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
@@ -105,86 +103,6 @@ const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 
-/// The edits that the Actor wrote in a round, by row.
-struct Writing {
-    /// The pictures that the edits are about, and for each row which of them it is.
-    sources: Vec<Picture>,
-    source_of: Vec<usize>,
-    questions: Vec<String>,
-    answers: Vec<Answer>,
-    /// `None` where an answer cannot be read.
-    instructions: Vec<Option<String>>,
-    /// Of questions and answers.
-    tokens: usize,
-}
-
-impl Writing {
-    fn replay(&self, vlm: &Vlm) -> Result<Replay> {
-        let pictures: Vec<&RgbImage> = self.sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
-        let rows = self.source_of.iter().zip(&self.questions).zip(&self.answers);
-        let asked: Vec<Asked> =
-            rows.map(|((picture, question), answer)| Asked { picture: *picture, question, answer }).collect();
-        replay(vlm, &pictures, &asked)
-    }
-
-    /// The mean over the rows.
-    fn mean(&self, of_length: impl Fn(usize) -> f64) -> f64 {
-        self.answers.iter().map(|a| of_length(a.ids.len())).sum::<f64>() / self.answers.len() as f64
-    }
-}
-
-/// One round of all trajectories that had not ended before.
-struct Turn {
-    writing: Writing,
-    carried: Carried,
-    /// For each row, and what of it counts.
-    advantages: Tensor,
-    counts: Tensor,
-    /// Tokens that count.
-    seen: f64,
-    /// As in the Actor's stage.
-    old: Option<Tensor>,
-    reference: Option<Tensor>,
-}
-
-impl Turn {
-    fn rows(&self) -> usize {
-        self.writing.answers.len()
-    }
-}
-
-/// Where a trajectory stands.
-struct State<'a> {
-    problem: &'a Problem,
-    best: Picture,
-    verdicts: Vec<Verdict>,
-    /// Edits of the best picture that did not help.
-    failed: Vec<String>,
-    turns: usize,
-    idle: usize,
-    broken: f64,
-}
-
-impl State<'_> {
-    fn passes(&self) -> bool {
-        self.verdicts.iter().all(|v| v.yes)
-    }
-
-    /// Takes in what an edit made, and the verdicts on it.
-    fn advance(&mut self, instruction: &str, picture: &Picture, after: Vec<Verdict>) -> Result<()> {
-        self.idle += usize::from(still(self.best.pixels()?, picture.pixels()?));
-        self.broken += (score(&self.verdicts).unwrap_or(1.0) - score(&after).unwrap_or(1.0)).max(0.0);
-        let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
-        if rank(&after) > rank(&self.verdicts) {
-            (self.best, self.verdicts) = (picture.clone(), after);
-            self.failed.clear();
-        } else {
-            self.failed.push(instruction.to_owned());
-        }
-        Ok(())
-    }
-}
-
 pub struct Joint {
     config: GrpoConfig,
     poser: Poser,
@@ -216,17 +134,9 @@ impl Joint {
         let adapter = || config.learned(built_in::EDITOR, editor::TARGETS);
         let (klein, mut flows) = rollout::editors(&models.pipeline()?, at, adapter, 1)?;
         let (learned, of_editor) = flows.pop().context("an Editor to be trained")?;
-        let (objects, size) = ([actor.min_objects, actor.max_objects], models.size(&klein));
         Ok(Self {
             config: config.clone(),
-            poser: Poser::new(
-                (klein, None),
-                critic,
-                actor.source,
-                objects,
-                (actor.evaluation_steps, actor.guidance),
-                size,
-            )?,
+            poser: Poser::new((klein, None), critic, actor.posing(), models)?,
             judges: Judges::open(config, device)?,
             actor: Arc::new(policy),
             editor: learned,
@@ -234,120 +144,6 @@ impl Joint {
             frozen: models.bytes()?,
             kept: Kept::default(),
         })
-    }
-
-    /// Plays round `round` of the trajectories `rows`, and moves them on. The turn has no advantages yet.
-    fn play(&self, states: &mut [State], rows: &[usize], round: usize, batch: &Batch) -> Result<(Turn, Vec<Reward>)> {
-        let writing = self.ask(states, rows, round, batch)?;
-        let (carried, pictures) = self.paint(states, rows, &writing, round, batch)?;
-        let targets = rows.iter().map(|r| &states[*r].problem.target);
-        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(targets).collect();
-        let after = rollout::check(&self.poser.critic, &asked);
-        let mut rewards = self.rewards(states, rows, &writing, &pictures, &after)?;
-        let answered = writing.instructions.iter().zip(&after);
-        let known: Vec<bool> = answered.map(|(edit, after)| edit.is_some() && rollout::known(after)).collect();
-        rollout::withhold(&mut rewards, known.iter().copied());
-        for ((((r, edit), picture), after), known) in
-            rows.iter().zip(&writing.instructions).zip(&pictures).zip(after).zip(known)
-        {
-            states[*r].turns += 1;
-            // Nothing follows from what is not known.
-            if let Some(edit) = edit.as_ref().filter(|_| known) {
-                states[*r].advance(edit, picture, after)?;
-            }
-        }
-        let none = Tensor::zeros(rows.len(), DType::F32, self.poser.klein.device())?;
-        let (advantages, counts) = (none.clone(), none);
-        Ok((Turn { writing, carried, advantages, counts, seen: 0.0, old: None, reference: None }, rewards))
-    }
-
-    /// The Actor writes an edit of each trajectory's best picture.
-    fn ask(&self, states: &[State], rows: &[usize], round: usize, batch: &Batch) -> Result<Writing> {
-        let GrpoConfig { group, seed, .. } = &self.config;
-        let first = batch.indices().start * group.size as u64;
-        // In the first round all of a group read the same picture.
-        let (sources, source_of): (Vec<Picture>, Vec<usize>) = if round == 1 {
-            let heads = rows.iter().step_by(group.size).map(|r| states[*r].best.clone()).collect();
-            (heads, rows.iter().map(|r| r / group.size).collect())
-        } else {
-            (rows.iter().map(|r| states[*r].best.clone()).collect(), (0..rows.len()).collect())
-        };
-        let question = |r: &usize| {
-            let State { problem, verdicts, failed, .. } = &states[*r];
-            prompts::reflect(&problem.target.prompt, verdicts, &failed.iter().map(String::as_str).collect::<Vec<_>>())
-        };
-        let questions: Vec<String> = rows.iter().map(question).collect();
-        let asked: Vec<(usize, &str)> = source_of.iter().copied().zip(questions.iter().map(String::as_str)).collect();
-        let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
-        let streams: Vec<Stream> = rows.iter().map(stream).collect();
-        let pixels: Vec<&RgbImage> = sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
-        let written = write(&self.actor, &pixels, &asked, 1.0, &streams)?;
-        let tokens = written.iter().map(|w| w.tokens).sum();
-        let (answers, instructions) = written.into_iter().map(|w| (w.answer, w.edit)).unzip();
-        Ok(Writing { sources, source_of, questions, answers, instructions, tokens })
-    }
-
-    /// The Editor carries the edits out, by stochastic steps.
-    fn paint(
-        &self,
-        states: &[State],
-        rows: &[usize],
-        writing: &Writing,
-        round: usize,
-        batch: &Batch,
-    ) -> Result<(Carried, Vec<Picture>)> {
-        let GrpoConfig { editor, group, joint, seed, .. } = &self.config;
-        let first = batch.indices().start * group.size as u64;
-        let latents = |r: &usize| states[*r].best.latents().cloned().context("a picture without latents");
-        let instructions = writing.instructions.iter().map(|edit| edit.clone().unwrap_or_default()).collect();
-        let edits = Edits { instructions, sources: rows.iter().map(latents).collect::<Result<_>>()? };
-        let (h, w) = edits.shape()?;
-        let klein = &*self.poser.klein;
-        let noise = |r: &usize| {
-            let own = if editor.shared_noise { 0 } else { (*r % group.size) as u64 };
-            pack(&klein.noise(states[*r].problem.seed.wrapping_add(own), round as u64, (h, w))?)
-        };
-        let noise = Tensor::stack(&rows.iter().map(noise).collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-        let window = window_of(editor, *seed, batch.step * joint.rounds as u64 + round as u64)?;
-        let fresh = (*seed, &*format!("joint {round}"), first);
-        let carried = carry_out(editor, (klein, &self.editor.still), edits, &noise, window, fresh)?;
-        let picture =
-            |i: usize| Ok(Picture::from_latents(unpack(&carried.states.get(i)?, h, w)?, self.poser.decode.clone()));
-        let pictures: Vec<Picture> = (0..rows.len()).map(picture).collect::<Result<_>>()?;
-        Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
-        Ok((carried, pictures))
-    }
-
-    /// What each row's turn is worth, by the names of the rewards.
-    fn rewards(
-        &self,
-        states: &[State],
-        rows: &[usize],
-        writing: &Writing,
-        pictures: &[Picture],
-        after: &[Vec<Verdict>],
-    ) -> Result<Vec<Reward>> {
-        let group = &self.config.group;
-        let before: Vec<&[Verdict]> = rows.iter().map(|r| states[*r].verdicts.as_slice()).collect();
-        let mut rewards = rollout::by_verdicts(group, &before, after);
-        let kept = |(picture, r): (&Picture, &usize)| Ok(preserved(states[*r].best.pixels()?, picture.pixels()?));
-        let kept: Vec<f64> = pictures.iter().zip(rows).map(kept).collect::<Result<_>>()?;
-        let formed = |edit: &Option<String>| well_formed(edit.as_deref().unwrap_or_default());
-        let brief = |a: &Answer| 1.0 - (a.ids.len() as f64 / EDIT as f64).min(1.0);
-        for (name, values) in [
-            ("format", writing.instructions.iter().map(formed).collect()),
-            ("brevity", writing.answers.iter().map(brief).collect()),
-            ("preserve", kept),
-        ] {
-            if group.asks(name) {
-                rewards.push((name.to_owned(), values));
-            }
-        }
-        let problems = rows.iter().map(|r| states[*r].problem);
-        let judged: Vec<(&Picture, &Target, &SceneGraph)> =
-            pictures.iter().zip(problems).map(|(picture, p)| (picture, &p.target, &p.graph)).collect();
-        rewards.extend(self.judges.rewards(group, &judged)?);
-        Ok(rewards)
     }
 
     /// The advantages of whole trajectories, and what to log of them.
@@ -461,19 +257,8 @@ impl Objective for Joint {
         let GrpoConfig { group, joint, actor, seed, .. } = &self.config;
         let indices: Vec<u64> = batch.indices().collect();
         let problems = self.poser.problems(Split::Train, *seed, &indices)?;
-        let mut states: Vec<State> = problems
-            .iter()
-            .flat_map(|p| std::iter::repeat_n(p, group.size))
-            .map(|problem| State {
-                best: problem.picture.clone(),
-                verdicts: problem.verdicts.clone(),
-                problem,
-                failed: Vec::new(),
-                turns: 0,
-                idle: 0,
-                broken: 0.0,
-            })
-            .collect();
+        let mut states: Vec<State> =
+            problems.iter().flat_map(|p| std::iter::repeat_n(p, group.size)).map(State::new).collect();
         let (mut turns, mut worth, mut means) = (Vec::new(), Vec::new(), Means::default());
         for round in 1..joint.rounds {
             let rows: Vec<usize> = (0..states.len()).filter(|r| round == 1 || !states[*r].passes()).collect();

@@ -1,6 +1,9 @@
 //! Prompts with pictures that miss them: what the Actor, the Editor and the whole loop are trained on.
 
-use super::rollout::{self, decoder, through_latents};
+use super::{
+    grpo_config::ModelsConfig,
+    rollout::{self, decoder, through_latents},
+};
 use crate::{
     flow::{Klein, Solver, Unwatched},
     models::flux2::Flux2,
@@ -28,6 +31,17 @@ pub enum Source {
     /// The Diffuser draws it; where it gets prompt after prompt right, a render that does not stands in.
     Draw,
     Render,
+}
+
+/// How problems are posed.
+#[derive(Clone, Copy, Debug)]
+pub struct Posing {
+    pub source: Source,
+    /// Objects of a prompt at least and at most.
+    pub objects: [usize; 2],
+    /// Of the drawings.
+    pub steps: usize,
+    pub guidance: f64,
 }
 
 /// Prompts tried for a problem until the Checker finds something wrong with a picture: so many pictures are drawn, and then so
@@ -64,12 +78,7 @@ pub struct Poser {
     pub editor: Option<Arc<Flux2>>,
     pub critic: Critic,
     pub decode: Decode,
-    source: Source,
-    /// Objects of a prompt at least and at most.
-    objects: [usize; 2],
-    /// Of the drawings.
-    steps: usize,
-    guidance: f64,
+    posing: Posing,
     /// Width and height of pictures.
     pub size: (u32, u32),
 }
@@ -78,26 +87,24 @@ impl Poser {
     pub fn new(
         (klein, editor): (Arc<Klein>, Option<Flux2>),
         critic: Critic,
-        source: Source,
-        objects: [usize; 2],
-        (steps, guidance): (usize, f64),
-        size: (u32, u32),
+        posing: Posing,
+        models: &ModelsConfig,
     ) -> Result<Self> {
-        let [min, max] = objects;
+        let [min, max] = posing.objects;
         let (fewest, most) = Split::Train.objects();
         if min < fewest || max > most || min > max {
             usage!("min_objects and max_objects lie in {fewest} to {most} and in order, unlike {min} and {max}");
         }
-        if steps == 0 {
+        if posing.steps == 0 {
             usage!("evaluation_steps is 1 or more");
         }
-        let (editor, decode) = (editor.map(Arc::new), decoder(&klein));
-        Ok(Self { klein, editor, critic, decode, source, objects, steps, guidance, size })
+        let (editor, decode, size) = (editor.map(Arc::new), decoder(&klein), models.size(&klein));
+        Ok(Self { klein, editor, critic, decode, posing, size })
     }
 
     /// Who draws and edits in so many steps.
     pub fn painter(&self, steps: usize) -> Painter {
-        let Self { guidance, size, .. } = *self;
+        let (guidance, size) = (self.posing.guidance, self.size);
         let painting =
             Painting { steps, solver: Solver::Euler, guidance, editing: Editing::Reference, size, batch: TOGETHER };
         Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_editor(self.editor.clone())
@@ -106,7 +113,7 @@ impl Poser {
     /// Problems by number. What the Checker finds nothing wrong with, or cannot tell, is replaced as long as [`ATTEMPTS`] last.
     pub fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
         let mut problems: Vec<Problem> = Vec::with_capacity(indices.len());
-        let first = if self.source == Source::Draw { 0 } else { DRAWN };
+        let first = if self.posing.source == Source::Draw { 0 } else { DRAWN };
         for attempt in first..ATTEMPTS {
             let teaches = |p: &Problem| rollout::known(&p.verdicts) && !p.verdicts.iter().all(|v| v.yes);
             let open: Vec<usize> = (0..indices.len()).filter(|i| !problems.get(*i).is_some_and(teaches)).collect();
@@ -125,7 +132,7 @@ impl Poser {
     }
 
     fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64) -> Result<Vec<Problem>> {
-        let ([min, max], drawn) = (self.objects, attempt < DRAWN);
+        let ([min, max], drawn) = (self.posing.objects, attempt < DRAWN);
         let noise = |number: u64| Stream::new(seed, "actor pictures", number).next_u64();
         let (mut problems, mut pictures) = (Vec::with_capacity(indices.len()), Vec::with_capacity(indices.len()));
         for number in indices.iter().map(|index| index * ATTEMPTS + attempt) {
@@ -141,7 +148,7 @@ impl Poser {
         }
         if drawn {
             let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();
-            pictures = self.painter(self.steps).draw(&jobs)?;
+            pictures = self.painter(self.posing.steps).draw(&jobs)?;
         }
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(&problems).map(|(p, (t, ..))| (p, t)).collect();
