@@ -4,7 +4,7 @@ mod eval;
 
 pub use eval::*;
 
-use crate::flow::Solver;
+use crate::flow::{Inversion, Solver};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -239,14 +239,6 @@ pub enum EditorKind {
     Inversion,
     /// FlowEdit: no inversion, the difference of two velocities
     Flowedit,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Inversion {
-    #[default]
-    RfInversion,
-    RfSolver,
-    Fireflow,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -1,7 +1,7 @@
 //! The command line of `rlrig eval`.
 
-use super::{CriticArgs, CycleArgs, EditorKind, Inversion, ModelArgs, OnlyArgs, PainterArgs, Print, Sampling};
-use crate::eval::modes::Mode;
+use super::{CriticArgs, CycleArgs, EditorKind, ModelArgs, OnlyArgs, PainterArgs, Print, Sampling};
+use crate::{eval::modes::Mode, flow::Inversion};
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 

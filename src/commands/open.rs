@@ -2,8 +2,8 @@
 
 use super::adapters::{Adapters, Who};
 use crate::{
-    cli::{CriticArgs, CycleArgs, DeviceKind, Dtype, EditorKind, Inversion, ModelArgs, PainterArgs, Sampling},
-    flow::{self, Klein},
+    cli::{CriticArgs, CycleArgs, DeviceKind, Dtype, EditorKind, ModelArgs, PainterArgs, Sampling},
+    flow::{Inversion, Klein},
     io::hub::{Hub, Local},
     models::{Adapter, Folder, Params, built_in, flux2::Flux2, qwen3_vl},
     rig::{
@@ -192,11 +192,6 @@ pub fn painting(
         (true, _) => (BUILT_IN_STEPS, BUILT_IN_GUIDANCE),
         (false, true) => (4, 1.0),
         (false, false) => (50, 4.0),
-    };
-    let inversion = match inversion {
-        Inversion::RfInversion => flow::Inversion::RfInversion,
-        Inversion::RfSolver => flow::Inversion::RfSolver,
-        Inversion::Fireflow => flow::Inversion::FireFlow,
     };
     Painting {
         steps: sampling.steps.unwrap_or(steps),

@@ -13,15 +13,15 @@ use super::sampler::{Velocity, advance, evaluate, fireflow, rf_solver, steps};
 use crate::usage;
 use anyhow::Result;
 use candle_core::{DType, Tensor};
-use serde::{Deserialize, Serialize};
+use clap::ValueEnum;
 
 /// By which method a picture is inverted and drawn again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Inversion {
     #[default]
     RfInversion,
     RfSolver,
+    #[value(name = "fireflow")]
     FireFlow,
 }
 

@@ -8,6 +8,7 @@
 //! - FireFlow (arXiv 2412.07517): the midpoint rule that predicts with the last midpoint's velocity; `N + 1` evaluations.
 
 use candle_core::{DType, Result, Tensor};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// A velocity field. `x` is `(B, ..)` in f32; so is the result, or it is brought there.
@@ -39,21 +40,22 @@ pub fn steps(sigmas: &[f64]) -> impl Iterator<Item = (usize, f64, f64)> + '_ {
 }
 
 /// The solvers that take one evaluation a step, so that pictures are drawn by them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Solver {
     /// Euler's rule, as in diffusers' pipelines
     #[default]
     Euler,
     /// FireFlow: of second order, for one evaluation more in all
-    Fireflow,
+    #[value(name = "fireflow")]
+    FireFlow,
 }
 
 impl Solver {
     pub fn solve(self, field: &impl Velocity, x: &Tensor, sigmas: &[f64]) -> Result<Tensor> {
         match self {
             Self::Euler => euler(field, x, sigmas),
-            Self::Fireflow => fireflow(field, x, sigmas),
+            Self::FireFlow => fireflow(field, x, sigmas),
         }
     }
 
@@ -61,7 +63,7 @@ impl Solver {
     pub fn evaluations(self, steps: usize) -> usize {
         match self {
             Self::Euler => steps,
-            Self::Fireflow => steps + 1,
+            Self::FireFlow => steps + 1,
         }
     }
 
@@ -69,7 +71,7 @@ impl Solver {
     pub fn name(self) -> &'static str {
         match self {
             Self::Euler => "Euler",
-            Self::Fireflow => "FireFlow",
+            Self::FireFlow => "FireFlow",
         }
     }
 }
@@ -190,10 +192,10 @@ pub(super) mod tests {
 
     #[test]
     fn a_solver_takes_as_many_evaluations_as_it_says() -> Result<()> {
-        use super::Solver::{Euler, Fireflow};
+        use super::Solver::{Euler, FireFlow};
         let x = Tensor::ones((1, 2), DType::F32, &Device::Cpu)?;
         let sigmas = [1.0, 0.7, 0.4, 0.0];
-        for solver in [Euler, Fireflow] {
+        for solver in [Euler, FireFlow] {
             let field = Counted::new(|x: &Tensor, _: f64, _: usize| x.clone() * 0.5);
             let drawn = solver.solve(&field, &x, &sigmas)?;
             assert_eq!(field.count(), solver.evaluations(3));
