@@ -4,6 +4,8 @@
 
 use candle_core::{DType, Device};
 use rlrig::{
+    flow::{field::pack, pipeline::Klein, sampler::Velocity},
+    models::{Folder, flux2::Flux2, peft::Peft},
     scene::tabletop::{render::render, split::Split, tasks},
     train::{
         pretrain::PretrainConfig,
@@ -115,6 +117,49 @@ fn a_diffuser_learns_to_draw_and_edit_and_resumes() {
     let files = ["transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"];
     let measured = resumes_exactly(dir.path(), &config, &files);
     assert!(["eval/perfect", "eval/edit_perfect"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
+}
+
+#[test]
+fn an_adapter_for_the_editor_is_trained_on_edits_alone_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (vae, init) = (weights("vae"), weights(""));
+    let config = format!(
+        "objective = 'diffuser'
+         train = {{ steps = 3, batch = 4, micro_batch = 2, evaluate_every = 3, checkpoint_every = 1, samples_every = 3 }}
+         optim = {{ muon = false, lr = 1e-3 }}
+         [diffuser]
+         autoencoder = {vae:?}
+         init = {init:?}
+         adapter = {{ rank = 2, alpha = 4.0 }}
+         evaluation = {{ prompts = 1, steps = 2, guidance = 3.0 }}
+         stages = [{{ steps = 0, min_objects = 2, max_objects = 3, edits = 1.0, moves = 0.5 }}]"
+    );
+    let measured = resumes_exactly(dir.path(), &config, &["adapter_model.safetensors", "adapter_config.json"]);
+    assert!(measured.contains_key("eval/edit_perfect") && !measured.contains_key("eval/perfect"));
+    let samples = fs::read_dir(dir.path().join("straight/samples")).unwrap().next().unwrap().unwrap().path();
+    assert!(samples.join("edit.png").is_file() && !samples.join("draw.png").exists());
+
+    // It is an adapter of the Editor's transformer, and no longer the one that changes nothing.
+    let adapter = Peft::open(&Folder::from(dir.path().join("straight/model").as_path())).unwrap().adapter(1.0);
+    let init = Folder::from(init.as_path());
+    let noise = |klein: &Klein| klein.noise(0, 0, klein.tokens(128, 128).unwrap()).unwrap();
+    let (klein, edited) =
+        Klein::open_with(&init, DType::F32, &Device::Cpu, Vec::new(), vec![vec![adapter.clone()]]).unwrap();
+    adapter.check().unwrap();
+    let state = pack(&noise(&klein)).unwrap().unsqueeze(0).unwrap();
+    let velocity = |transformer: &Flux2| {
+        let references = [vec![noise(&klein)]];
+        let field = klein.field_of(transformer, &["add a red ball"], &references, (8, 8), 1.0).unwrap();
+        field.velocity(&state, 0.5, 0).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert_ne!(velocity(&klein.transformer), velocity(&edited[0]));
+
+    let drawing = config.replace("edits = 1.0", "edits = 0.5");
+    let file = dir.path().join("drawing.toml");
+    fs::write(&file, drawing).unwrap();
+    let request = Request { config: Some(file), resume: None, out: Some(dir.path().join("no")), set: Vec::new() };
+    let Err(error) = request.prepare::<PretrainConfig>() else { panic!("an adapter that draws too was taken") };
+    assert!(format!("{error:#}").contains("every stage has edits = 1"), "{error:#}");
 }
 
 #[test]

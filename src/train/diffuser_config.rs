@@ -1,5 +1,6 @@
 //! The section `[diffuser]` of a pretraining config: the model's sizes, the curriculum, and how it is evaluated.
 
+use super::grpo_config::AdapterConfig;
 use crate::{scene::tabletop::sample, tensor::Precision};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,9 @@ pub struct DiffuserConfig {
     pub autoencoder: PathBuf,
     /// A pipeline's folder to go on from; its sizes and tokenizer replace those below.
     pub init: Option<PathBuf>,
+    /// A new adapter on the transformer of `init`, which is trained instead of the model's own weights: the Editor's, since
+    /// what only edits need then costs the Diffuser nothing.
+    pub adapter: Option<AdapterConfig>,
     pub heads: usize,
     pub head_dim: usize,
     pub double_blocks: usize,
@@ -85,6 +89,7 @@ impl Default for DiffuserConfig {
         Self {
             autoencoder: "weights/tabletop/vae".into(),
             init: None,
+            adapter: None,
             heads: 8,
             head_dim: 32,
             double_blocks: 2,
@@ -153,6 +158,9 @@ impl DiffuserConfig {
                     "[diffuser] stage {s:?}: objects are from 1 on and in order, edits, touching and moves are shares"
                 );
             }
+        }
+        if self.adapter.is_some() && (self.init.is_none() || self.stages.iter().any(|s| s.edits < 1.0)) {
+            crate::usage!("[diffuser] adapter is for an Editor on the model of init: every stage has edits = 1");
         }
         if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {
             crate::usage!("[diffuser] dropout is a share, shift is positive and layout is not negative");

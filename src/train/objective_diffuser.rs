@@ -4,13 +4,15 @@
 //! Rectified flow (arXiv 2209.03003): `x_t = (1 - t) x_0 + t e` with noise `e`, and the network learns the velocity
 //! `e - x_0`. Noise levels are drawn uniformly and shifted to the high end, where a picture's layout is decided. Words are
 //! bound best by a curriculum: single objects first, then relations, then edits ([`Stage`]).
+//!
+//! Instead of all weights an adapter can be trained, on edits alone: the Editor's, which the Diffuser draws without.
 
 use super::{
     Batch, Metrics, Objective, Step,
     ahead::Ahead,
     checkpoint::write_model,
     diffuser_config::{DiffuserConfig, Evaluation, Stage, TextConfig},
-    drawn,
+    drawn, editor,
     layout::{Labels, LayoutHead},
     pixels::tiled,
 };
@@ -22,7 +24,7 @@ use crate::{
         schedule::Schedule,
         watch::Unwatched,
     },
-    models::{Folder, Params, autoencoder, flux2, pixels::planes, qwen3},
+    models::{Adapter, Folder, Params, autoencoder, flux2, peft, pixels::planes, qwen3},
     scene::tabletop::{
         oracle,
         render::render,
@@ -90,6 +92,8 @@ pub struct Diffuser {
     klein: Klein,
     transformer: Params,
     text: Params,
+    /// What is trained of the transformer, if not all of it; the text encoder then stays as it is.
+    adapter: Option<Adapter>,
     layout: LayoutHead,
     /// The layout head's, which is not a part of the saved model.
     head: Params,
@@ -108,13 +112,18 @@ impl Diffuser {
         let vae = Folder::from(&config.autoencoder);
         let weights = Params::open(&vae, STEM, DType::F32, device)?;
         let autoencoder = autoencoder::Autoencoder::new(&vae.json("config.json")?, &weights)?;
-        let open = |params: Result<Params>| Ok::<_, anyhow::Error>(params?.trained().multiplied_in(config.precision));
+        let adapter = config.adapter.as_ref().map(|a| a.fresh(editor::TARGETS, seed)).transpose()?;
+        let open = |params: Result<Params>| {
+            let params = params?.multiplied_in(config.precision);
+            Ok::<_, anyhow::Error>(if adapter.is_some() { params } else { params.trained() })
+        };
         let (transformer, text, sizes, text_sizes, prompt_embedding, tokenizer);
         match &config.init {
             Some(folder) => {
                 let folder = Folder::from(folder);
                 let (t, e) = (folder.require("transformer")?, folder.require("text_encoder")?);
-                transformer = open(Params::open(&t, STEM, DType::F32, device))?;
+                transformer =
+                    open(Params::open(&t, STEM, DType::F32, device))?.adapted(adapter.iter().cloned().collect());
                 text = open(Params::open(&e, "model", DType::F32, device))?;
                 sizes = t.json("config.json")?;
                 text_sizes = e.json("config.json")?;
@@ -150,6 +159,7 @@ impl Diffuser {
         text.finish(|_| false)?;
         let network = flux2::Flux2::new(&sizes, &transformer)?;
         transformer.finish(|_| false)?;
+        adapter.as_ref().map(Adapter::check).transpose()?;
         let parts = Parts {
             transformer: network,
             autoencoder,
@@ -164,7 +174,7 @@ impl Diffuser {
         let layout = LayoutHead::new(sizes.dim(), token, &head)?;
         let drawn = drawn::open(&config.drawn)?.0;
         let (config, ahead) = (config.clone(), Ahead::default());
-        Ok(Self { config, seed, klein, transformer, text, layout, head, tokenizer, drawn, ahead })
+        Ok(Self { config, seed, klein, transformer, text, adapter, layout, head, tokenizer, drawn, ahead })
     }
 
     /// Sample `index` of the endless sequence.
@@ -318,7 +328,9 @@ impl Diffuser {
         let count = self.config.evaluation.prompts as u64;
         let (h, w) = self.klein.tokens(SIDE, SIDE)?;
         let mut drawn = Vec::new();
-        let prompts: Vec<_> = (0..count).map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3)).collect();
+        // An adapter is the Editor's alone.
+        let drawings = if self.adapter.is_some() { 0 } else { count };
+        let prompts: Vec<_> = (0..drawings).map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3)).collect();
         let edits: Vec<_> = (0..count).map(|i| tasks::edit(HELD_OUT, Split::Val, i, 1, 3)).collect();
         let noise = |i: u64| self.klein.noise(HELD_OUT, i, (h, w));
         let mut jobs = Vec::new();
@@ -417,11 +429,12 @@ fn schedule() -> Result<Schedule> {
 
 impl Objective for Diffuser {
     fn vars(&self) -> BTreeMap<String, Var> {
-        let named = |head: &'static str, params: &Params| {
-            params.vars().into_iter().map(move |(name, var)| (format!("{head}.{name}"), var))
+        let transformer = self.adapter.as_ref().map_or_else(|| self.transformer.vars(), Adapter::vars);
+        let parts = [("transformer", transformer), ("text_encoder", self.text.vars()), ("layout", self.head.vars())];
+        let named = |(head, vars): (&str, BTreeMap<String, Var>)| {
+            vars.into_iter().map(|(name, var)| (format!("{head}.{name}"), var)).collect::<Vec<_>>()
         };
-        let parts = [("transformer", &self.transformer), ("text_encoder", &self.text), ("layout", &self.head)];
-        parts.into_iter().flat_map(|(name, params)| named(name, params)).collect()
+        parts.into_iter().flat_map(named).collect()
     }
 
     fn prepare(&self, batch: &Batch) -> Result<()> {
@@ -496,7 +509,7 @@ impl Objective for Diffuser {
         let drawn = self.held_out(&Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched })?;
         self.klein.forget();
         let (prompts, edits): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|d| matches!(d.sample, Sample::Prompt(_)));
-        for (name, drawn) in [("draw", prompts), ("edit", edits)] {
+        for (name, drawn) in [("draw", prompts), ("edit", edits)].into_iter().filter(|(_, drawn)| !drawn.is_empty()) {
             let (mut pictures, mut asked) = (Vec::new(), String::new());
             for d in drawn.into_iter().take(16) {
                 asked += &format!("{}\n", d.asked);
@@ -512,6 +525,9 @@ impl Objective for Diffuser {
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        if let Some(adapter) = &self.adapter {
+            return peft::write(adapter, folder, dtype);
+        }
         let write = |path: PathBuf, value: serde_json::Value| -> Result<()> {
             fs::write(&path, serde_json::to_string_pretty(&value)? + "\n")
                 .with_context(|| format!("cannot write {}", path.display()))
