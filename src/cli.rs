@@ -4,7 +4,11 @@ mod eval;
 
 pub use eval::*;
 
-use crate::flow::{Inversion, Solver};
+use crate::{
+    flow::{Inversion, Solver},
+    usage,
+};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -145,8 +149,8 @@ impl Asked {
 /// Whether there may be more than a prompt says.
 #[derive(Args, Debug, Default)]
 pub struct OnlyArgs {
-    /// Whether pictures may show nothing else than what their prompts name [default: with the built-in models, and on the
-    /// tabletop world, whose prompts tell all]
+    /// Whether pictures may show nothing else than what their prompts name [default: with the built-in models; for eval
+    /// with any models, but only on the tabletop world, whose prompts tell all]
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub only: Option<bool>,
 }
@@ -241,6 +245,16 @@ pub enum EditorKind {
     Flowedit,
 }
 
+impl EditorKind {
+    /// How this editor inverts pictures, if it is the one that does.
+    pub fn inversion(self, given: Option<Inversion>) -> Result<Inversion> {
+        if given.is_some() && self != Self::Inversion {
+            usage!("--inversion goes with --editor inversion");
+        }
+        Ok(given.unwrap_or_default())
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum DeviceKind {
     #[default]
@@ -267,7 +281,7 @@ pub struct Edit {
     /// The picture to edit (PNG, JPEG or WebP)
     #[arg(short, long, value_name = "FILE")]
     pub image: PathBuf,
-    /// What to change
+    /// What to change; with --editor inversion or flowedit a prompt of the whole picture that is wanted
     #[arg(long, value_name = "TEXT")]
     pub instruction: String,
     /// Where the edited picture goes
@@ -285,9 +299,9 @@ pub struct Edit {
     /// How the picture is edited
     #[arg(long, value_enum, value_name = "E", default_value_t)]
     pub editor: EditorKind,
-    /// How the picture is inverted to noise, with --editor inversion
-    #[arg(long, value_enum, value_name = "I", default_value_t)]
-    pub inversion: Inversion,
+    /// How the picture is inverted to noise, with --editor inversion [default: rf-inversion]
+    #[arg(long, value_enum, value_name = "I")]
+    pub inversion: Option<Inversion>,
     #[command(flatten)]
     pub sampling: Sampling,
     #[command(flatten)]

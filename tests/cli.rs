@@ -6,8 +6,9 @@ mod rlrig;
 
 use self::rlrig::{PROMPT, Rig, stderr, write_adapter};
 use ::rlrig::{io::png, rig::trajectory::Trajectory};
+use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
-use std::fs;
+use std::{collections::HashMap, fs};
 
 fn recipe(rig: &Rig, file: &str) -> Trajectory {
     let texts = png::read_texts(&rig.path(file)).unwrap();
@@ -18,7 +19,7 @@ fn recipe(rig: &Rig, file: &str) -> Trajectory {
 #[test]
 fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
     let rig = Rig::new();
-    let more = ["--accept", "1", "--looks", "2", "--out", "a.png"];
+    let more = ["--only", "--accept", "1", "--looks", "2", "--out", "a.png"];
     let args = [&["--prompt", PROMPT, "--seed", "7", "--rounds", "3"], &more[..]].concat();
     let said = rig.run("generate", &[&args[..], &["--trajectory", "turns"]].concat());
     assert!(said.status.success(), "{}", stderr(&said));
@@ -28,7 +29,7 @@ fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
     }
     let trajectory = recipe(&rig, "a.png");
     assert_eq!((trajectory.recipe.seed, trajectory.recipe.steps, trajectory.turns.len()), (7, 2, 3));
-    assert_eq!(trajectory.target.claims.len(), 3);
+    assert_eq!(trajectory.target.claims.len(), 4);
 
     // The same call, one thread, and a replay give the same file.
     let bytes = fs::read(rig.path("a.png")).unwrap();
@@ -39,10 +40,13 @@ fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
     let replay = rig.command(&["generate", "--from", "a.png", "--out", "c.png", "-q"]).output().unwrap();
     assert!(replay.status.success() && replay.stderr.is_empty(), "{}", stderr(&replay));
     assert_eq!(fs::read(rig.path("c.png")).unwrap(), bytes, "replay");
-    // A flag beside --from wins.
-    let other = rig.command(&["generate", "--from", "a.png", "--seed", "8", "--out", "d.png"]).output().unwrap();
-    assert!(other.status.success());
-    assert_eq!((recipe(&rig, "d.png").recipe.seed, recipe(&rig, "d.png").recipe.rounds), (8, 3));
+    // A flag beside --from wins, and fewer rounds take the recipe's drawings along.
+    let flags = ["--seed", "8", "--rounds", "1", "--only=false", "--out", "d.png"];
+    let other = rig.command(&[&["generate", "--from", "a.png"], &flags[..]].concat()).output().unwrap();
+    assert!(other.status.success(), "{}", stderr(&other));
+    let other = recipe(&rig, "d.png");
+    assert_eq!((other.recipe.seed, other.recipe.rounds, other.recipe.draws), (8, 1, 1));
+    assert_eq!(other.target.claims, trajectory.target.claims[..3]);
 
     // The folder of turns.
     let document: Value = serde_json::from_slice(&fs::read(rig.path("turns/trajectory.json")).unwrap()).unwrap();
@@ -110,12 +114,23 @@ fn noise_is_saved_and_begun_with() {
     assert_eq!(recipe(&rig, "b.png").recipe.init_noise.unwrap().len(), 64);
     let output = rig.command(&["generate", "--from", "b.png", "--out", "d.png"]).output().unwrap();
     rlrig::refuses(&output, 2, "give it with --init-noise", "a replay without its noise");
+
+    // Of a file with several, a replay takes the one it was.
+    let numbers: Vec<f32> = (0..2 * 16 * 4 * 4).map(|i| (i as f32).sin()).collect();
+    let two = Tensor::from_vec(numbers, (2, 16, 4, 4), &Device::Cpu).unwrap();
+    candle_core::safetensors::save(&HashMap::from([("noise", two)]), rig.path("two.safetensors")).unwrap();
+    with(&["--seed", "5", "6", "--out", "two", "--init-noise", "two.safetensors"]);
+    assert_eq!(recipe(&rig, "two/out-0001-6.png").recipe.noise_row, Some(1));
+    let replay = ["--from", "two/out-0001-6.png", "--init-noise", "two.safetensors", "--out", "e.png"];
+    let output = rig.command(&[&["generate"], &replay[..]].concat()).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(fs::read(rig.path("e.png")).unwrap() == fs::read(rig.path("two/out-0001-6.png")).unwrap());
 }
 
 #[test]
 fn scene_graphs_and_free_words_are_drawn() {
     let rig = Rig::new();
-    let record = serde_json::json!([{
+    let mut record = serde_json::json!([{
         "img_id": "1", "name": "1.jpg", "caption_ori": "x", "score": "6.5", "url": "",
         "items": [{ "item_id": 4, "label": "ball", "attributes": ["red"], "global_item_id": 1 },
                   { "item_id": 9, "label": "giraffe", "attributes": [], "global_item_id": 2 }],
@@ -125,6 +140,12 @@ fn scene_graphs_and_free_words_are_drawn() {
     let line = rig.json("generate", &["--graph", "graph.json", "--rounds", "1", "--out", "a.png"]).remove(0);
     assert_eq!(line["target"]["prompt"], "giraffe chasing red ball");
     assert_eq!(line["turns"][0]["verdicts"].as_array().unwrap().len(), 3);
+    // The built-in models know neither, as in a prompt.
+    let strict = rig.command(&["generate", "--graph", "graph.json"]).output().unwrap();
+    rlrig::refuses(&strict, 2, "graph.json: unknown shape \"giraffe\"", "a graph in unknown words");
+    record[0]["relations"][0]["item2"] = 7.into();
+    fs::write(rig.path("graph.json"), record.to_string()).unwrap();
+    rig.bad(2, "item which is not there: 9 \"chasing\" 7", "generate", &["--graph", "graph.json"]);
 
     let output = rig.run("generate", &["--prompt", "misty morning, melancholy", "--rounds", "1", "--out", "b.png"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -146,7 +167,7 @@ fn every_editor_edits() {
     let mut edited = vec![source];
     for (i, method) in methods.into_iter().enumerate() {
         let out = format!("{i}.png");
-        let args = ["--image", "source.png", "--instruction", "move the red ball", "--seed", "1", "--out", &out];
+        let args = ["--image", "source.png", "--instruction", "move the\nred ball", "--seed", "1", "--out", &out];
         let line = rig.json("edit", &[&args[..], method].concat()).remove(0);
         assert_eq!((line["file"].as_str(), line["seed"].as_u64()), (Some(out.as_str()), Some(1)));
         let picture = png::read(&rig.path(&out)).unwrap();
@@ -159,7 +180,21 @@ fn every_editor_edits() {
         assert_eq!(recipe(&rig, &looped).turns.len(), 2);
     }
     let info = rig.command(&["info", "0.png"]).output().unwrap();
-    assert!(String::from_utf8(info.stdout).unwrap().contains("move the red ball"));
+    let info = String::from_utf8(info.stdout).unwrap();
+    assert!(info.starts_with("parameters: move the red ball\nSteps: 2, ") && info.contains(", Model: klein, Version"));
+    let bad = |expected: &str, command: &str, args: &[&str]| rig.bad(2, expected, command, args);
+    let args = ["--image", "source.png", "--instruction", "move the red ball", "--out"];
+    bad("--out edited: name one .png file", "edit", &[&args[..], &["edited"]].concat());
+    assert!(!rig.path("edited").exists());
+    // A method of inversion is for the editor that inverts; a replay by another editor forgets the recipe's.
+    let fireflow = ["again.png", "--editor", "flowedit", "--inversion", "fireflow"];
+    bad("--inversion goes with --editor inversion", "edit", &[&args[..], &fireflow].concat());
+    bad("--inversion goes with", "generate", &[&["--prompt", PROMPT, "--out"], &fireflow[..]].concat());
+    bad("--inversion goes with", "eval", &["--inversion", "fireflow"]);
+    let replay = ["generate", "--from", "loop-3.png", "--rounds", "1", "--editor", "reference", "--out", "other.png"];
+    let replay = rig.command(&replay).output().unwrap();
+    assert!(replay.status.success(), "{}", stderr(&replay));
+    assert_eq!(recipe(&rig, "other.png").recipe.inversion, None);
     // What was edited by hand has no prompt to draw again.
     let replay = rig.command(&["generate", "--from", "0.png", "--out", "again.png"]).output().unwrap();
     assert_eq!(replay.status.code(), Some(2), "{}", stderr(&replay));
@@ -264,6 +299,14 @@ fn the_small_commands_answer_without_models() {
     };
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         assert!(run(&["completions", shell]).contains("rlrig"), "{shell}");
+    }
+    // Words for other tools do not hide a recipe that cannot be read.
+    for (own, expected) in
+        [(r#"{"version": 99}"#, "use a newer one"), ("{", "the recipe of a.png: this is no trajectory")]
+    {
+        let texts = [("parameters", "a ball"), ("rlrig", own)].map(|(keyword, text)| (keyword.into(), text.into()));
+        png::write(&rig.path("a.png"), &image::RgbImage::new(8, 8), &texts, true).unwrap();
+        rlrig::refuses(&rig.command(&["info", "a.png"]).output().unwrap(), 1, expected, own);
     }
     let doctor: Value = serde_json::from_str(&run(&["doctor", "--json"])).unwrap();
     let devices = doctor["devices"].as_array().unwrap();

@@ -67,7 +67,7 @@ fn prompts_that_nothing_can_be_drawn_of() {
     graph("has no predicate", &related("0", " ", "1"));
     graph("relation 0 of the scene graph has 300000 characters", &related("0", &"x".repeat(300_000), "1"));
     graph("control character", r#"{"objects": [{"label": "a\nb"}]}"#);
-    graph("graph.json, graph 2 of 2: object 0", r#"[{"objects": [{"label": "a"}]}, {"objects": [{"label": ""}]}]"#);
+    graph("graph.json, graph 2 of 2: object 0", r#"[{"objects": [{"label": "ball"}]}, {"objects": [{"label": ""}]}]"#);
     graph("nothing to draw", "\u{feff}{\"objects\": []}");
     fs::write(rig.path("bytes.txt"), b"\xff\xfe\x00").unwrap();
     let output = rig.command(&["generate", "--prompt-file", "bytes.txt"]).output().unwrap();
@@ -140,6 +140,23 @@ fn outputs_that_cannot_be_written() {
 }
 
 #[test]
+fn an_evaluation_knows_its_folder_before_it_opens_a_model() {
+    let rig = Rig::new();
+    fs::remove_dir_all(rig.path("klein")).unwrap();
+    fs::write(rig.path("file"), "").unwrap();
+    fs::create_dir(rig.path("full")).unwrap();
+    fs::write(rig.path("full/mine.txt"), "mine").unwrap();
+    let bad = |code: i32, expected: &str, args: &[&str]| rig.bad(code, expected, "eval", args);
+    bad(2, "full is not empty; name a new folder, or go on with it by --resume", &["--out", "full"]);
+    bad(2, "file is a file, not a folder", &["--out", "file"]);
+    bad(2, "full is no run of rlrig eval", &["--out", "full", "--resume"]);
+    if Path::new("/proc/version").exists() {
+        bad(1, "cannot make the folder /proc/run", &["--out", "/proc/run"]);
+    }
+    bad(1, "klein is not in the cache", &["--out", "new"]);
+}
+
+#[test]
 fn pictures_that_are_none() {
     let rig = Rig::new();
     let whole = png::encode(&image::RgbImage::new(64, 64), &[]).unwrap();
@@ -191,6 +208,9 @@ const DRAW: [&str; 8] = ["--prompt", PROMPT, "--seed", "1", "--rounds", "1", "--
 #[test]
 fn model_folders_that_are_broken() {
     let weights = "klein/transformer/diffusion_pytorch_model.safetensors";
+    let [transformer, vae, text, vlm] =
+        ["klein/transformer/config.json", "klein/vae/config.json", "klein/text_encoder/config.json", "vlm/config.json"];
+    let processor = "vlm/preprocessor_config.json";
     type Break = Box<dyn Fn(&Rig)>;
     let write = |name: &'static str, bytes: Vec<u8>| -> Break {
         Box::new(move |rig| fs::write(rig.path(name), &bytes).unwrap())
@@ -202,38 +222,41 @@ fn model_folders_that_are_broken() {
     let header = |length: u64, json: &str| [&length.to_le_bytes()[..], json.as_bytes()].concat();
     let huge = r#"{"x": {"dtype": "F32", "shape": [1099511627776, 4096], "data_offsets": [0, 18014398509481984]}}"#;
     let cases: Vec<(&str, Break)> = vec![
-        ("transformer", remove(weights)),
+        ("klein/transformer has neither", remove(weights)),
         (
-            "safetensors",
+            "file not fully covered",
             Box::new(move |rig| {
                 let bytes = fs::read(rig.path(weights)).unwrap();
                 fs::write(rig.path(weights), &bytes[..bytes.len() - 100]).unwrap();
             }),
         ),
-        ("safetensors", write(weights, header(1 << 60, "{}"))),
-        ("safetensors", write(weights, header(huge.len() as u64, huge))),
-        ("safetensors", write(weights, Vec::new())),
-        ("model_index.json", remove("klein/model_index.json")),
-        ("model_index.json", write("klein/model_index.json", b"{".to_vec())),
+        ("header too large", write(weights, header(1 << 60, "{}"))),
+        ("file not fully covered", write(weights, header(huge.len() as u64, huge))),
+        ("header too small", write(weights, Vec::new())),
+        ("cannot read klein/model_index.json", remove("klein/model_index.json")),
+        ("model_index.json is not what it should be", write("klein/model_index.json", b"{".to_vec())),
         ("only Flux2KleinPipeline", set("klein/model_index.json", "/_class_name", "OtherPipeline".into())),
-        ("transformer", set("klein/transformer/config.json", "/num_layers", 1_000_000_000_000u64.into())),
-        ("transformer", set("klein/transformer/config.json", "/num_attention_heads", 1_000_000_000u64.into())),
-        ("transformer", set("klein/transformer/config.json", "/in_channels", 0.into())),
-        ("transformer", set("klein/transformer/config.json", "/timestep_guidance_channels", (1u64 << 63).into())),
-        ("vae", set("klein/vae/config.json", "/block_out_channels/0", 1_000_000_000u64.into())),
-        ("klein/vae", set("klein/vae/config.json", "/norm_num_groups", 0.into())),
-        ("text_encoder", set("klein/text_encoder/config.json", "/hidden_size", 1_000_000_000u64.into())),
-        ("", set("klein/text_encoder/config.json", "/prompt_embedding/max_length", 1_000_000_000_000u64.into())),
-        ("", set("klein/text_encoder/config.json", "/prompt_embedding/layers/0", 99.into())),
-        ("tokenizer.json", write("klein/tokenizer/tokenizer.json", b"{}".to_vec())),
-        ("vlm", remove("vlm/config.json")),
-        ("vlm", set("vlm/config.json", "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
-        ("vision", set("vlm/config.json", "/vision_config/patch_size", 0.into())),
-        ("vlm", set("vlm/config.json", "/vision_config/num_heads", 0.into())),
-        ("vlm", set("vlm/preprocessor_config.json", "/patch_size", 0.into())),
-        ("vlm", set("vlm/preprocessor_config.json", "/size/shortest_edge", 1_000_000_000_000u64.into())),
-        ("vlm", set("vlm/preprocessor_config.json", "/merge_size", (1u64 << 62).into())),
-        ("vlm", write("vlm/model.safetensors", header(8, "{\"a\": 1}"))),
+        ("num_layers: 1000000000000", set(transformer, "/num_layers", 1_000_000_000_000u64.into())),
+        ("num_attention_heads: 1000000000", set(transformer, "/num_attention_heads", 1_000_000_000u64.into())),
+        ("in_channels: 0", set(transformer, "/in_channels", 0.into())),
+        ("channels: 9223372036854775808", set(transformer, "/timestep_guidance_channels", (1u64 << 63).into())),
+        ("asks for [1000000000]", set(vae, "/block_out_channels/0", 1_000_000_000u64.into())),
+        ("norm_num_groups 0", set(vae, "/norm_num_groups", 0.into())),
+        ("levels must be 1 to 10, not 66", set(vae, "/block_out_channels", vec![8; 66].into())),
+        ("patch_size must be 1 to 16", set(vae, "/patch_size", vec![1u64 << 40; 2].into())),
+        ("latent_channels must be 1 to 65536", set(vae, "/latent_channels", (1u64 << 63).into())),
+        ("embed_tokens.weight is", set(text, "/hidden_size", 1_000_000_000u64.into())),
+        ("max_length: 1000000000000", set(text, "/prompt_embedding/max_length", 1_000_000_000_000u64.into())),
+        ("layers: [99, ", set(text, "/prompt_embedding/layers/0", 99.into())),
+        ("tokenizer.json is no tokenizer", write("klein/tokenizer/tokenizer.json", b"{}".to_vec())),
+        ("cannot read vlm/config.json", remove("vlm/config.json")),
+        ("language_model.layers.2.", set(vlm, "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
+        ("patch_size and num_position_embeddings", set(vlm, "/vision_config/patch_size", 0.into())),
+        ("into 0 heads", set(vlm, "/vision_config/num_heads", 0.into())),
+        ("patches of no size", set(processor, "/patch_size", 0.into())),
+        ("shortest_edge: 1000000000000", set(processor, "/size/shortest_edge", 1_000_000_000_000u64.into())),
+        ("merge_size: 4611686018427387904", set(processor, "/merge_size", (1u64 << 62).into())),
+        ("vlm/model.safetensors is no whole", write("vlm/model.safetensors", header(8, "{\"a\": 1}"))),
     ];
     for (i, (expected, break_it)) in cases.into_iter().enumerate() {
         let rig = Rig::new();

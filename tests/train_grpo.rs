@@ -144,10 +144,11 @@ fn the_actor_trains_and_resumes() {
     assert!(steps[1]["num_tokens"] > 1.5 * steps[0]["num_tokens"]);
 }
 
-/// With a pool of one problem every step is about the same prompt; what is kept with it does not change what is learned.
+/// With a pool of one problem every step is about the same prompt; what is kept with it, all tries of an edit, does not
+/// change what is learned.
 #[test]
 fn a_pool_poses_its_problems_again_and_resumes() {
-    let config = ACTOR.replace("source = 'render'", "pool = 1, source = 'render'");
+    let config = ACTOR.replace("source = 'render'", "pool = 1, tries = 2, source = 'render'");
     let (_dir, folder, steps) = two_steps(&config);
     check(&folder, &steps, &["problems/rendered", "edits/distinct"]);
     assert_eq!(steps[0]["problems/rendered"], 1.0);
@@ -171,6 +172,9 @@ fn both_train_over_whole_trajectories_and_resume() {
     let names = ["trajectory/reward", "trajectory/idle", "trajectory/broken", "actor/kl", "editor/kl"];
     check(&folder, &steps, &names);
     check(&folder, &steps, &["actor/ratio_off", "editor/ratio_off", "completions/clipped_ratio", "num_tokens"]);
+    check(&folder, &steps, &["actor/grad_norm", "editor/grad_norm", "actor/entropy"]);
+    // Not all edits come out right at once, and what follows is a second round.
+    assert!(steps.iter().any(|metrics| metrics["trajectory/turns"] > 1.0), "{steps:?}");
 }
 
 /// The metrics of one step, which may have several updates, and the adapter that comes of it.
@@ -359,7 +363,8 @@ fn the_configs_that_are_shipped_load() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("configs/tabletop/{name}.toml"));
         let request = Request { config: Some(file), resume: None, out: Some(dir.path().join("run")), set: Vec::new() };
         let prepared = request.prepare::<GrpoConfig>().unwrap();
-        assert!(prepared.config.group.size >= 8 && prepared.config.train.best.as_deref() == Some("eval/perfect"));
+        let best = prepared.config.train.best.as_deref();
+        assert!(prepared.config.group.size >= 8 && matches!(best, Some("eval/perfect" | "eval/oracle")), "{name}");
     }
 }
 

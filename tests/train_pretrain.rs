@@ -4,6 +4,7 @@
 
 use candle_core::{DType, Device};
 use rlrig::{
+    error::Usage,
     flow::{field::pack, pipeline::Klein, sampler::Velocity},
     models::{Folder, flux2::Flux2, peft::Peft},
     scene::tabletop::{render::render, split::Split, tasks},
@@ -20,6 +21,33 @@ use std::{
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
+
+#[test]
+fn sizes_of_which_nothing_can_be_made_are_mistakes_of_the_config() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.toml");
+    for (objective, set, named) in [
+        ("diffuser", "heads=0", "heads"),
+        ("diffuser", "head_dim=20", "head_dim is a multiple of 8"),
+        ("diffuser", "text.layers=0", "text.layers"),
+        ("diffuser", "text.heads=0", "text.heads"),
+        ("diffuser", "text.heads=5", "text.hidden one of twice text.heads"),
+        ("diffuser", "evaluation.steps=0", "evaluation.steps"),
+        ("vlm", "shape.patch=0", "patch"),
+        ("vlm", "shape.merge=0", "merge"),
+        ("vlm", "shape.patch=12", "divide a picture's side"),
+        ("vlm", "shape.vision_heads=0", "heads"),
+        ("vlm", "shape.hidden=0", "hidden"),
+        ("autoencoder", "statistics=0", "autoencoder.statistics"),
+        ("autoencoder", "held_out=0", "autoencoder.held_out"),
+    ] {
+        fs::write(&config, format!("objective = '{objective}'")).unwrap();
+        let set = vec![format!("{objective}.{set}")];
+        let request = Request { config: Some(config.clone()), resume: None, out: Some(dir.path().join("no")), set };
+        let Err(error) = request.prepare::<PretrainConfig>() else { panic!("{:?} was taken", request.set) };
+        assert!(error.is::<Usage>() && error.to_string().contains(named), "{:?}: {error:#}", request.set);
+    }
+}
 
 /// Twenty pictures of other prompts than theirs, as a Diffuser might have drawn them.
 fn draw(folder: &Path) {

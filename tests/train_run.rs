@@ -311,6 +311,32 @@ fn a_torn_checkpoint_stops_the_resume() {
     assert!(error.contains("step-00000014.safetensors is torn"), "{error}");
 }
 
+#[test]
+fn a_dry_run_tells_the_time_of_the_steps_that_are_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = "objective = 'autoencoder'
+        train = { steps = 2, batch = 1, evaluate_every = 0, samples_every = 0 }
+        [autoencoder]
+        block_out_channels = [4, 8]
+        latent_channels = 2
+        norm_num_groups = 2
+        crop = 32
+        statistics = 2
+        held_out = 1";
+    fs::write(dir.path().join("small.toml"), config).unwrap();
+    let pretrain = |args: &[&str]| {
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"));
+        let output = command.current_dir(dir.path()).args(["train", "pretrain"]).args(args).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    assert!(pretrain(&["--config", "small.toml", "--out", "run", "--dry-run"]).contains(" s, 2 take about"));
+    pretrain(&["--config", "small.toml", "--out", "run"]);
+    let resume = ["--resume", "run", "--dry-run", "--set", "train.steps=5"];
+    assert!(pretrain(&resume).contains(" s, 3 take about"));
+}
+
 /// A loss that does not reach one of its variables.
 struct Deaf(Mean);
 

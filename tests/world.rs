@@ -8,8 +8,10 @@ use rlrig::{
         dataset::{self, Selection, Wording},
         flaws::Flaws,
     },
+    io::png,
     scene::{laion_sg::Record, parse::parse, tabletop::oracle},
 };
+use std::{process::Stdio, time::Duration};
 
 fn rlrig() -> Command {
     Command::cargo_bin("rlrig").unwrap()
@@ -55,8 +57,18 @@ fn export_writes_records_that_the_oracle_confirms() {
     for name in ["test.json", "images/000003.png"] {
         assert_eq!(std::fs::read(out.join(name)).unwrap(), std::fs::read(again.join(name)).unwrap());
     }
-    export(&again, "test").code(2);
-    export(&folder.path().join("new"), "exam").code(2);
+    let new = folder.path().join("new");
+    let none = rlrig().args(["world", "export", "--count", "0", "--out"]).arg(&new).assert();
+    for (call, expected) in [
+        (export(&again, "test"), "again is not empty; name a new folder"),
+        (export(&again.join("test.json"), "test"), "test.json is a file, not a folder"),
+        (export(&new, "exam"), "unknown split \"exam\"; known are train"),
+        (none, "--count is 1 or more"),
+    ] {
+        let said = String::from_utf8_lossy(&call.code(2).get_output().stderr).into_owned();
+        assert!(said.contains(expected), "{said}");
+    }
+    assert!(!new.exists());
 
     let picture = out.join("images").join(&records[0].name);
     let run = rlrig().args(["world", "oracle", "--json", "--image"]).arg(&picture).assert().success();
@@ -64,6 +76,32 @@ fn export_writes_records_that_the_oracle_confirms() {
     assert_eq!(document["objects"].as_array().unwrap().len(), records[0].items.len());
     assert_eq!(document["unclear"], 0);
     rlrig().args(["world", "oracle", "--image"]).arg(&picture).assert().success();
+}
+
+#[cfg(unix)]
+#[test]
+fn an_export_that_is_interrupted_leaves_whole_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("export/images");
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("rlrig"))
+        .args(["world", "export", "--count", "1000000", "--out"])
+        .arg(folder.path().join("export"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while std::fs::read_dir(&images).map_or(0, Iterator::count) < 20 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended early");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("interrupted"), "{said}");
+    for file in std::fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path()) {
+        assert!(!file.file_name().unwrap().to_string_lossy().starts_with('.'), "{}", file.display());
+        png::read(&file).unwrap();
+    }
 }
 
 #[test]

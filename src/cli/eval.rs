@@ -166,9 +166,9 @@ pub struct EvalRun {
     /// How pictures are edited
     #[arg(long, value_enum, value_name = "E", default_value_t, help_heading = "The loop")]
     pub editor: EditorKind,
-    /// How a picture is inverted to noise, with --editor inversion
-    #[arg(long, value_enum, value_name = "I", default_value_t, help_heading = "The loop")]
-    pub inversion: Inversion,
+    /// How a picture is inverted to noise, with --editor inversion [default: rf-inversion]
+    #[arg(long, value_enum, value_name = "I", help_heading = "The loop")]
+    pub inversion: Option<Inversion>,
     /// Prompts that are worked on at once; the results do not depend on it
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "The loop")]
     pub batch: usize,

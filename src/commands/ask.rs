@@ -3,9 +3,12 @@
 use crate::{
     cli::Asked,
     io::read_file,
-    rig::{roles::Target, vlm_roles::Critic},
+    rig::{
+        roles::{Claim, Target},
+        vlm_roles::Critic,
+    },
     scene::{
-        graph::SceneGraph,
+        graph::{Object, Relation, SceneGraph},
         laion_sg::Record,
         parse::{ParseError, parse},
         relation::contradictions,
@@ -17,7 +20,7 @@ use serde_json::{Value, from_slice};
 use std::{io::Read, path::Path};
 
 /// A longer prompt is no prompt.
-const MAX_CHARS: usize = 4000;
+pub const MAX_CHARS: usize = 4000;
 const MAX_FILE: u64 = 64 << 20;
 
 /// One thing that is asked for.
@@ -33,11 +36,13 @@ pub enum Ask {
 pub fn read(asked: &Asked, strict: bool) -> Result<Vec<Ask>> {
     if let Some(path) = &asked.graph {
         let graphs = graphs(path)?;
-        let place = |i: usize| match graphs.len() {
+        let n = graphs.len();
+        let place = |i: usize| match n {
             1 => path.display().to_string(),
             n => format!("{}, graph {} of {n}", path.display(), i + 1),
         };
-        return graphs.iter().enumerate().map(|(i, graph)| from_graph(graph).with_context(|| place(i))).collect();
+        let ask = |graph: Result<SceneGraph>| from_graph(graph?, strict);
+        return graphs.into_iter().enumerate().map(|(i, graph)| ask(graph).with_context(|| place(i))).collect();
     }
     let text = match (&asked.prompt, &asked.prompt_file) {
         (Some(prompt), _) if prompt != "-" => return Ok(vec![understand(prompt, strict)?]),
@@ -83,10 +88,12 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
 /// The target, after the VLM has found the claims of what the grammar could not read; `say` hears which. With `only` nothing
 /// else may be in the picture.
 pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Result<Target> {
-    let target = match ask {
+    let mut target = match ask {
         Ask::Target(target) => target,
         Ask::Words(prompt) => found(prompt, critic, say)?,
     };
+    // A recipe's may say it already.
+    target.claims.retain(|claim| !matches!(claim, Claim::Only(_)));
     Ok(if only { target.and_nothing_else() } else { target })
 }
 
@@ -107,22 +114,22 @@ fn found(prompt: String, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> 
     Ok(target)
 }
 
-/// LAION-SG's records, one or a list, or plain scene graphs likewise.
-fn graphs(path: &Path) -> Result<Vec<SceneGraph>> {
+/// LAION-SG's records, one or a list, or plain scene graphs likewise; a record may be an error of its own.
+fn graphs(path: &Path) -> Result<Vec<Result<SceneGraph>>> {
     let shown = path.display();
     let bytes = read_file(path, MAX_FILE)?;
     // A byte order mark is no harm.
     let json = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let read = || -> serde_json::Result<Vec<SceneGraph>> {
+    let read = || -> serde_json::Result<Vec<Result<SceneGraph>>> {
         // What the first of them is, all are: serde names the place of a mistake only if it knows what it reads.
         let value: Value = from_slice(json)?;
         let first = value.as_array().map_or(Some(&value), |all| all.first());
         let is_record = first.is_some_and(|one| one.get("items").is_some());
         Ok(match (value.is_array(), is_record) {
-            (true, true) => from_slice::<Vec<Record>>(json)?.iter().map(Record::graph).collect(),
-            (true, false) => from_slice(json)?,
-            (false, true) => vec![from_slice::<Record>(json)?.graph()],
-            (false, false) => vec![from_slice(json)?],
+            (true, true) => from_slice::<Vec<Record>>(json)?.iter().map(whole).collect(),
+            (true, false) => from_slice::<Vec<SceneGraph>>(json)?.into_iter().map(Ok).collect(),
+            (false, true) => vec![whole(&from_slice(json)?)],
+            (false, false) => vec![Ok(from_slice(json)?)],
         })
     };
     match read() {
@@ -134,10 +141,20 @@ fn graphs(path: &Path) -> Result<Vec<SceneGraph>> {
     }
 }
 
+/// The graph of a record whose relations are all between its items.
+fn whole(record: &Record) -> Result<SceneGraph> {
+    let dangling = record.dangling().map(|t| format!("{} {:?} {}", t.item1, t.relation, t.item2));
+    let dangling = dangling.collect::<Vec<_>>().join(", ");
+    if !dangling.is_empty() {
+        usage!("relations that name an item which is not there: {dangling}");
+    }
+    Ok(record.graph())
+}
+
 /// Objects, and relations, of a scene graph that is drawn at most: each is a question about every picture.
 const LARGEST_GRAPH: usize = 200;
 
-fn from_graph(graph: &SceneGraph) -> Result<Ask> {
+fn from_graph(mut graph: SceneGraph, strict: bool) -> Result<Ask> {
     let (objects, relations) = (graph.objects.len(), graph.relations.len());
     if objects.max(relations) > LARGEST_GRAPH {
         usage!(
@@ -147,12 +164,67 @@ fn from_graph(graph: &SceneGraph) -> Result<Ask> {
     if let Err(error) = graph.validate() {
         usage!("{error}");
     }
-    if let Some(why) = contradictions(graph).into_iter().next() {
+    if strict {
+        graph = in_known_words(&graph)?;
+    }
+    if let Some(why) = contradictions(&graph).into_iter().next() {
         usage!("no picture can show this: {why}");
     }
     let prompt = graph.triple_text();
     if prompt.is_empty() {
         usage!("a scene graph without objects says nothing to draw");
     }
-    Ok(Ask::Target(Target::new(prompt, graph)))
+    Ok(Ask::Target(Target::new(prompt, &graph)))
+}
+
+/// The graph in the words of the tabletop world, by the grammar of prompts.
+fn in_known_words(graph: &SceneGraph) -> Result<SceneGraph> {
+    let read = |text: &str| match parse(text) {
+        Ok(read) => Ok(read),
+        Err(error) => usage!("{error}"),
+    };
+    let object = |object: &Object| match <[Object; 1]>::try_from(read(&object.phrase())?.objects) {
+        Ok([known]) => Ok(known),
+        Err(_) => usage!("\"{}\" is more than one object", object.phrase()),
+    };
+    let relation = |relation: &Relation| {
+        let read = read(&format!("a ball {} a cube", relation.predicate))?;
+        match <[Relation; 1]>::try_from(read.relations) {
+            Ok([known]) => Ok(Relation { predicate: known.predicate, ..*relation }),
+            Err(_) => usage!("\"{}\" is not one relation", relation.predicate),
+        }
+    };
+    Ok(SceneGraph {
+        objects: graph.objects.iter().map(object).collect::<Result<_>>()?,
+        relations: graph.relations.iter().map(relation).collect::<Result<_>>()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_that_know_few_words_are_told_in_those() {
+        let told = |label: &str, predicate: &str, strict| {
+            let objects = vec![Object::new(label, vec!["big".into()]), Object::new("cube", Vec::new())];
+            let relations = vec![Relation { subject: 0, predicate: predicate.into(), object: 1 }];
+            match from_graph(SceneGraph { objects, relations }, strict) {
+                Ok(Ask::Target(target)) => target.prompt,
+                Ok(Ask::Words(words)) => panic!("{words}"),
+                Err(error) => error.to_string(),
+            }
+        };
+        assert_eq!(told("sphere", "to the left of", true), "large ball left of cube");
+        assert_eq!(told("giraffe", "chasing", false), "big giraffe chasing cube");
+        for (label, predicate, expected) in [
+            ("giraffe", "above", "unknown shape \"giraffe\""),
+            ("ball", "chasing", "\"chasing\" where a relation"),
+            ("ball and a ring", "above", "\"big ball and a ring\" is more than one object"),
+            ("ball", "and", "\"and\" is not one relation"),
+        ] {
+            let error = told(label, predicate, true);
+            assert!(error.contains(expected), "{error}");
+        }
+    }
 }

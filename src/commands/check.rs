@@ -21,7 +21,7 @@ pub fn run(args: &Check) -> Result<()> {
     let ask = ask::understand(&args.prompt, strict)?;
     let picture = Picture::from_pixels(png::read(&args.image)?);
     let device = open::device(&args.models)?;
-    let found = open::find_vlm(&args.critic)?;
+    let found = open::find_vlm(&args.critic, args.print.quiet)?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
     let critic = open::checker(&found, (&device.0, device.1), &mut adapters)?;

@@ -1,17 +1,25 @@
 //! `rlrig edit`: one edit of one picture.
 
-use super::{adapters::Adapters, fresh_seed, interrupt, open, output::Output, show::Console};
+use super::{
+    adapters::Adapters,
+    ask::MAX_CHARS,
+    fresh_seed,
+    generate::flag,
+    interrupt, open,
+    output::{Output, is_png},
+    show::Console,
+};
 use crate::{
     cli::{Edit, EditorKind},
     io::png,
     rig::{
         klein::Painter,
         roles::{self, Editor, Picture, Target},
+        trajectory::Parameters,
     },
     usage,
 };
 use anyhow::{Result, bail};
-use clap::ValueEnum;
 use serde_json::json;
 use std::sync::atomic::Ordering;
 
@@ -20,20 +28,24 @@ pub fn run(args: &Edit) -> Result<()> {
     let instruction = args.instruction.trim();
     match instruction.chars().count() {
         0 => usage!("the instruction is empty"),
-        n if n > 4000 => usage!("the instruction has {n} characters; at most 4000 are read"),
+        n if n > MAX_CHARS => usage!("the instruction has {n} characters; at most {MAX_CHARS} are read"),
         _ => {}
+    }
+    let inversion = args.editor.inversion(args.inversion)?;
+    if !is_png(&args.out) {
+        usage!("--out {}: name one .png file", args.out.display());
     }
     let seed = args.seed.unwrap_or_else(fresh_seed);
     let picture = Picture::from_pixels(png::read(&args.image)?);
     let output = Output::new(Some(&args.out), &[seed], args.force, !args.no_metadata)?;
     let (device, dtype) = open::device(&args.models)?;
-    let found = open::find_pipeline(&args.painter)?;
+    let found = open::find_pipeline(&args.painter, args.print.quiet)?;
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
     let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
-    let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), 1);
+    let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
     let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);
     let painter = Painter::new(klein, painting, console.watch(stop)).with_editor(editor);
 
@@ -57,22 +69,16 @@ pub fn run(args: &Edit) -> Result<()> {
             "steps": steps,
             "solver": solver,
             "guidance": guidance,
-            "editor": args.editor.to_possible_value().map(|v| v.get_name().to_owned()),
-            "inversion": (args.editor == EditorKind::Inversion)
-                .then(|| args.inversion.to_possible_value().map(|v| v.get_name().to_owned())),
+            "editor": flag(args.editor),
+            "inversion": (args.editor == EditorKind::Inversion).then(|| flag(inversion)),
             "model": found.source,
             "adapters": adapters.told(),
             "dtype": open::dtype_name(dtype),
         },
     });
     let pixels = edited[0].pixels()?;
-    let parameters = format!(
-        "{instruction}\nSteps: {steps}, Sampler: {}, CFG scale: {guidance}, Seed: {seed}, Size: {}x{}, Version: rlrig {}",
-        solver.name(),
-        pixels.width(),
-        pixels.height(),
-        env!("CARGO_PKG_VERSION")
-    );
+    let (size, model) = (pixels.dimensions(), &found.source.name);
+    let parameters = Parameters { prompt: instruction, steps, solver, guidance, seed, size, model, rounds: None };
     let file = output.write_with(0, pixels, &parameters, &recipe.to_string())?;
     console.done();
     if args.print.json {

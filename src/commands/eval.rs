@@ -55,6 +55,10 @@ fn evaluate(args: &EvalRun) -> Result<()> {
         return eval_edits::run(args);
     }
     let console = Console::new(args.print.quiet, 0);
+    // Before data or models are fetched.
+    if let Some(out) = &args.out {
+        Folder::check(out, args.resume)?;
+    }
     let (samples, flaws, files) = samples(args)?;
     flaws.iter().flat_map(Flaws::sentences).for_each(|flaw| console.say(&format!("the data has {flaw}")));
     let stop = interrupt()?;
@@ -122,7 +126,7 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
             }
             (Dataset::Tabletop, Some(_)) => usage!("--data is for --dataset laion-sg"),
             (Dataset::LaionSg, data) => {
-                let data = laion_sg_file(data.as_deref(), split)?;
+                let data = laion_sg_file(data.as_deref(), split, args.print.quiet)?;
                 if args.split.len() > 1 && args.data.as_deref().is_some_and(Path::is_file) {
                     usage!("--data is one file: give its --split, or a folder with a file for each");
                 }
@@ -137,14 +141,14 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
 }
 
 /// LAION-SG's file or folder: what is given, or its file of the split on the hub.
-fn laion_sg_file(given: Option<&Path>, split: &str) -> Result<PathBuf> {
+fn laion_sg_file(given: Option<&Path>, split: &str, quiet: bool) -> Result<PathBuf> {
     const ON_THE_HUB: &str = "mengcy/LAION-SG";
     let name = match given {
         Some(path) if path.exists() => return Ok(path.to_owned()),
         Some(path) => path.to_string_lossy().into_owned(),
         None => ON_THE_HUB.to_owned(),
     };
-    let (bar, choose) = (open::Download::default(), |files: &[&str]| dataset::choose_file(files, split));
+    let (bar, choose) = (open::Download::new(quiet), |files: &[&str]| dataset::choose_file(files, split));
     Hub::from_env()?
         .data_file(&name, &choose, &|file, done, all| bar.show(file, done, all))
         .with_context(|| format!("--data {name} is no file or folder here, so the hub was asked"))
@@ -198,19 +202,22 @@ struct Models {
 
 impl Models {
     fn open(args: &EvalRun, options: Options, console: &Console, stop: &'static AtomicBool) -> Result<Self> {
+        let editing = (args.editor, args.editor.inversion(args.inversion)?);
         let (device, dtype) = open::device(&args.models)?;
         let at = (&device, dtype);
         let mut adapters = Adapters::open(&args.models)?;
-        let (pipeline, vlm) = (open::find_pipeline(&args.painter)?, open::find_vlm(&args.critic)?);
+        let (pipeline, vlm) =
+            (open::find_pipeline(&args.painter, args.print.quiet)?, open::find_vlm(&args.critic, args.print.quiet)?);
         let (klein, editor) = open::pipeline(&pipeline, at, &mut adapters)?;
         let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
         let critic = critic.with_looks(open::looks(args.cycle.looks, &vlm));
         adapters.finish()?;
-        let painting = open::painting(&klein, &pipeline, &args.sampling, (args.editor, args.inversion), args.batch);
+        let painting = open::painting(&klein, &pipeline, &args.sampling, editing, args.batch);
         let painter = || Painter::new(klein.clone(), painting.clone(), console.watch(stop));
         let bare_painter = editor.is_some().then(painter);
         let bare_critic = actor.is_some().then(|| critic.clone());
-        let judge = args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge")).transpose()?;
+        let judge =
+            args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge", args.print.quiet)).transpose()?;
         let source: Option<&Source> = judge.as_ref().map(|found| &found.source);
         let mut told = json!({
             "steps": painting.steps, "solver": painting.solver, "guidance": painting.guidance, "looks": critic.looks, "calibration": critic.calibration, "editor": format!("{:?}", painting.editing),

@@ -28,14 +28,15 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let split = split_of(name)?;
     let (subset_seed, limit) = (args.subset_seed.unwrap_or(0), args.limit.unwrap_or(dataset::LIMIT));
     let out = args.out.as_deref().map(Fresh::new).transpose()?;
+    let editing = (args.editor, args.editor.inversion(args.inversion)?);
     let (device, dtype) = open::device(&args.models)?;
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, limit);
     let mut adapters = Adapters::open(&args.models)?;
-    let found = open::find_pipeline(&args.painter)?;
+    let found = open::find_pipeline(&args.painter, args.print.quiet)?;
     let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
-    let painting = open::painting(&klein, &found, &args.sampling, (args.editor, args.inversion), args.batch);
+    let painting = open::painting(&klein, &found, &args.sampling, editing, args.batch);
     let settings = json!({
         "split": split.name(), "subset_seed": subset_seed, "limit": limit, "seed": seed, "objects": args.objects,
         "steps": painting.steps, "solver": painting.solver, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),

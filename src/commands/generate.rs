@@ -10,13 +10,14 @@ use super::{
 };
 use crate::{
     cli::{EditorKind, Generate},
-    flow::Watch,
+    flow::{Inversion, Watch},
     io::{self, png},
     models::built_in,
     rig::{
         cycle::{self, Cast, Ending, Event, Job, Outcome},
         klein::Painter,
-        trajectory::{Recipe, Source, Trajectory},
+        roles::Claim,
+        trajectory::{Recipe, Source, Trajectory, is_edit},
         vlm_roles::Critic,
     },
     usage,
@@ -54,7 +55,8 @@ pub fn run(args: Generate) -> Result<()> {
     let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
     let mut kept = 0;
     let finish = |job: usize, outcome: &Outcome| -> Result<()> {
-        let recipe = Recipe { seed: jobs[job].seed, ..recipe.clone() };
+        let seed = jobs[job].seed;
+        let recipe = Recipe { seed, noise_row: painter.noise_row(seed), ..recipe.clone() };
         let trajectory = Trajectory::new(jobs[job].target.clone(), recipe, outcome);
         let file = plan.output.write(job, outcome.best().picture.pixels()?, &trajectory)?;
         let folder = match &plan.turns {
@@ -90,8 +92,11 @@ struct Plan {
     only: bool,
     /// Of each prompt.
     seeds: Vec<u64>,
+    editing: (EditorKind, Inversion),
     /// What the first drawings begin with, and the hash of its file.
     noise: Option<(Tensor, String)>,
+    /// Which of that file's noises a recipe began with.
+    noise_row: Option<usize>,
     output: Output,
     turns: Option<Turns>,
     device: Device,
@@ -104,16 +109,23 @@ impl Plan {
     fn new(args: &Generate, from: Option<&Trajectory>) -> Result<Self> {
         open::check_sampling(&args.sampling)?;
         let options = open::cycle(&args.cycle, args.batch)?;
+        let editor = args.editor.unwrap_or_default();
+        let editing = (editor, editor.inversion(args.inversion)?);
         let strict = [&args.painter.model, &args.critic.vlm].iter().all(|m| built_in::are_named(m.as_deref()));
-        let asks = match from {
-            Some(from) if !args.asked.any() => vec![Ask::Target(from.target.clone())],
-            _ => ask::read(&args.asked, strict)?,
+        let (asks, only) = match from {
+            Some(Trajectory { target, .. }) if !args.asked.any() => {
+                let only = target.claims.iter().any(|claim| matches!(claim, Claim::Only(_)));
+                (vec![Ask::Target(target.clone())], only)
+            }
+            _ => (ask::read(&args.asked, strict)?, strict),
         };
-        // A recipe's claims say already whether this one is among them.
-        let only = args.only.only.unwrap_or(strict && args.asked.any());
+        let only = args.only.only.unwrap_or(only);
         let seeds = seeds(args)?;
         let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
         let noise = args.init_noise.as_deref().map(read_noise).transpose()?;
+        let hash = noise.as_ref().map(|(_, hash)| hash);
+        let noise_row =
+            from.filter(|from| from.recipe.init_noise.as_ref() == hash).and_then(|from| from.recipe.noise_row);
         if let Some(path) = &args.save_noise {
             if path.exists() && !args.force {
                 return Err(io::exists(path));
@@ -128,12 +140,13 @@ impl Plan {
         }
         let turns = args.trajectory.as_deref().map(|dir| Turns::new(dir, &all_seeds, args.force)).transpose()?;
         let (device, dtype) = open::device(&args.models)?;
-        let (pipeline, vlm) = (open::find_pipeline(&args.painter)?, open::find_vlm(&args.critic)?);
-        Ok(Self { options, asks, only, seeds, noise, output, turns, device, dtype, pipeline, vlm })
+        let (pipeline, vlm) =
+            (open::find_pipeline(&args.painter, args.print.quiet)?, open::find_vlm(&args.critic, args.print.quiet)?);
+        Ok(Self { options, asks, only, seeds, editing, noise, noise_row, output, turns, device, dtype, pipeline, vlm })
     }
 }
 
-/// Opens the models, and tells the recipe of what they make, but for each picture's own seed.
+/// Opens the models, and tells the recipe of what they make, but for each picture's own seed and noise.
 fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(Painter, Critic, Recipe)> {
     let Plan { options, pipeline, vlm, .. } = plan;
     let at = (&plan.device, plan.dtype);
@@ -143,9 +156,8 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
     let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;
 
-    let editor = args.editor.unwrap_or_default();
-    let inversion = args.inversion.unwrap_or_default();
-    let painting = open::painting(&klein, pipeline, &args.sampling, (editor, inversion), args.batch);
+    let painting = open::painting(&klein, pipeline, &args.sampling, plan.editing, args.batch);
+    let (editor, inversion) = plan.editing;
     let recipe = Recipe {
         seed: 0,
         rounds: options.rounds,
@@ -163,10 +175,11 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
         adapters: adapters.told().to_vec(),
         dtype: open::dtype_name(plan.dtype).to_owned(),
         init_noise: plan.noise.as_ref().map(|(_, hash)| hash.clone()),
+        noise_row: None,
     };
     let mut painter = Painter::new(klein, painting, watch).with_editor(editing);
     if let Some((noise, _)) = &plan.noise {
-        painter = painter.with_noise(noise, &plan.seeds)?;
+        painter = painter.with_noise(noise, plan.noise_row, &plan.seeds)?;
     }
     Ok((painter, critic, recipe))
 }
@@ -204,7 +217,7 @@ fn read_recipe(path: &Path) -> Result<Trajectory> {
     let Some((_, text)) = texts.iter().find(|(keyword, _)| keyword == png::CHUNK) else {
         usage!("{} carries no recipe of rlrig", path.display());
     };
-    if serde_json::from_str::<serde_json::Value>(text).is_ok_and(|recipe| recipe.get("edit").is_some()) {
+    if is_edit(text) {
         usage!(
             "{} was made by `rlrig edit`, not drawn from a prompt; `rlrig info` shows the instruction to give again",
             path.display()
@@ -226,8 +239,9 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     if args.seed.is_empty() {
         args.seed = vec![recipe.seed];
     }
-    args.cycle.rounds = args.cycle.rounds.or(Some(recipe.rounds));
-    args.cycle.draws = args.cycle.draws.or(Some(recipe.draws));
+    let rounds = args.cycle.rounds.unwrap_or(recipe.rounds);
+    args.cycle.rounds = Some(rounds);
+    args.cycle.draws = args.cycle.draws.or(Some(recipe.draws.min(rounds)));
     args.cycle.redraw = args.cycle.redraw.or(Some(recipe.redraw));
     args.cycle.accept = args.cycle.accept.or(Some(recipe.accept));
     args.cycle.looks = args.cycle.looks.or(Some(recipe.looks));
@@ -235,7 +249,10 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     args.sampling.solver = args.sampling.solver.or(Some(recipe.solver));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));
     args.editor = args.editor.or(value(&recipe.editor)?);
-    args.inversion = args.inversion.or(recipe.inversion.as_deref().map(value).transpose()?.flatten());
+    // Another editor has no use for the recipe's.
+    if args.editor == Some(EditorKind::Inversion) {
+        args.inversion = args.inversion.or(recipe.inversion.as_deref().map(value).transpose()?.flatten());
+    }
     args.painter.model = args.painter.model.or_else(|| Some(named(&recipe.model)));
     args.critic.vlm = args.critic.vlm.or_else(|| Some(named(&recipe.vlm)));
     args.models.dtype = args.models.dtype.or(value(&recipe.dtype)?);
@@ -253,7 +270,8 @@ fn value<T: ValueEnum>(name: &str) -> Result<Option<T>> {
     }
 }
 
-fn flag<T: ValueEnum>(value: T) -> String {
+/// A flag's value as it is typed.
+pub fn flag<T: ValueEnum>(value: T) -> String {
     value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned())
 }
 

@@ -6,7 +6,7 @@ use crate::{
     io::png,
     rig::{
         cycle::Action,
-        trajectory::{Source, Trajectory},
+        trajectory::{Source, Trajectory, is_edit},
     },
     usage,
 };
@@ -24,12 +24,11 @@ pub fn run(args: &Info) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
         return Ok(());
     }
-    match chunk.map(|text| Trajectory::from_json(text)) {
-        Some(Ok(trajectory)) => return show(out, &trajectory),
-        Some(Err(error)) if !texts.iter().any(|(keyword, _)| keyword == "parameters") => {
-            return Err(error.context(format!("the recipe of {}", args.file.display())));
-        }
-        _ => {}
+    // Of an edit, the words for other tools say what there is to say.
+    if let Some(text) = chunk.filter(|text| !is_edit(text)) {
+        let trajectory =
+            Trajectory::from_json(text).with_context(|| format!("the recipe of {}", args.file.display()))?;
+        return show(out, &trajectory);
     }
     if texts.is_empty() {
         usage!("{} carries no text at all", args.file.display());

@@ -19,7 +19,7 @@ use crate::{
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 /// The built-in model's sampling.
 const BUILT_IN_STEPS: usize = 20;
@@ -40,25 +40,25 @@ impl Found {
 }
 
 /// The folder of the pipeline, without reading it yet.
-pub fn find_pipeline(args: &PainterArgs) -> Result<Found> {
-    find(args.model.as_deref(), built_in::PIPELINE, "--model")
+pub fn find_pipeline(args: &PainterArgs, quiet: bool) -> Result<Found> {
+    find(args.model.as_deref(), built_in::PIPELINE, "--model", quiet)
 }
 
 /// The folder of the VLM, without reading it yet.
-pub fn find_vlm(args: &CriticArgs) -> Result<Found> {
-    find_a_vlm(args.vlm.as_deref(), "--vlm")
+pub fn find_vlm(args: &CriticArgs, quiet: bool) -> Result<Found> {
+    find_a_vlm(args.vlm.as_deref(), "--vlm", quiet)
 }
 
 /// The folder of a VLM that a flag names.
-pub fn find_a_vlm(name: Option<&str>, flag: &str) -> Result<Found> {
-    let mut found = find(name, built_in::VLM, flag)?;
+pub fn find_a_vlm(name: Option<&str>, flag: &str, quiet: bool) -> Result<Found> {
+    let mut found = find(name, built_in::VLM, flag, quiet)?;
     if found.is_built_in() {
         found.folder = found.folder.require("vlm")?;
     }
     Ok(found)
 }
 
-fn find(name: Option<&str>, parts: &[&'static str], flag: &str) -> Result<Found> {
+fn find(name: Option<&str>, parts: &[&'static str], flag: &str, quiet: bool) -> Result<Found> {
     let revision = name.and_then(|name| name.strip_prefix(built_in::NAME)?.strip_prefix('@'));
     if let Some(asked) = revision.filter(|asked| *asked != built_in::revision()) {
         usage!(
@@ -68,7 +68,7 @@ fn find(name: Option<&str>, parts: &[&'static str], flag: &str) -> Result<Found>
         );
     }
     if let Some(name) = name.filter(|name| !built_in::are_named(Some(name))) {
-        let bar = Download::default();
+        let bar = Download::new(quiet);
         let Local { path, revision } =
             Hub::from_env()?.locate(name, &|file, done, total| bar.show(file, done, total))?;
         return Ok(Found { folder: path.into(), source: Source { name: name.to_owned(), revision } });
@@ -263,12 +263,21 @@ pub fn check_looks(looks: Option<usize>) -> Result<()> {
 }
 
 /// A bar on stderr for each file that is fetched.
-#[derive(Default)]
-pub struct Download(std::cell::RefCell<Option<(String, ProgressBar)>>);
+pub struct Download {
+    quiet: bool,
+    shown: RefCell<Option<(String, ProgressBar)>>,
+}
 
 impl Download {
+    pub fn new(quiet: bool) -> Self {
+        Self { quiet, shown: RefCell::default() }
+    }
+
     pub fn show(&self, file: &str, done: u64, total: u64) {
-        let mut shown = self.0.borrow_mut();
+        if self.quiet {
+            return;
+        }
+        let mut shown = self.shown.borrow_mut();
         if shown.as_ref().is_none_or(|(name, _)| name != file) {
             let bar = ProgressBar::new(total);
             if let Ok(style) =
@@ -281,6 +290,20 @@ impl Download {
         }
         if let Some((_, bar)) = &*shown {
             bar.set_position(done);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quiet_download_shows_no_bar() {
+        for quiet in [true, false] {
+            let download = Download::new(quiet);
+            download.show("model.safetensors", 1, 2);
+            assert_eq!(download.shown.borrow().is_none(), quiet);
         }
     }
 }

@@ -1,6 +1,10 @@
 //! Where pictures go: names that can be foreseen, and nothing overwritten by accident.
 
-use crate::{io, rig::trajectory::Trajectory, usage};
+use crate::{
+    io,
+    rig::trajectory::{Parameters, Trajectory},
+    usage,
+};
 use anyhow::{Context, Result};
 use image::RgbImage;
 use std::{
@@ -19,9 +23,8 @@ impl Output {
     /// A name for each of `seeds`: `out` itself if it is a PNG, else `out-NNNN-SEED.png` in the folder `out`, numbered on
     /// from those that are there.
     pub fn new(out: Option<&Path>, seeds: &[u64], overwrite: bool, metadata: bool) -> Result<Self> {
-        let png = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
         let files = match out {
-            Some(file) if png(file) && !file.is_dir() => {
+            Some(file) if is_png(file) => {
                 if seeds.len() != 1 {
                     usage!(
                         "--out {} is one file, but {} pictures are made: name a folder",
@@ -31,7 +34,7 @@ impl Output {
                 }
                 vec![file.to_owned()]
             }
-            Some(file) if file.extension().is_some() && !file.is_dir() => {
+            Some(file) if file.extension().is_some() && !is_folder(file) => {
                 usage!("--out {}: pictures are written as .png", file.display())
             }
             folder => {
@@ -72,9 +75,8 @@ impl Output {
     }
 
     /// Writes picture `i` with the texts for others and for rlrig.
-    pub fn write_with(&self, i: usize, image: &RgbImage, parameters: &str, own: &str) -> Result<&Path> {
-        let texts = [("parameters", parameters), (io::png::CHUNK, own)];
-        let texts = texts.map(|(keyword, text)| (keyword.to_owned(), text.to_owned()));
+    pub fn write_with(&self, i: usize, image: &RgbImage, parameters: &Parameters, own: &str) -> Result<&Path> {
+        let texts = [("parameters".to_owned(), parameters.to_string()), (io::png::CHUNK.to_owned(), own.to_owned())];
         io::png::write(&self.files[i], image, if self.metadata { &texts } else { &[] }, self.overwrite)?;
         Ok(&self.files[i])
     }
@@ -140,6 +142,16 @@ impl Fresh {
     }
 }
 
+/// Whether a picture can be written as `path` itself.
+pub fn is_png(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) && !is_folder(path)
+}
+
+/// Whether `path` is a folder, or is said to be one by a separator at its end.
+fn is_folder(path: &Path) -> bool {
+    path.is_dir() || path.to_string_lossy().ends_with(std::path::is_separator)
+}
+
 fn make_folder(folder: &Path) -> Result<()> {
     if folder.exists() && !folder.is_dir() {
         usage!("{} is a file, not a folder", folder.display());
@@ -183,6 +195,10 @@ mod tests {
         fs::write(dir.path().join("out-x-3.png"), "").unwrap();
         assert!(Output::new(Some(dir.path()), &[7], false, true).unwrap().files[0].ends_with("out-0005-7.png"));
         assert!(Output::new(Some(dir.path()), &[7], true, true).unwrap().files[0].ends_with("out-0000-7.png"));
+        // A folder's name may have a dot.
+        let dotted = Output::new(Some(&dir.path().join("v1.2/")), &[7], false, true).unwrap();
+        assert!(dotted.files[0].ends_with("v1.2/out-0000-7.png"));
+        assert!(is_png(&dir.path().join("a.PNG")) && !is_png(&dir.path().join("a.png/")));
     }
 
     #[test]

@@ -37,7 +37,7 @@ fn train<C: RunConfig>(command: &str, args: &cli::Run) -> Result<()> {
         let Rehearsal { plan, metrics, seconds } = prepared.rehearse()?;
         print_plan(&plan);
         print(&listed(&metrics))?;
-        print_cost(seconds, plan.steps);
+        print_cost(seconds, plan.steps.saturating_sub(plan.done));
         return Ok(());
     }
     let stop = interrupt()?;

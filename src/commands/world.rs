@@ -1,17 +1,18 @@
 //! `rlrig world`: the tabletop world as a data set, and its pixel oracle.
 
-use super::print;
+use super::{eval::split_of, interrupt, print};
 use crate::{
     cli::{World, WorldExport, WorldOracle},
-    io::{png, write_file},
+    io::{expect_empty, png, write_file},
     scene::{
         laion_sg::Record,
-        tabletop::{oracle, render, split::Split, tasks},
+        tabletop::{oracle, render, tasks},
     },
     usage,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
+use std::sync::atomic::Ordering;
 
 pub fn run(command: &World) -> Result<()> {
     match command {
@@ -22,28 +23,29 @@ pub fn run(command: &World) -> Result<()> {
 
 /// Writes `DIR/images/*.png` and `DIR/SPLIT.json`, a list of LAION-SG records.
 fn export(args: &WorldExport) -> Result<()> {
-    let Some(split) = Split::from_name(&args.split) else {
-        let known: Vec<&str> = Split::ALL.iter().map(|s| s.name()).collect();
-        usage!("unknown split \"{}\"; known are {}", args.split, known.join(", "));
-    };
-    if args.out.is_dir() && std::fs::read_dir(&args.out).context("reading the output folder")?.next().is_some() {
-        usage!("{} is not empty; name a new folder", args.out.display());
+    let split = split_of(&args.split)?;
+    if args.count == 0 {
+        usage!("--count is 1 or more, not 0");
     }
+    expect_empty(&args.out, "name a new folder")?;
     let images = args.out.join("images");
     std::fs::create_dir_all(&images).with_context(|| format!("creating {}", images.display()))?;
+    let stop = interrupt()?;
     let (fewest, most) = split.objects();
     let samples: Vec<(String, tasks::TextToImage)> = (0..args.count as u64)
         .into_par_iter()
         .map(|index| {
+            ensure!(!stop.load(Ordering::Relaxed), "interrupted; {} holds a part of the pictures", images.display());
             let sample = tasks::text_to_image(args.seed, split, index, fewest, most);
             let name = format!("{index:06}.png");
-            let path = images.join(&name);
+            let (path, partial) = (images.join(&name), images.join(format!(".{name}")));
             let png = png::encode(&render::render(&sample.scene), &[])?;
-            // Too many to sync each; but none is left half-written.
-            std::fs::write(&path, png)
+            // Too many to sync each; but none has its name before it is whole.
+            std::fs::write(&partial, png)
+                .and_then(|()| std::fs::rename(&partial, &path))
                 .inspect_err(|_| {
                     // There may be nothing to remove; what went wrong is the first error.
-                    let _ = std::fs::remove_file(&path);
+                    let _ = std::fs::remove_file(&partial);
                 })
                 .with_context(|| format!("cannot write {}", path.display()))?;
             Ok((name, sample))

@@ -35,10 +35,18 @@ pub struct Folder {
 }
 
 impl Folder {
+    /// Finds out before models are opened whether `path` can take a new run, or has one to go on with.
+    pub fn check(path: &Path, resume: bool) -> Result<()> {
+        if resume {
+            return read_config(path).map(drop);
+        }
+        make(path)?;
+        tempfile::tempfile_in(path).map(drop).with_context(|| format!("cannot write to {}", path.display()))
+    }
+
     /// A new run. A folder that has something in it is an error.
     pub fn create(path: &Path, config: &Value) -> Result<Self> {
-        expect_empty(path)?;
-        fs::create_dir_all(path).with_context(|| format!("cannot make the folder {}", path.display()))?;
+        make(path)?;
         let lock = io::lock(path, "evaluates")?;
         io::write_file(&path.join(CONFIG), &pretty(config)?, false)?;
         Ok(Self { path: path.to_owned(), lines: Vec::new(), _lock: Some(lock) })
@@ -73,7 +81,7 @@ impl Folder {
 
     /// Joins parts of one run into the new folder `path`: all of them with the documents of the whole, or none.
     pub fn join(path: &Path, parts: &[(Self, Value)], config: Value, versions: Value, flaws: Value) -> Result<Results> {
-        expect_empty(path)?;
+        io::expect_empty(path, "name a new folder")?;
         let cannot = || format!("cannot make the folder {}", path.display());
         let out = std::path::absolute(path).with_context(cannot)?;
         let beside = out.parent().with_context(cannot)?;
@@ -191,12 +199,10 @@ fn pretty(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     Ok(json)
 }
 
-/// An error if a new run would mix with what is there.
-fn expect_empty(path: &Path) -> Result<()> {
-    if fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some()) {
-        usage!("{} is not empty; name a new folder, or go on with it by --resume", path.display());
-    }
-    Ok(())
+/// Makes the folder of a new run, unless that would mix with what is there.
+fn make(path: &Path) -> Result<()> {
+    io::expect_empty(path, "name a new folder, or go on with it by --resume")?;
+    fs::create_dir_all(path).with_context(|| format!("cannot make the folder {}", path.display()))
 }
 
 fn read_config(path: &Path) -> Result<Value> {

@@ -9,7 +9,8 @@
 //! | Dance-SDE (DanceGRPO, arXiv 2505.07818) | `-a^2 d / 2t` | `a sqrt(-d)` |
 //! | CPS (arXiv 2509.05952) | `t' (1 - cos(a pi/2))` | `t' sin(a pi/2)` |
 //!
-//! The first two keep the marginals of the ODE as steps shrink, CPS does not. With `a = 0` each is Euler's rule, bit for bit.
+//! The first two keep the marginals of the ODE as steps shrink, CPS does not; over the few long steps of a window it is
+//! CPS that keeps nearer to them. With `a = 0` each is Euler's rule, bit for bit.
 //! Log-probabilities are means over the numbers of a state, so ratios of policies stay near 1 whatever the picture's size.
 
 use super::sampler::{Velocity, advance, evaluate, steps};
@@ -145,16 +146,34 @@ pub struct Taken {
     /// Its place in the run.
     pub index: usize,
     pub step: Step,
-    /// The state before it, the mean of the policy, and the state after it: `(B, ..)`.
+    /// The state before it: `(B, ..)`, or `(B / n, ..)` where it is the step in which `n` rows each part.
     pub x: Tensor,
+    /// The mean of the policy, and the state after it: `(B, ..)`.
     pub mean: Tensor,
     pub next: Tensor,
     /// `(B)`.
     pub log_prob: Tensor,
 }
 
+impl Taken {
+    /// How many rows come of each state before the step.
+    pub fn each(&self) -> candle_core::Result<usize> {
+        Ok(self.next.dim(0)? / self.x.dim(0)?)
+    }
+}
+
+/// `(B, ..)` of `(B / n, ..)`: each row `n` times, one after another.
+pub fn spread(x: &Tensor, rows: usize) -> candle_core::Result<Tensor> {
+    let heads = x.dim(0)?;
+    if heads == rows {
+        return Ok(x.clone());
+    }
+    x.unsqueeze(1)?.broadcast_as([&[heads, rows / heads], &x.dims()[1..]].concat())?.flatten(0, 1)
+}
+
 /// Draws a picture with `policy` on the steps of `window` and Euler's rule elsewhere. `noise` gives the fresh noise of a
 /// step; the steps in the window are kept for training. A step without noise (the last of CPS) has no density and is not kept.
+/// Fresh noise may have more rows than `x`: as many rows each begin as one, and part in the first stochastic step.
 pub fn rollout(
     field: &impl Velocity,
     x: &Tensor,
@@ -182,6 +201,7 @@ pub fn rollout(
             x = mean;
             continue;
         };
+        let mean = spread(&mean, noise.dim(0)?)?;
         let next = (&mean + (noise * step.std)?)?;
         let log_prob = step.log_prob(&mean, &next)?;
         taken.push(Taken { index, step, x, mean, next: next.clone(), log_prob });
@@ -286,6 +306,23 @@ mod tests {
             let e = noise(10 + t.index as u64).sqr()?.flatten_from(1)?.mean(1)?;
             let direct = (e * -0.5)?.affine(1.0, -t.step.std.ln() - 0.5 * TAU.ln())?;
             assert!(gap(&direct, &t.log_prob) < 1e-5);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn rows_that_begin_as_one_come_to_the_same_as_apart() -> candle_core::Result<()> {
+        let draw = |index: usize| Stream::new(3, "parting", index as u64).normal(&[6, 5, 4], &candle_core::Device::Cpu);
+        let run = |x: &Tensor| rollout(&gaussian, x, &even(6, 1.0, 0.0), Policy::default(), 1..3, draw);
+        let ((one, together), (other, apart)) = (run(&noise(0))?, run(&spread(&noise(0), 6)?)?);
+        assert_eq!(gap(&one, &other), 0.0);
+        for (t, a) in together.iter().zip(&apart) {
+            assert_eq!((gap(&spread(&t.x, 6)?, &a.x), gap(&t.log_prob, &a.log_prob)), (0.0, 0.0));
+        }
+        assert_eq!((together[0].each()?, together[1].each()?, apart[0].each()?), (3, 1, 1));
+        // Members of a group lie side by side.
+        for row in 0..6 {
+            assert_eq!(gap(&apart[0].x.get(row)?, &together[0].x.get(row / 3)?), 0.0);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ pub mod sheet;
 pub mod story;
 pub mod tensorboard;
 
+use crate::usage;
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
@@ -63,6 +64,17 @@ pub fn exists(path: &Path) -> anyhow::Error {
         "{} exists; choose another name or give --force to overwrite it",
         path.display()
     )))
+}
+
+/// An error if the folder of what is to be written is a file, or has something in it; `instead` says what to do then.
+pub fn expect_empty(folder: &Path, instead: &str) -> Result<()> {
+    if folder.exists() && !folder.is_dir() {
+        usage!("{} is a file, not a folder", folder.display());
+    }
+    if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
+        usage!("{} is not empty; {instead}", folder.display());
+    }
+    Ok(())
 }
 
 /// Reads a file of at most `limit` bytes.

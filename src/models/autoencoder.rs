@@ -89,6 +89,14 @@ impl Config {
             self.class_name
         );
         ensure!(self.act_fn == "silu", "the autoencoder's act_fn is {:?}, but only silu is supported", self.act_fn);
+        // A token is then smaller than a picture may be, and nothing that is computed of them overflows.
+        for (name, size, most) in [
+            ("levels", self.block_out_channels.len(), 10),
+            ("latent_channels", self.latent_channels, 1 << 16),
+            ("patch_size", self.patch_size.0, 16),
+        ] {
+            ensure!((1..=most).contains(&size), "the autoencoder's {name} must be 1 to {most}, not {size}");
+        }
         for (kind, types) in
             [("DownEncoderBlock2D", &self.down_block_types), ("UpDecoderBlock2D", &self.up_block_types)]
         {
@@ -103,8 +111,8 @@ impl Config {
             );
         }
         ensure!(
-            self.decoder_channels().len() == self.block_out_channels.len() && !self.block_out_channels.is_empty(),
-            "the autoencoder's encoder and decoder must have the same number of levels, at least one"
+            self.decoder_channels().len() == self.block_out_channels.len(),
+            "the autoencoder's encoder and decoder must have the same number of levels"
         );
         for &channels in self.block_out_channels.iter().chain(self.decoder_channels()) {
             ensure!(
@@ -114,7 +122,7 @@ impl Config {
             );
         }
         ensure!(
-            self.patch_size.0 > 0 && self.patch_size.0 == self.patch_size.1,
+            self.patch_size.0 == self.patch_size.1,
             "the autoencoder's patch_size {:?} is not square",
             self.patch_size
         );

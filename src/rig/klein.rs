@@ -1,7 +1,7 @@
 //! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit. The
 //! Editor may have adapters of its own on them; the methods by noise draw the target and do without.
 
-use super::roles::{Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict};
+use super::roles::{Claim, Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict};
 use crate::{
     flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Watch},
     models::flux2::Flux2,
@@ -9,7 +9,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use candle_core::Tensor;
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 /// How a picture is edited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,15 +46,15 @@ pub struct Painter {
     painting: Painting,
     decode: Decode,
     watch: Box<dyn Watch>,
-    /// The noise of single seeds where a file gave it.
-    given: Vec<(u64, Tensor)>,
+    /// The noise of single seeds where a file gave it, and which of the file's it is.
+    given: HashMap<u64, (usize, Tensor)>,
 }
 
 impl Painter {
     pub fn new(klein: Arc<Klein>, painting: Painting, watch: Box<dyn Watch>) -> Self {
         let decoder = klein.clone();
         let decode: Decode = Arc::new(move |latents: &[Tensor]| decoder.decode(latents));
-        Self { klein, editor: None, painting, decode, watch, given: Vec::new() }
+        Self { klein, editor: None, painting, decode, watch, given: HashMap::new() }
     }
 
     /// Lets another transformer than the one that draws edit: the same weights with adapters.
@@ -62,20 +62,26 @@ impl Painter {
         Self { editor, ..self }
     }
 
-    /// Lets pictures of these seeds begin with noise from a file: one for each, or one for all.
-    pub fn with_noise(mut self, noise: &Tensor, seeds: &[u64]) -> Result<Self> {
-        let noise = self.klein.given_noise(noise, self.tokens()?)?;
+    /// Lets pictures of these seeds begin with noise from a file: one for each, or one for all, which is that of `row`
+    /// if it is told.
+    pub fn with_noise(mut self, noise: &Tensor, row: Option<usize>, seeds: &[u64]) -> Result<Self> {
+        let mut noise: Vec<_> = self.klein.given_noise(noise, self.tokens()?)?.into_iter().enumerate().collect();
+        noise.retain(|(i, _)| row.is_none_or(|row| row == *i));
         if noise.len() != 1 && noise.len() != seeds.len() {
             usage!("the file has noise for {} pictures, but {} are drawn", noise.len(), seeds.len());
         }
-        let all = noise.iter().cycle().zip(seeds);
-        self.given = all.map(|(noise, seed)| (*seed, noise.clone())).collect();
+        self.given = seeds.iter().copied().zip(noise.iter().cycle().cloned()).collect();
         Ok(self)
+    }
+
+    /// Which noise of the file the drawing of `seed` begins with, where a file gave it.
+    pub fn noise_row(&self, seed: u64) -> Option<usize> {
+        self.given.get(&seed).map(|(row, _)| *row)
     }
 
     /// The noise `(C, h, w)` that the drawing of `seed` begins with.
     pub fn noise(&self, seed: u64) -> Result<Tensor> {
-        match self.given.iter().find(|(s, _)| *s == seed) {
+        match self.given.get(&seed) {
             Some((_, noise)) => Ok(noise.clone()),
             None => Ok(self.klein.noise(seed, 0, self.tokens()?)?),
         }
@@ -152,28 +158,45 @@ impl Editor for Painter {
 
 /// What the Checker saw, as a prompt without places: the claims that hold, and what was seen instead of the others.
 fn shown(verdicts: &[Verdict]) -> String {
-    let words = |text: &str| -> String {
-        text.split_inclusive([' ', ',']).filter(|word| !word.contains(|c: char| c.is_ascii_digit())).collect()
+    let placeless = |phrase: &str| {
+        let words = phrase.split_whitespace().filter(|word| !word.contains(|c: char| c.is_ascii_digit()));
+        words.collect::<Vec<_>>().join(" ")
     };
-    let said = verdicts.iter().map(|v| if v.yes { v.claim.to_string() } else { words(&v.reflection) });
-    said.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
+    let said = verdicts.iter().map(|v| match (&v.claim, v.yes) {
+        // That there is nothing else describes nothing.
+        (Claim::Only(_), true) => String::new(),
+        (claim, true) => claim.to_string(),
+        (_, false) => joined(v.reflection.split(',').map(placeless), ", "),
+    });
+    joined(said, "; ")
+}
+
+fn joined(parts: impl Iterator<Item = String>, by: &str) -> String {
+    parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join(by)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rig::roles::Claim;
 
     #[test]
     fn the_source_is_described_by_what_holds() {
-        let verdict = |text: &str, yes, reflection: &str| Verdict {
-            claim: Claim::Object(text.into()),
+        let verdict = |claim, yes, reflection: &str| Verdict {
+            claim,
             yes,
             p_yes: f64::from(u8::from(yes)),
             reflection: reflection.into(),
         };
-        let verdicts =
-            [verdict("red ball", true, ""), verdict("ring", false, "blue ring 30 45"), verdict("star", false, "")];
+        let object = |text: &str| Claim::Object(text.into());
+        let mut verdicts = vec![
+            verdict(object("red ball"), true, ""),
+            verdict(object("ring"), false, "blue ring 30 45"),
+            verdict(object("star"), false, ""),
+            verdict(Claim::Only(vec!["red ball".into()]), true, "red ball 70 45"),
+        ];
         assert_eq!(shown(&verdicts), "red ball; blue ring");
+        let both = "large red ball 70 45, small blue cube 25 40";
+        verdicts[3] = verdict(Claim::Only(vec!["red ball".into()]), false, both);
+        assert_eq!(shown(&verdicts), "red ball; blue ring; large red ball, small blue cube");
     }
 }

@@ -14,6 +14,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// The version of this document that is written; older ones are read.
 pub const VERSION: u32 = 1;
@@ -62,6 +63,9 @@ pub struct Recipe {
     /// SHA-256 of the noise given by `--init-noise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_noise: Option<String>,
+    /// Which of that file's noises, counted from 0; older recipes do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise_row: Option<usize>,
 }
 
 impl Recipe {
@@ -192,20 +196,52 @@ impl Trajectory {
         }
     }
 
-    /// The `parameters` text of AUTOMATIC1111's web UI, which many tools read.
-    pub fn parameters(&self, (width, height): (u32, u32)) -> String {
+    /// What other tools are told of its result.
+    pub fn parameters(&self, size: (u32, u32)) -> Parameters<'_> {
         let r = &self.recipe;
-        format!(
-            "{}\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {width}x{height}, Model: {}, Rounds: {}, \
-             Version: rlrig {}",
-            self.target.prompt.replace(['\n', '\r'], " "),
-            r.steps,
-            r.solver.name(),
-            r.guidance,
-            r.seed,
-            r.model.name.replace(',', " "),
-            self.turns.len(),
-            self.rlrig
+        Parameters {
+            prompt: &self.target.prompt,
+            steps: r.steps,
+            solver: r.solver,
+            guidance: r.guidance,
+            seed: r.seed,
+            size,
+            model: &r.model.name,
+            rounds: Some(self.turns.len()),
+        }
+    }
+}
+
+/// Whether a document is the recipe of `rlrig edit`, which has no trajectory.
+pub fn is_edit(document: &str) -> bool {
+    serde_json::from_str::<serde_json::Value>(document).is_ok_and(|document| document.get("edit").is_some())
+}
+
+/// The `parameters` text of AUTOMATIC1111's web UI, which many tools read.
+pub struct Parameters<'a> {
+    pub prompt: &'a str,
+    pub steps: usize,
+    pub solver: Solver,
+    pub guidance: f64,
+    pub seed: u64,
+    pub size: (u32, u32),
+    pub model: &'a str,
+    /// Of the loop, where one ran.
+    pub rounds: Option<usize>,
+}
+
+impl fmt::Display for Parameters<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { steps, solver, guidance, seed, size: (width, height), .. } = self;
+        // Lines and commas are what the text is taken apart by.
+        let (prompt, model) = (self.prompt.replace(['\n', '\r'], " "), self.model.replace(',', " "));
+        let rounds = self.rounds.map_or(String::new(), |rounds| format!(", Rounds: {rounds}"));
+        write!(
+            f,
+            "{prompt}\nSteps: {steps}, Sampler: {}, CFG scale: {guidance}, Seed: {seed}, Size: {width}x{height}, \
+             Model: {model}{rounds}, Version: rlrig {}",
+            solver.name(),
+            env!("CARGO_PKG_VERSION")
         )
     }
 }
@@ -296,6 +332,7 @@ mod tests {
                 adapters: vec![],
                 dtype: "f32".into(),
                 init_noise: None,
+                noise_row: None,
             },
             turns: vec![
                 turn(Action::Draw, false),

@@ -79,7 +79,13 @@ impl Record {
         }
     }
 
-    /// The record's scene graph; relations that name an item which is not there are left out.
+    /// The relations that name an item which is not there.
+    pub fn dangling(&self) -> impl Iterator<Item = &Triple> {
+        let there = move |id: u64| self.items.iter().any(|i| i.item_id == id);
+        self.relations.iter().filter(move |t| !there(t.item1) || !there(t.item2))
+    }
+
+    /// The record's scene graph, without its [dangling](Self::dangling) relations.
     pub fn graph(&self) -> SceneGraph {
         let at = |id: u64| self.items.iter().position(|i| i.item_id == id);
         let relation =
@@ -106,6 +112,7 @@ mod tests {
         let record: Record = serde_json::from_str(text).unwrap();
         let graph = record.graph();
         assert_eq!(graph.triples(), ["trees adorn rocky tall mountains"]);
+        assert_eq!(record.dangling().map(|t| t.triple_id).collect::<Vec<_>>(), [1]);
         let (mut items, mut relations) = (5, 9);
         let written = Record::new("1", "1.png", "trees", &graph, &mut items, &mut relations);
         assert_eq!((items, relations, written.items[1].global_item_id), (7, 10, 6));

@@ -4,8 +4,9 @@
 //!
 //! 1. the Checker says what is wrong;
 //! 2. the Actor writes a group of edits at temperature 1;
-//! 3. the Editor carries each out, from the noise of the problem (so that the same words are carried out once);
-//! 4. the Checker answers the prompt's claims again: the rewards;
+//! 3. the Editor carries each out, from the noises of the problem (so that the same words are carried out once): from
+//!    several, as much of what becomes of an edit is the luck of one;
+//! 4. the Checker answers the prompt's claims again: the rewards, means over these tries;
 //! 5. one update on the advantages within the group ([`super::grpo`]).
 //!
 //! Trained is a low-rank adapter on the VLM's decoder, or a whole copy of the VLM; Checker, Editor and Diffuser stay as
@@ -17,12 +18,12 @@
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
-    grpo::{TokenBatch, TokenLoss, TokenLossKind, token_loss},
+    grpo::{TokenLoss, TokenLossKind},
     grpo_config::{GroupConfig, GrpoConfig},
     pixels::tiled,
     pose::{Poser, Posing, Problem, RENDERED_SHARE, Source, TOGETHER, rendered_share},
-    replay::{Asked, Written, drawn, replay, write},
-    rollout::{self, Judges, Kept, Reward, check_ratio, judge},
+    replay::{Rollouts, Writing, Written, well_formed},
+    rollout::{self, Judges, Kept, Reward, judge},
     run::TOKENS,
     trained::Trained,
 };
@@ -32,17 +33,13 @@ use crate::{
         roles::{Edit, Editor, Picture, Target, Verdict},
         vlm_roles::EDIT,
     },
-    scene::{
-        graph::SceneGraph,
-        tabletop::{edit, split::Split},
-    },
+    scene::{graph::SceneGraph, tabletop::split::Split},
     tensor::rng::Stream,
     usage,
-    vlm::{Vlm, decode::Answer},
+    vlm::Vlm,
 };
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor, Var};
-use image::RgbImage;
+use candle_core::{DType, Device, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -60,9 +57,12 @@ pub struct ActorConfig {
     /// Objects of a prompt at least and at most.
     pub min_objects: usize,
     pub max_objects: usize,
-    /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (some 60 kB for a picture of
-    /// 128 x 128, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the caches anew.
+    /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (for each try of a picture
+    /// of 128 x 128 some 60 kB, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the
+    /// caches anew.
     pub pool: u64,
+    /// From how many noises each edit is carried out, before its rewards are averaged. An evaluation's are from one.
+    pub tries: usize,
     /// Steps of the edits that are learned from.
     pub steps: usize,
     /// Steps of drawings and of an evaluation's edits: those of the loop.
@@ -85,6 +85,7 @@ impl Default for ActorConfig {
             min_objects: 2,
             max_objects: 3,
             pool: 0,
+            tries: 1,
             steps: 8,
             evaluation_steps: 20,
             guidance: 3.0,
@@ -123,71 +124,27 @@ const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 
-/// A problem, and the outcomes of its edits so far. Editor and Checker stay as they are and the noise is the problem's, so the
-/// same words come to the same.
+/// A problem, and the outcomes of its edits so far, try by try. Editor and Checker stay as they are and the noises are
+/// the problem's, so the same words come to the same.
 struct CachedProblem {
     problem: Problem,
-    outcomes: Mutex<BTreeMap<String, Outcome>>,
+    outcomes: Mutex<BTreeMap<String, Vec<Outcome>>>,
 }
 
 /// A picture after an edit, and the verdicts on it.
-type Outcome = (Picture, Vec<Verdict>);
+#[derive(Clone)]
+struct Outcome {
+    picture: Picture,
+    verdicts: Vec<Verdict>,
+}
 
 impl CachedProblem {
     fn new(problem: Problem) -> Arc<Self> {
         Arc::new(Self { problem, outcomes: Mutex::default() })
     }
 
-    fn cache(&self) -> MutexGuard<'_, BTreeMap<String, Outcome>> {
+    fn cache(&self) -> MutexGuard<'_, BTreeMap<String, Vec<Outcome>>> {
         self.outcomes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// An edit written for a problem, and what became of it.
-struct Attempt {
-    answer: Answer,
-    instruction: String,
-    picture: Picture,
-    verdicts: Vec<Verdict>,
-    /// Of question and answer.
-    tokens: usize,
-    /// Whether the answer could be read; what could not is no instruction.
-    read: bool,
-}
-
-/// What the updates of a step are computed from.
-struct Rollouts {
-    problems: Vec<Arc<CachedProblem>>,
-    attempts: Vec<Attempt>,
-    advantages: Vec<f32>,
-    /// 1, or 0 for what no update may use.
-    counts: Vec<f32>,
-    /// Log-probabilities under the policy that drew, read again in the shape of the updates; `None` where the only update's
-    /// own are these. And those under the untrained policy, where the divergence from it counts.
-    old: Option<Tensor>,
-    reference: Option<Tensor>,
-}
-
-/// Tokens that the updates see of answers, of which `counts` says which ones count.
-pub fn seen<'a>(answers: impl Iterator<Item = &'a Answer>, counts: &[f32]) -> f64 {
-    let chosen = |answer: &Answer| answer.chosen.iter().filter(|chosen| **chosen).count() as f64;
-    answers.zip(counts).map(|(answer, counts)| chosen(answer) * f64::from(*counts)).sum()
-}
-
-impl Rollouts {
-    fn questions(&self) -> Vec<String> {
-        self.problems.iter().map(|p| p.problem.question()).collect()
-    }
-
-    /// Reads the answers again.
-    fn replay(&self, vlm: &Vlm) -> Result<super::replay::Replay> {
-        let (texts, size) = (self.questions(), self.attempts.len() / self.problems.len().max(1));
-        let pictures: Vec<&RgbImage> =
-            self.problems.iter().map(|p| p.problem.picture.pixels()).collect::<Result<_>>()?;
-        let rows = self.attempts.iter().enumerate();
-        let asked: Vec<Asked> =
-            rows.map(|(r, a)| Asked { picture: r / size, question: &texts[r / size], answer: &a.answer }).collect();
-        replay(vlm, &pictures, &asked)
     }
 }
 
@@ -210,8 +167,8 @@ impl Actor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
         let GrpoConfig { actor, group, models, seed, .. } = config;
         group.check(&["format", "brevity"])?;
-        if actor.steps == 0 {
-            usage!("[actor] steps is 1 or more");
+        if actor.steps == 0 || actor.tries == 0 {
+            usage!("[actor] steps and tries are 1 or more");
         }
         let scale = group.scale.or(Some(actor.loss.scale()));
         let at = (models.dtype.dtype(), device);
@@ -251,98 +208,103 @@ impl Actor {
         numbers.iter().map(|number| pool().get(number).cloned().context("a problem for each number")).collect()
     }
 
-    /// `size` edits for each problem, problem by problem, carried out in `steps` steps and checked.
+    /// `size` edits for each problem, problem by problem, and what becomes of each, try by try, in `steps` steps.
     fn attempts(
         &self,
         problems: &[Arc<CachedProblem>],
-        (size, temperature, steps): (usize, f64, usize),
+        (size, temperature): (usize, f64),
+        (steps, tries): (usize, usize),
         first: u64,
-    ) -> Result<Vec<Attempt>> {
-        let pictures: Vec<&RgbImage> = problems.iter().map(|p| p.problem.picture.pixels()).collect::<Result<_>>()?;
-        let texts: Vec<String> = problems.iter().map(|p| p.problem.question()).collect();
-        let rows = 0..problems.len() * size;
-        let asked: Vec<(usize, &str)> = rows.clone().map(|r| (r / size, texts[r / size].as_str())).collect();
+    ) -> Result<(Writing, Vec<Vec<Outcome>>)> {
+        let pictures = problems.iter().map(|p| p.problem.picture.clone()).collect();
+        let question =
+            |(p, problem): (usize, &Arc<CachedProblem>)| std::iter::repeat_n((p, problem.problem.question()), size);
+        let asked: Vec<(usize, String)> = problems.iter().enumerate().flat_map(question).collect();
         let stream = |r: usize| Stream::new(self.seed, "actor edits", first * size as u64 + r as u64);
-        let streams: Vec<Stream> = rows.map(stream).collect();
-        let written = write(&self.policy, &pictures, &asked, temperature, &streams)?;
-        let words = |w: &Written| w.edit.clone().unwrap_or_default();
-        self.fill_caches(problems, written.iter().enumerate().map(|(r, w)| (r / size, words(w))).collect(), steps)?;
-        let attempt = |(r, written): (usize, Written)| {
-            let instruction = words(&written);
-            let outcome = problems[r / size].cache().get(&instruction).cloned();
-            let (picture, verdicts) = outcome.context("an edit that was not carried out")?;
-            let Written { answer, edit, tokens } = written;
-            Ok(Attempt { answer, read: edit.is_some(), instruction, picture, verdicts, tokens })
-        };
-        written.into_iter().enumerate().map(attempt).collect()
+        let streams: Vec<Stream> = (0..asked.len()).map(stream).collect();
+        let writing = Writing::draw(&self.policy, (pictures, asked), temperature, &streams)?;
+        let edits = || writing.written.iter().enumerate().map(move |(r, w)| (r / size, w.instruction()));
+        self.fill_caches(problems, edits().collect(), (steps, tries))?;
+        let cached = |(p, instruction): (usize, &str)| problems[p].cache().get(instruction).cloned();
+        let outcomes = edits().map(|edit| cached(edit).context("an edit that was not carried out"));
+        let outcomes = outcomes.collect::<Result<_>>()?;
+        Ok((writing, outcomes))
     }
 
     /// Makes those of the edits, each of the problem of its number, that have not been made before.
     fn fill_caches(
         &self,
         problems: &[Arc<CachedProblem>],
-        edits: BTreeSet<(usize, String)>,
-        steps: usize,
+        edits: BTreeSet<(usize, &str)>,
+        (steps, tries): (usize, usize),
     ) -> Result<()> {
-        let new: Vec<(usize, String)> =
-            edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(instruction)).collect();
-        let jobs = new.iter().map(|(p, instruction)| {
+        let new: Vec<(usize, &str)> =
+            edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(*instruction)).collect();
+        let jobs = new.iter().flat_map(|(p, instruction)| {
             let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
-            Edit { target, picture, verdicts, instruction, seed: *seed, round: 1 }
+            // The first noise is the one that the loop would take.
+            let seeds = (0..tries as u64).map(move |number| seed.wrapping_add(number));
+            seeds.map(move |seed| Edit { target, picture, verdicts, instruction, seed, round: 1 })
         });
         let jobs: Vec<Edit> = jobs.collect();
         let edited = self.poser.painter(steps).edit(&jobs)?;
         Picture::develop(&edited.iter().collect::<Vec<_>>())?;
         let asked: Vec<(&Picture, &Target)> = edited.iter().zip(&jobs).map(|(p, job)| (p, job.target)).collect();
         let verdicts = rollout::check(&self.poser.critic, &asked);
-        for (((p, instruction), picture), verdicts) in new.into_iter().zip(edited).zip(verdicts) {
-            problems[p].cache().entry(instruction).or_insert((picture, verdicts));
+        let outcomes = edited.into_iter().zip(verdicts).map(|(picture, verdicts)| Outcome { picture, verdicts });
+        let outcomes: Vec<Outcome> = outcomes.collect();
+        for ((p, instruction), outcomes) in new.iter().zip(outcomes.chunks(tries)) {
+            problems[*p].cache().entry((*instruction).to_owned()).or_insert_with(|| outcomes.to_vec());
         }
         Ok(())
     }
 
-    fn rewards(&self, problems: &[Arc<CachedProblem>], attempts: &[Attempt]) -> Result<Vec<Reward>> {
-        let problem = |r: usize| &problems[r / self.group.size].problem;
-        let before: Vec<&[Verdict]> = (0..attempts.len()).map(|r| problem(r).verdicts.as_slice()).collect();
-        let after: Vec<Vec<Verdict>> = attempts.iter().map(|a| a.verdicts.clone()).collect();
-        let mut rewards = rollout::by_verdicts(&self.group, &before, &after);
-        let mut add = |name: &str, value: &dyn Fn(&Attempt) -> f64| {
-            if self.group.asks(name) {
-                rewards.push((name.to_owned(), attempts.iter().map(value).collect()));
-            }
-        };
-        add("format", &|a| well_formed(&a.instruction));
-        // From 1 for no words down to 0 for as many as there may be.
-        add("brevity", &|a| 1.0 - (a.answer.ids.len() as f64 / EDIT as f64).min(1.0));
+    fn rewards(
+        &self,
+        problems: &[Arc<CachedProblem>],
+        writing: &Writing,
+        outcomes: &[Vec<Outcome>],
+    ) -> Result<Vec<Reward>> {
+        let (group, groups) = (&self.group, self.group.numbers(outcomes.len()));
+        let tries = outcomes.iter().enumerate().flat_map(|(r, tries)| {
+            let problem = &problems[r / group.size].problem;
+            tries.iter().map(move |outcome| (problem, outcome))
+        });
+        let tries: Vec<(&Problem, &Outcome)> = tries.collect();
+        let before: Vec<&[Verdict]> = tries.iter().map(|(problem, _)| problem.verdicts.as_slice()).collect();
+        let after: Vec<Vec<Verdict>> = tries.iter().map(|(_, outcome)| outcome.verdicts.clone()).collect();
+        let mut rewards = rollout::by_verdicts(group, &before, &after);
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
-            attempts.iter().enumerate().map(|(r, a)| (&a.picture, &problem(r).target, &problem(r).graph)).collect();
-        rewards.extend(self.judges.rewards(&self.group, &judged)?);
-        rollout::withhold(&mut rewards, attempts.iter().map(|a| a.read && rollout::known(&a.verdicts)));
+            tries.iter().map(|(problem, outcome)| (&outcome.picture, &problem.target, &problem.graph)).collect();
+        rewards.extend(self.judges.rewards(group, &judged)?);
+        rollout::withhold(&mut rewards, after.iter().map(|after| rollout::known(after)));
+        rollout::average(&mut rewards, self.config.tries);
+        rewards.extend(writing.rewards(group));
+        rollout::rank_last(&mut rewards, &groups, writing.read());
         Ok(rewards)
     }
 
-    /// The first held-out problems' greedy edits. The problems do not depend on what is trained.
-    fn held_out(&mut self, count: usize) -> Result<Vec<Attempt>> {
+    /// The first held-out problems' greedy edits, and what becomes of them. The problems do not depend on what is
+    /// trained.
+    fn held_out(&mut self, count: usize) -> Result<Vec<(String, Outcome)>> {
         if self.held_out.is_empty() {
             let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
             let problems = self.poser.problems(Split::Val, HELD_OUT, &indices)?;
             self.held_out = problems.into_iter().map(CachedProblem::new).collect();
         }
         let some = &self.held_out[..count.min(self.held_out.len())];
-        let greedy = (1, 0.0, self.config.evaluation_steps);
-        let parts = some.chunks(TOGETHER).map(|some| self.attempts(some, greedy, 0));
-        let attempts: Vec<Attempt> = parts.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        let mut attempts = Vec::with_capacity(some.len());
+        for some in some.chunks(TOGETHER) {
+            let (writing, outcomes) = self.attempts(some, (1, 0.0), (self.config.evaluation_steps, 1), 0)?;
+            let words = writing.written.iter().map(|w| w.instruction().to_owned());
+            attempts.extend(words.zip(outcomes.into_iter().flatten()));
+        }
         // The next evaluation mostly asks for the same; what it does not is not kept for ever.
-        for (problem, attempt) in some.iter().zip(&attempts) {
-            problem.cache().retain(|instruction, _| *instruction == attempt.instruction);
+        for (problem, (kept, _)) in some.iter().zip(&attempts) {
+            problem.cache().retain(|instruction, _| instruction == kept);
         }
         Ok(attempts)
     }
-}
-
-/// Whether the Editor has learned to read such an edit.
-pub fn well_formed(instruction: &str) -> f64 {
-    f64::from(u8::from(edit::Edit::parse(instruction).is_ok()))
 }
 
 impl Objective for Actor {
@@ -361,28 +323,23 @@ impl Objective for Actor {
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let indices: Vec<u64> = batch.indices().collect();
         let problems = self.problems(&indices)?;
-        let attempts = self.attempts(&problems, (self.group.size, 1.0, self.config.steps), indices[0])?;
-        let judged = judge(&self.group, &self.rewards(&problems, &attempts)?, &self.group.numbers(attempts.len()))?;
-        let mean = |value: &dyn Fn(&Attempt) -> f64| attempts.iter().map(value).sum::<f64>() / attempts.len() as f64;
-        let mut metrics = judged.metrics;
-        let distinct = |group: &[Attempt]| group.iter().map(|a| &a.instruction).collect::<BTreeSet<_>>().len() as f64;
+        let (ActorConfig { steps, tries, kl, .. }, size) = (&self.config, self.group.size);
+        let (writing, outcomes) = self.attempts(&problems, (size, 1.0), (*steps, *tries), indices[0])?;
+        let rewards = self.rewards(&problems, &writing, &outcomes)?;
+        let judged = judge(&self.group, &rewards, &self.group.numbers(outcomes.len()))?;
+        let n = problems.len() as f64;
+        let distinct = |group: &[Written]| group.iter().map(Written::instruction).collect::<BTreeSet<_>>().len() as f64;
         let more = [
             (RENDERED_SHARE, rendered_share(problems.iter().map(|p| &p.problem))),
-            ("edits/distinct", attempts.chunks(self.group.size).map(distinct).sum::<f64>() / problems.len() as f64),
-            ("completions/mean_length", mean(&|a| a.answer.ids.len() as f64)),
-            ("completions/clipped_ratio", mean(&|a| f64::from(u8::from(a.answer.ids.len() >= EDIT)))),
-            (TOKENS, mean(&|a| a.tokens as f64) * self.group.size as f64),
+            ("edits/distinct", writing.written.chunks(size).map(distinct).sum::<f64>() / n),
+            (TOKENS, writing.tokens() / n),
         ];
+        let mut metrics = judged.metrics;
         metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
-        let (advantages, counts) = (judged.advantages, judged.counts);
-        let mut rollouts = Rollouts { problems, attempts, advantages, counts, old: None, reference: None };
-        if self.group.updates() > 1 {
-            rollouts.old = Some(rollouts.replay(&self.policy)?.log_probs.detach());
-        }
-        if self.config.kl != 0.0 {
-            rollouts.reference = Some(rollouts.replay(&self.poser.critic.checker)?.log_probs.detach());
-        }
-        self.kept.keep(batch, rollouts);
+        metrics.extend(writing.metrics());
+        let (weights, several) = ((judged.advantages.as_slice(), judged.counts.as_slice()), self.group.updates() > 1);
+        let reference = (*kl != 0.0).then_some(&*self.poser.critic.checker);
+        self.kept.keep(batch, Rollouts::new(writing, weights, &self.policy, several, reference)?);
         Ok(metrics)
     }
 
@@ -391,50 +348,21 @@ impl Objective for Actor {
     }
 
     fn loss(&self, batch: &Batch) -> Result<Step> {
-        let rollouts = self.kept.of(batch)?;
-        let seen = |r: &Rollouts| seen(r.attempts.iter().map(|a| &a.answer), &r.counts);
         let share = batch.rows.len() as f64 / batch.together.len().max(1) as f64;
-        let active = share * self.kept.together(batch).iter().map(|rollouts| seen(rollouts)).sum::<f64>();
-        let replayed = rollouts.replay(&self.policy)?;
-        let answers: Vec<&Answer> = rollouts.attempts.iter().map(|a| &a.answer).collect();
-        let device = replayed.log_probs.device();
-        let (drawn, mask) = drawn(&answers, device)?;
-        let old = rollouts.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
-        let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.policy))?;
-        if batch.update == 0 && rollouts.old.is_some() {
-            // Both were read in one shape, so this holds in any number format.
-            check_ratio(&replayed.log_probs, &old, &mask, rollout::TOKEN_RATIO)?;
-        }
-        let counts = Tensor::from_slice(&rollouts.counts, (answers.len(), 1), device)?;
-        let mask = mask.broadcast_mul(&counts)?;
-        let tokens = TokenBatch {
-            log_probs: &replayed.log_probs,
-            old: &old,
-            reference: rollouts.reference.as_ref(),
-            mask: &mask,
-            advantages: &Tensor::new(rollouts.advantages.as_slice(), device)?,
-            active: Some(active),
-        };
-        let loss = token_loss(&self.config.token_loss(), &tokens)?;
-        let metrics = [
-            ("entropy", replayed.entropy),
-            ("kl", loss.kl),
-            ("clip_ratio/low_mean", loss.clip_low),
-            ("clip_ratio/high_mean", loss.clip_high),
-            ("ratio_off", off),
-        ];
-        Ok(Step { loss: loss.loss, metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into() })
+        let active = share * self.kept.together(batch).iter().map(|rollouts| rollouts.seen).sum::<f64>();
+        self.kept.of(batch)?.loss(&self.policy, &self.config.token_loss(), active, batch.update == 0)
     }
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
         let attempts = self.held_out(self.config.evaluation)?;
-        let pairs: Vec<(&Problem, &Attempt)> = self.held_out.iter().map(|p| &p.problem).zip(&attempts).collect();
-        let pictures = pairs.par_iter().map(|(p, attempt)| (&p.picture, &attempt.picture, &p.graph));
+        let outcomes = attempts.iter().map(|(_, outcome)| outcome);
+        let pairs: Vec<(&Problem, &Outcome)> = self.held_out.iter().map(|p| &p.problem).zip(outcomes).collect();
+        let pictures = pairs.par_iter().map(|(p, outcome)| (&p.picture, &outcome.picture, &p.graph));
         let mut metrics = rollout::before_and_after(pictures)?;
-        let formed: f64 = attempts.iter().map(|a| well_formed(&a.instruction)).sum();
+        let formed: f64 = attempts.iter().map(|(edit, _)| well_formed(edit)).sum();
         let named = [
             ("eval/checker_before", rollout::mean_score(pairs.iter().map(|(p, _)| p.verdicts.as_slice()))),
-            ("eval/checker", rollout::mean_score(attempts.iter().map(|a| a.verdicts.as_slice()))),
+            ("eval/checker", rollout::mean_score(pairs.iter().map(|(_, outcome)| outcome.verdicts.as_slice()))),
             ("eval/format", formed / attempts.len().max(1) as f64),
         ];
         metrics.extend(named.map(|(name, value)| (name.to_owned(), value)));
@@ -445,9 +373,9 @@ impl Objective for Actor {
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
         let attempts = self.held_out(SHOWN)?;
         let (mut pictures, mut words) = (Vec::new(), String::new());
-        for (CachedProblem { problem, .. }, attempt) in self.held_out.iter().map(Arc::as_ref).zip(&attempts) {
-            pictures.extend([problem.picture.pixels()?.clone(), attempt.picture.pixels()?.clone()]);
-            words += &format!("{} | {}\n", problem.target.prompt, attempt.instruction);
+        for (CachedProblem { problem, .. }, (edit, outcome)) in self.held_out.iter().map(Arc::as_ref).zip(&attempts) {
+            pictures.extend([problem.picture.pixels()?.clone(), outcome.picture.pixels()?.clone()]);
+            words += &format!("{} | {edit}\n", problem.target.prompt);
         }
         tiled(&pictures, 8).save(folder.join("edits.png"))?;
         Ok(fs::write(folder.join("edits.txt"), words)?)
@@ -455,5 +383,27 @@ impl Objective for Actor {
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
         self.trained.save(folder, dtype)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_update_makes_an_answer_likelier_by_its_advantage() -> Result<()> {
+        // The Editor has no part in such a reward. There is enough in the pictures that the Actor is not of one mind.
+        let config: GrpoConfig = toml::from_str(
+            "adapter = { rank = 4, alpha = 8.0 }
+            group = { size = 8, min_std = 0.0, rewards = { brevity = 1.0 } }
+            actor = { source = 'render', min_objects = 3, steps = 1, guidance = 1.0 }",
+        )?;
+        let actor = Actor::new(&config, &Device::Cpu)?;
+        let batch = Batch { step: 0, rows: 0..4, size: 4, together: 0..4, update: 0, piece: 0 };
+        actor.collect(&batch)?;
+        let loss = actor.loss(&batch)?.loss;
+        let gained = actor.kept.of(&batch)?.shortened(&actor.policy, &actor.group, &actor.vars(), &loss)?;
+        assert!(gained > 0.0, "{gained}");
+        Ok(())
     }
 }

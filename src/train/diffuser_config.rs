@@ -148,6 +148,17 @@ impl DiffuserConfig {
 
     /// Whether all of it makes sense.
     pub fn check(&self) -> Result<()> {
+        let TextConfig { hidden, layers, heads, .. } = self.text;
+        if [self.heads, self.head_dim, hidden, layers, heads].iter().any(|size| !(1..=4096).contains(size)) {
+            crate::usage!("[diffuser] heads, head_dim, text.hidden, text.layers and text.heads are 1 to 4096");
+        }
+        // Rotary positions turn pairs of a head's numbers: those of the transformer along each of four axes.
+        if !self.head_dim.is_multiple_of(8) || !hidden.is_multiple_of(2 * heads) {
+            crate::usage!("[diffuser] head_dim is a multiple of 8, and text.hidden one of twice text.heads");
+        }
+        if !(1..=1000).contains(&self.evaluation.steps) {
+            crate::usage!("[diffuser] evaluation.steps is 1 to 1000, not {}", self.evaluation.steps);
+        }
         if self.stages.is_empty() {
             crate::usage!("[diffuser] has no stages");
         }

@@ -106,7 +106,7 @@ fn pictures(path: &Path) -> Result<Vec<(bool, Drawn)>> {
         .par_iter()
         .map(|line| {
             let file = path.join(&line.file);
-            let picture = image::open(&file).with_context(|| format!("cannot read {}", file.display()))?.into_rgb8();
+            let picture = io::png::read(&file)?;
             if picture.dimensions() != (SIDE, SIDE) {
                 bail!(
                     "{} is {} x {} pixels; those of the tabletop world are {SIDE} x {SIDE}",
@@ -180,5 +180,7 @@ mod tests {
         assert!(error(&text.replace("\"3.png", "\"none.png")).contains("none.png"));
         RgbImage::new(40, 30).save(dir.path().join("3.png")).unwrap();
         assert!(error(&text).contains("40 x 30"));
+        RgbImage::new(20_000, 1).save(dir.path().join("3.png")).unwrap();
+        assert!(error(&text).contains("3.png is no whole picture"), "it is not even read");
     }
 }

@@ -15,8 +15,9 @@
 //! as it was.
 //!
 //! The edits are the world's own, on renders, or, as in the loop, what the Actor asks for on pictures of the Diffuser that
-//! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as far as the tabletop's oracle
-//! reads the whole picture and the words; where it does not (as with pictures of other worlds), the whole prompt.
+//! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as the tabletop's oracle
+//! reads the picture and the words. Where the words cannot be read, or say nothing of this picture, one of the world's
+//! own edits stands in; where it sees nothing in the picture (as in those of other worlds), the whole prompt is asked.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
@@ -25,6 +26,7 @@ use super::{
     grpo_config::{GroupConfig, GrpoConfig},
     pixels::{preserved, tiled},
     pose::{self, Poser, Posing, Source, TOGETHER},
+    replay::Writing,
     rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
     trained::Trained,
 };
@@ -35,7 +37,7 @@ use crate::{
         sampler::{Velocity, euler},
     },
     models::built_in,
-    rig::roles::{Actor as _, Picture, Reflection, Situation, Target, Verdict},
+    rig::roles::{Picture, Target, Verdict},
     scene::{
         graph::SceneGraph,
         tabletop::{oracle, render::render, split::Split, tasks},
@@ -50,6 +52,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
+    ops::Range,
     path::Path,
     sync::Arc,
     time::Instant,
@@ -86,7 +89,8 @@ pub struct EditorConfig {
     pub steps: usize,
     pub window: usize,
     pub guidance: f64,
-    /// Whether a group begins with one noise (so that its members differ by their stochastic steps alone).
+    /// Whether a group begins with one noise (so that its members differ by their stochastic steps alone, and up to the
+    /// first of these are evaluated as one).
     pub shared_noise: bool,
     /// Held-out edits of an evaluation, and its steps, which are also those of drawings.
     pub evaluation: usize,
@@ -269,27 +273,29 @@ impl Editor {
     /// What the Actor asks for first on pictures that miss their prompts.
     fn asked(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
         let missed = self.poser.problems(split, seed, indices)?;
-        let situations: Vec<Situation> = missed
-            .iter()
-            .map(|pose::Problem { target, picture, verdicts, seed, .. }| Situation {
-                target,
-                picture,
-                verdicts,
-                earlier: &[],
-                seed: *seed,
-                round: 1,
-            })
-            .collect();
-        let edits = self.poser.critic.reflect(&situations)?;
-        let problem = |((missed, Reflection { edit, .. }), index): ((pose::Problem, Reflection), &u64)| {
+        let mut edits = Vec::with_capacity(missed.len());
+        for some in missed.chunks(TOGETHER) {
+            let pictures = some.iter().map(|p| p.picture.clone()).collect();
+            let questions = some.iter().map(pose::Problem::question).enumerate().collect();
+            let unused: Vec<Stream> = some.iter().map(|p| Stream::new(p.seed, "edit", 0)).collect();
+            let writing = Writing::draw(&self.poser.critic.actor, (pictures, questions), 0.0, &unused)?;
+            edits.extend(writing.written.into_iter().map(|written| written.edit));
+        }
+        let problem = |((missed, edit), index): ((pose::Problem, Option<String>), &u64)| {
+            // An answer that cannot be read costs its own problem alone.
+            let Some(instruction) = edit else { return self.given(split, seed, *index) };
             let pose::Problem { picture, target, graph, .. } = missed;
             let shown = oracle::read(picture.pixels()?);
-            let after = (shown.unclear == 0).then(|| tasks::after(seed, *index, &shown.scene, &edit)).flatten();
-            let (target, graph) = match after {
-                Some(after) => (Target::new(after.triple_text(), &after).and_nothing_else(), after),
-                None => (target, graph),
+            let (target, graph) = match tasks::after(seed, *index, &shown.scene, &instruction) {
+                Some(after) => {
+                    let named = Target::new(after.triple_text(), &after);
+                    // What else an unclear picture shows is not known.
+                    (if shown.unclear == 0 { named.and_nothing_else() } else { named }, after)
+                }
+                None if shown.scene.items.is_empty() => (target, graph),
+                None => return self.given(split, seed, *index),
             };
-            Ok(Problem { source: picture, instruction: edit, target, graph })
+            Ok(Problem { source: picture, instruction, target, graph })
         };
         missed.into_iter().zip(edits).zip(indices).map(problem).collect()
     }
@@ -352,12 +358,11 @@ impl Editor {
         Stream::new(self.seed, &format!("editor levels{update}"), batch.step).shuffle(&mut order);
         let index = *order.get(k).context("no such level")?;
         let t = sigmas[index];
-        let first = batch.indices().start * self.group.size as u64;
         let row = |r: u64| {
-            let mut stream = Stream::new(self.seed, &format!("editor level {k}{update}"), first + r);
+            let mut stream = Stream::new(self.seed, &format!("editor level {k}{update}"), r);
             stream.normals(x0.elem_count() / advantages.elem_count())
         };
-        let noise: Vec<f32> = (0..advantages.elem_count() as u64).flat_map(row).collect();
+        let noise: Vec<f32> = self.rows(batch).flat_map(row).collect();
         let noise = Tensor::from_vec(noise, x0.dims(), x0.device())?;
         let x_t = ((x0 * (1.0 - t))? + (noise * t)?)?;
         let Learned { policy, still } = &self.learned;
@@ -376,14 +381,18 @@ impl Editor {
         Ok(Step { loss: (loss / self.config.window as f64)?, metrics: vec![("kl".to_owned(), divergence)] })
     }
 
-    /// What the rollouts of a batch begin with, `(B, h w, C)`.
+    /// The numbers of a batch's rollouts.
+    fn rows(&self, batch: &Batch) -> Range<u64> {
+        let (size, indices) = (self.group.size as u64, batch.indices());
+        indices.start * size..indices.end * size
+    }
+
+    /// What the rollouts of a batch begin with, `(B, h w, C)`; of a group that shares it, only once.
     fn noise(&self, batch: &Batch, shape: (usize, usize)) -> Result<Tensor> {
-        let size = self.group.size as u64;
         let shared = self.config.shared_noise && self.config.loss != LossKind::DiffusionNft;
-        let row = |r: u64| pack(&self.poser.klein.noise(self.seed, if shared { r / size * size } else { r }, shape)?);
-        let indices = batch.indices();
-        let rows = (indices.start * size..indices.end * size).map(row);
-        Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+        let begin = self.rows(batch).step_by(if shared { self.group.size } else { 1 });
+        let noise = begin.map(|row| pack(&self.poser.klein.noise(self.seed, row, shape)?));
+        Ok(Tensor::stack(&noise.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
 
     /// The first held-out problems' edits, without stochastic steps.
@@ -429,11 +438,11 @@ impl Objective for Editor {
         let noise = self.noise(batch, shape)?;
         let (drawn, states) = match &self.old {
             None => {
-                let first = batch.indices().start * self.group.size as u64;
                 let (models, window) =
                     ((&*self.poser.klein, &*self.learned.still), window_of(&self.config, self.seed, batch.step)?);
-                let noise_of = (self.seed, "editor", first);
-                let mut carried = carry_out(&self.config, models, edits, &noise, window, noise_of)?;
+                let numbers: Vec<u64> = self.rows(batch).collect();
+                let fresh = (self.seed, "editor", &*numbers);
+                let mut carried = carry_out(&self.config, models, edits, &noise, window, fresh)?;
                 if self.group.updates() > 1 {
                     carried.reread(models, self.pieces, self.config.guidance)?;
                 }

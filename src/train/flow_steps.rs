@@ -9,7 +9,7 @@ use super::{
 use crate::{
     flow::{
         Field, Klein,
-        policy::{Taken, rollout, window},
+        policy::{Taken, rollout, spread, window},
         sampler::Velocity,
     },
     models::flux2::Flux2,
@@ -32,8 +32,13 @@ impl Edits {
         Ok((h, w))
     }
 
-    fn rows(&self, rows: Range<usize>) -> Self {
-        Self { instructions: self.instructions[rows.clone()].to_vec(), sources: self.sources[rows].to_vec() }
+    /// Those of `heads`, of which each stands for `each` rows that are alike.
+    fn of(&self, heads: Range<usize>, each: usize) -> Self {
+        let rows = || heads.clone().map(|head| head * each);
+        Self {
+            instructions: rows().map(|row| self.instructions[row].clone()).collect(),
+            sources: rows().map(|row| self.sources[row].clone()).collect(),
+        }
     }
 
     /// The velocity field of these edits by `transformer`.
@@ -57,26 +62,34 @@ pub struct Learned {
     pub still: Arc<Flux2>,
 }
 
-/// Carries edits out from `noise (B, h w, C)`, with stochastic steps in `window`. The fresh noise of row `r` has the number
-/// `first + r` in streams of `purpose`.
+/// Carries edits out from `noise (B, h w, C)`, with stochastic steps in `window`. The fresh noise of row `r` is that of
+/// `numbers[r]` in streams of `purpose`.
+///
+/// Where `noise` is `(B / n, h w, C)`, `n` rows each are the same edit from one noise. They part only in the window's
+/// first step, and up to its velocity they are evaluated as one.
 pub fn carry_out(
     config: &EditorConfig,
     (klein, transformer): (&Klein, &Flux2),
     edits: Edits,
     noise: &Tensor,
     window: Range<usize>,
-    (seed, purpose, first): (u64, &str, u64),
+    (seed, purpose, numbers): (u64, &str, &[u64]),
 ) -> Result<Carried> {
     let (h, w) = edits.shape()?;
+    let (heads, tokens, channels) = noise.dims3()?;
     let sigmas = klein.schedule.sigmas(config.steps, h * w);
     let fresh = |step: usize| {
-        let numbers = noise.elem_count() / noise.dim(0)?;
-        let row = |r: u64| Stream::new(seed, &format!("{purpose} step {step}"), first + r).normals(numbers);
-        let all: Vec<f32> = (0..noise.dim(0)? as u64).flat_map(row).collect();
-        Tensor::from_vec(all, noise.dims(), noise.device())
+        let stream = |number: &u64| Stream::new(seed, &format!("{purpose} step {step}"), *number);
+        let all: Vec<f32> = numbers.iter().flat_map(|number| stream(number).normals(tokens * channels)).collect();
+        Tensor::from_vec(all, (numbers.len(), tokens, channels), noise.device())
     };
     let width = window.len();
-    let field = edits.field(klein, transformer, config.guidance)?;
+    let of = |edits: &Edits| edits.field(klein, transformer, config.guidance);
+    let (as_one, apart) = (of(&edits.of(0..heads, numbers.len() / heads))?, of(&edits)?);
+    let field = |x: &Tensor, sigma: f64, step: usize| {
+        let field = if x.dim(0)? == heads { &as_one } else { &apart };
+        field.velocity(x, sigma, step)
+    };
     let (states, taken) = rollout(&field, noise, &sigmas, config.policy, window, fresh)?;
     ensure!(taken.len() == width, "not every step of the window is stochastic");
     Ok(Carried { edits, states, taken })
@@ -101,43 +114,50 @@ impl Pieces {
         self.window * self.all.div_ceil(self.rows).max(1)
     }
 
-    /// The step and the rows of a piece; of `all` rows a turn or a micro-batch may have less.
-    fn of(&self, piece: usize, all: usize) -> (usize, Range<usize>) {
+    /// Which step of the window a piece is about.
+    fn step(&self, piece: usize) -> usize {
+        piece % self.window
+    }
+
+    /// The rows of a piece; of `all` rows a turn, a micro-batch or the window's first step may have less.
+    fn of(&self, piece: usize, all: usize) -> Range<usize> {
         let start = (piece / self.window * self.rows).min(all);
-        (piece % self.window, start..(start + self.rows).min(all))
+        start..(start + self.rows).min(all)
     }
 }
 
 impl Carried {
-    /// The velocity of `rows` in step `taken`, and the policy's mean and log-probability there.
+    /// The velocity in step `taken` at the states `heads`, and the policy's mean and log-probability there, for each of
+    /// the rows that come of them.
     fn evaluate(
         &self,
         taken: &Taken,
-        rows: &Range<usize>,
+        heads: &Range<usize>,
         (klein, policy, still): (&Klein, &Flux2, &Flux2),
         guidance: f64,
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        let Taken { index, step, x, next, .. } = taken;
-        let some = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len());
-        let field = self.edits.rows(rows.clone()).field(klein, policy, guidance)?.apart(still);
-        let v = field.velocity(&some(x)?, step.sigma, *index)?;
-        let mean = step.mean(&some(x)?, &v)?;
-        let log_prob = step.log_prob(&mean, &some(next)?)?;
-        Ok((v, mean, log_prob))
+        let (Taken { index, step, x, next, .. }, each) = (taken, taken.each()?);
+        let x = x.narrow(0, heads.start, heads.len())?;
+        let next = next.narrow(0, heads.start * each, heads.len() * each)?;
+        let field = self.edits.of(heads.clone(), each).field(klein, policy, guidance)?.apart(still);
+        let v = field.velocity(&x, step.sigma, *index)?;
+        let mean = spread(&step.mean(&x, &v)?, next.dim(0)?)?;
+        let log_prob = step.log_prob(&mean, &next)?;
+        Ok((spread(&v, next.dim(0)?)?, mean, log_prob))
     }
 
     /// Takes means and log-probabilities anew in the shapes of the updates, where these are others or where the model computes
     /// below f32: there they differ from those of the rollout by as much as a clip range. Call before the first update.
     pub fn reread(&mut self, (klein, still): (&Klein, &Flux2), pieces: Pieces, guidance: f64) -> Result<()> {
-        let all = self.states.dim(0)?;
-        if klein.dtype() == DType::F32 && pieces.rows >= all {
-            return Ok(());
-        }
         for i in 0..self.taken.len() {
+            let all = self.taken[i].x.dim(0)?;
+            if klein.dtype() == DType::F32 && pieces.rows >= all {
+                continue;
+            }
             let (mut means, mut log_probs) = (Vec::new(), Vec::new());
             for start in (0..all).step_by(pieces.rows.min(all)) {
-                let rows = start..(start + pieces.rows.min(all)).min(all);
-                let (_, mean, log_prob) = self.evaluate(&self.taken[i], &rows, (klein, still, still), guidance)?;
+                let heads = start..(start + pieces.rows.min(all)).min(all);
+                let (_, mean, log_prob) = self.evaluate(&self.taken[i], &heads, (klein, still, still), guidance)?;
                 means.push(mean);
                 log_probs.push(log_prob);
             }
@@ -160,21 +180,21 @@ impl Carried {
         (advantages, counts): (&Tensor, &Tensor),
         first_update: bool,
     ) -> Result<Step> {
-        let all = advantages.dim(0)?;
-        let (index, rows) = pieces.of(piece, all);
-        if rows.is_empty() {
+        let taken = self.taken.get(pieces.step(piece)).context("no such step in the window")?;
+        let (all, each) = (taken.x.dim(0)?, taken.each()?);
+        let heads = pieces.of(piece, all);
+        if heads.is_empty() {
             return Ok(Step { loss: advantages.zeros_like()?.sum_all()?, metrics: Metrics::new() });
         }
-        let some = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len());
-        let taken = self.taken.get(index).context("no such step in the window")?;
+        let some = |tensor: &Tensor| tensor.narrow(0, heads.start * each, heads.len() * each);
         let EditorConfig { loss: kind, kl, kl_form, guidance, .. } = *config;
         let eps = config.clip();
-        let (v, mean, new) = self.evaluate(taken, &rows, (klein, &learned.policy, &learned.still), guidance)?;
+        let (v, mean, new) = self.evaluate(taken, &heads, (klein, &learned.policy, &learned.still), guidance)?;
         let (step, advantages, counts) = (&taken.step, some(advantages)?, some(counts)?);
         let (mut old_mean, mut old) = (some(&taken.mean)?, some(&taken.log_prob)?);
         let mut metrics = Metrics::new();
         if first_update {
-            let off = check_ratio(&new, &old, &old.ones_like()?, flow_ratio(klein, rows.len() < all))?;
+            let off = check_ratio(&new, &old, &old.ones_like()?, flow_ratio(klein, heads.len() < all))?;
             metrics.push(("ratio_off".to_owned(), off));
             (old_mean, old) = (mean.detach(), new.detach());
         }
@@ -186,21 +206,34 @@ impl Carried {
         let mut divergence = 0.0;
         if kl != 0.0 {
             let frozen = &klein.transformer;
-            let (reference, ..) = self.evaluate(taken, &rows, (klein, frozen, frozen), guidance)?;
+            let (reference, ..) = self.evaluate(taken, &heads, (klein, frozen, frozen), guidance)?;
             let kept = velocity_kl(&v, &reference, &counts, step.kl_weight(kl_form))?;
             divergence = f64::from(kept.to_scalar::<f32>()?);
             loss = (loss + (kept * kl)?)?;
         }
+        let share = heads.len() as f64 / (all * self.taken.len()) as f64;
+        // What is logged is the mean over the pieces, which are not of one size.
+        let pieces_of = |taken: &Taken| Ok(taken.x.dim(0)?.div_ceil(pieces.rows));
+        let weight = share * self.taken.iter().map(pieces_of).sum::<Result<usize>>()? as f64;
         let more = [("kl", divergence), ("clip_ratio/low_mean", clip_low), ("clip_ratio/high_mean", clip_high)];
-        metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));
-        let share = rows.len() as f64 / (all * self.taken.len()) as f64;
+        metrics.extend(more.map(|(name, value)| (name.to_owned(), weight * value)));
         Ok(Step { loss: (loss * share)?, metrics })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{
+            editor::TARGETS,
+            means::Means,
+            optim::{self, Gradients},
+            rollout::editors,
+        },
+        *,
+    };
+    use crate::models::{Adapter, built_in};
+    use candle_core::Device;
 
     #[test]
     fn pieces_cover_every_row_of_every_step_once() {
@@ -209,11 +242,76 @@ mod tests {
         for all in [8, 5, 1] {
             let mut seen = vec![0; 2 * all];
             for piece in 0..pieces.count() {
-                let (step, rows) = pieces.of(piece, all);
-                rows.for_each(|row| seen[step * all + row] += 1);
+                pieces.of(piece, all).for_each(|row| seen[pieces.step(piece) * all + row] += 1);
             }
             assert!(seen.iter().all(|n| *n == 1), "{seen:?}");
         }
         assert_eq!(Pieces { window: 2, rows: usize::MAX, all: 8 }.count(), 2);
+    }
+
+    /// Two groups of three: their rollouts bit for bit, losses and gradients to rounding.
+    #[test]
+    fn groups_that_begin_as_one_come_to_the_same_as_apart() -> Result<()> {
+        let targets: Vec<String> = TARGETS.iter().map(|target| (*target).to_owned()).collect();
+        let adapter = || Ok(Some(Adapter::fresh(4, 8.0, targets.clone(), 0)));
+        let (klein, mut both) = editors(&built_in::tabletop(), (DType::F32, &Device::Cpu), adapter, 1)?;
+        let (learned, trained) = both.pop().context("an Editor")?;
+        let vars = trained.vars();
+        // It is not its reference, and all of it has a gradient.
+        for var in vars.values() {
+            var.set(&(var.as_tensor() + 0.01)?.detach())?;
+        }
+        let channels = klein.transformer.config().in_channels;
+        let normal = |name: &str, i: u64, shape: &[usize]| Stream::new(0, name, i).normal(shape, &Device::Cpu);
+        let edits = || -> Result<Edits> {
+            let source = |row: u64| normal("source", row / 3, &[channels, 4, 4]);
+            let words = |row: usize| ["make the red ball blue", "remove the cube"][row / 3].to_owned();
+            Ok(Edits {
+                instructions: (0..6).map(words).collect(),
+                sources: (0..6).map(source).collect::<candle_core::Result<_>>()?,
+            })
+        };
+        let advantages = Tensor::new(&[1f32, -0.5, 0.25, 2.0, 0.0, 0.5], &Device::Cpu)?;
+        let counts = Tensor::new(&[1f32, 1.0, 1.0, 1.0, 0.0, 1.0], &Device::Cpu)?;
+        let noise = normal("noise", 0, &[2, 16, channels])?;
+        for kind in [LossKind::Grpo, LossKind::GrpoGuard] {
+            let config = EditorConfig { loss: kind, kl: 0.1, steps: 6, guidance: 2.0, ..EditorConfig::default() };
+            // The rollouts and their evaluations, the loss, what is logged, and all gradients.
+            let run = |noise: &Tensor| -> Result<(Carried, u64, f64, Metrics, Tensor)> {
+                let before = klein.evaluations();
+                let models = (&*klein, &*learned.still);
+                let carried = carry_out(&config, models, edits()?, noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
+                let evaluations = klein.evaluations() - before;
+                let (pieces, worth) = (Pieces { window: 2, rows: 2, all: 6 }, (&advantages, &counts));
+                let (mut loss, mut means, mut gradients) = (0.0, Means::default(), Gradients::new());
+                for piece in 0..pieces.count() {
+                    let step = carried.loss(&config, (&klein, &learned), (pieces, piece), worth, true)?;
+                    loss += f64::from(step.loss.to_scalar::<f32>()?);
+                    step.metrics.into_iter().for_each(|metric| means.add(metric, 1.0));
+                    optim::add(&mut gradients, optim::named(&vars, step.loss.backward()?))?;
+                }
+                assert_eq!(gradients.len(), vars.len());
+                let flat = gradients.values().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+                Ok((carried, evaluations, loss, means.metrics(), Tensor::cat(&flat, 0)?))
+            };
+            let (one, few, loss, logged, gradients) = run(&noise)?;
+            let (other, many, wanted, wanted_logged, wanted_gradients) = run(&spread(&noise, 6)?)?;
+            // Both branches of guidance, of two heads in two steps and of six rows in four.
+            assert_eq!((few, many), (2 * (2 * 2 + 4 * 6), 2 * 6 * 6));
+            let off = |a: &Tensor, b: &Tensor| -> Result<f64> {
+                Ok(f64::from((a - b)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?))
+            };
+            assert_eq!(off(&one.states, &other.states)?, 0.0);
+            for (a, b) in one.taken.iter().zip(&other.taken) {
+                assert_eq!((off(&a.mean, &b.mean)?, off(&a.log_prob, &b.log_prob)?), (0.0, 0.0));
+            }
+            let near = |a: f64, b: f64| (a - b).abs() <= 1e-5 * b.abs();
+            assert!(near(loss, wanted) && wanted != 0.0, "{loss} {wanted}");
+            let kl = |logged: &Metrics| logged.iter().find(|(name, _)| name == "kl").map_or(f64::NAN, |(_, kl)| *kl);
+            assert!(near(kl(&logged), kl(&wanted_logged)) && kl(&logged) > 0.0, "{logged:?} {wanted_logged:?}");
+            let length = off(&wanted_gradients, &wanted_gradients.zeros_like()?)?;
+            assert!(off(&gradients, &wanted_gradients)? <= 1e-5 * length && length > 0.0);
+        }
+        Ok(())
     }
 }

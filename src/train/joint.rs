@@ -1,37 +1,38 @@
 //! Reflection-GRPO, both at once: Actor and Editor learn from whole trajectories of the loop.
 //!
-//! For each prompt and a picture that misses it, a group of trajectories begins. In every round the Actor writes an edit of
-//! the best picture so far, at temperature 1; the Editor carries it out by stochastic steps; the Checker answers the prompt's
-//! claims. A trajectory ends when all of them hold, or when the rounds are spent.
+//! For each prompt and a picture that misses it, a group of trajectories begins. In every round the Actor writes an
+//! edit of the best picture so far, at temperature 1; the Editor carries it out by stochastic steps; the Checker answers
+//! the prompt's claims. A trajectory ends when all of them hold, or when the rounds are spent.
 //!
-//! A turn is worth what it changed: the rewards of `[group]`, compared among the turns of this round in the group. A trajectory
-//! is worth what came of it: how much better its best picture is than its first, whether it passes, how many of its turns left
-//! the picture as it was, which is what stopping too early is where only the Checker stops, and how much they broke. Both
-//! advantages are fused,
+//! A turn is worth what it changed: the rewards of `[group]`, compared among the turns of this round in the group. It is
+//! also worth what came of its trajectory from then on (the reward to go): how much better the best picture became,
+//! whether it passes in the end, how many turns left the picture as it was, which is what stopping too early is where
+//! only the Checker stops, and how much they broke. This is compared among those of the group that were in the round
+//! too: a trajectory that had passed before says nothing about it. Both advantages are fused,
 //!
 //! ```text
 //! A = turn * A_turn + whole * A_trajectory
 //! ```
 //!
-//! and given to all tokens of the turn's edit and to all stochastic steps of its picture (as MT-EditFlow broadcasts them). One
-//! update moves both adapters. How the Actor's answers are weighed is written in `[actor]`, as are the steps of drawings and of
-//! an evaluation, and the Editor's steps in `[editor]`; each is what it is in its own stage.
+//! and given to all tokens of the turn's edit and to all stochastic steps of its picture (as MT-EditFlow broadcasts
+//! them). One update moves both adapters. How the Actor's answers are weighed is written in `[actor]`, as are the steps
+//! of drawings and of an evaluation, and the Editor's steps in `[editor]`; each is what it is in its own stage.
 
 mod round;
 
-use self::round::{State, Turn};
+use self::round::{Course, Played, Standing, State, Turn};
 use super::{
     Batch, Group, Metrics, Objective, Step, Work, actor,
     editor::{self, LossKind},
     flow_steps::Learned,
-    grpo::{ADVANTAGE_BOUND, Advantages, TokenBatch, token_loss},
-    grpo_config::GrpoConfig,
+    grpo::{ADVANTAGE_BOUND, Advantages},
+    grpo_config::{GroupConfig, GrpoConfig},
     means::Means,
     optim,
     pixels::tiled,
     pose::{Poser, RENDERED_SHARE, TOGETHER, rendered_share},
-    replay::drawn,
-    rollout::{self, Judges, Kept, check_ratio, judge},
+    replay::Rollouts,
+    rollout::{self, Judged, Judges, Kept},
     run::TOKENS,
     trained::Trained,
 };
@@ -39,15 +40,14 @@ use crate::{
     models::built_in,
     rig::{
         cycle::{self, Cast},
-        roles::{Target, score},
-        vlm_roles::EDIT,
+        roles::Target,
     },
     scene::{
         graph::SceneGraph,
         tabletop::{split::Split, tasks},
     },
     usage,
-    vlm::{Vlm, decode::Answer},
+    vlm::Vlm,
 };
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -64,9 +64,9 @@ pub struct JointConfig {
     /// Weights of a turn's own advantage and of its trajectory's.
     pub turn: f64,
     pub whole: f64,
-    /// Weights of what a trajectory is worth: how much better its best picture is than its first, whether it passes, the share
-    /// of its turns that changed nothing, and by how much its turns made the picture they edited worse, which the best picture
-    /// does not show.
+    /// Weights of what a trajectory is worth from one of its turns on: how much better its best picture became, whether
+    /// it passes, the share of the turns that changed nothing, and by how much they made the picture they edited worse,
+    /// which the best picture does not show.
     pub improvement: f64,
     pub success: f64,
     pub idle: f64,
@@ -98,6 +98,14 @@ impl Default for JointConfig {
     }
 }
 
+impl JointConfig {
+    /// What a trajectory that took this course is worth.
+    fn worth(&self, course: &Course) -> f64 {
+        let Course { improvement, success, idle, broken, .. } = course;
+        self.improvement * improvement + self.success * success + self.idle * idle + self.broken * broken
+    }
+}
+
 /// Prompts on a sample sheet.
 const SHOWN: usize = 16;
 /// The seed of held-out prompts.
@@ -123,8 +131,8 @@ impl Joint {
         if editor.loss == LossKind::DiffusionNft {
             usage!("[editor] loss is grpo or grpo-guard here: diffusion-nft has an old policy of its own");
         }
-        if actor.pool != 0 {
-            usage!("[actor] pool is for the Actor's own stage: a trajectory's later pictures are new ones");
+        if actor.pool != 0 || actor.tries != 1 {
+            usage!("[actor] pool and tries are for the Actor's own stage: a trajectory's later pictures are new ones");
         }
         if joint.rounds < 2 {
             usage!("joint.rounds is at least 2: the drawing and an edit");
@@ -144,61 +152,6 @@ impl Joint {
             frozen: models.bytes()?,
             kept: Kept::default(),
         })
-    }
-
-    /// The advantages of whole trajectories, and what to log of them.
-    fn whole(&self, states: &[State]) -> Result<(Advantages, Metrics)> {
-        let GrpoConfig { joint, group, .. } = &self.config;
-        let better = |s: &State| score(&s.verdicts).unwrap_or(1.0) - score(&s.problem.verdicts).unwrap_or(1.0);
-        let success = |s: &State| f64::from(u8::from(s.passes()));
-        let idle = |s: &State| s.idle as f64 / s.turns.max(1) as f64;
-        let worth = |s: &State| {
-            let came = joint.improvement * better(s) + joint.success * success(s);
-            came + joint.idle * idle(s) + joint.broken * s.broken
-        };
-        let worths: Vec<f64> = states.iter().map(worth).collect();
-        let found = group.advantages(&worths, &group.numbers(states.len()))?;
-        let mean = |of: &dyn Fn(&State) -> f64| states.iter().map(of).sum::<f64>() / states.len().max(1) as f64;
-        let metrics = [
-            ("trajectory/reward", found.reward),
-            ("trajectory/reward_std", found.reward_std),
-            ("trajectory/frac_reward_zero_std", found.frac_reward_zero_std()),
-            ("trajectory/improvement", mean(&better)),
-            ("trajectory/success", mean(&success)),
-            ("trajectory/idle", mean(&idle)),
-            ("trajectory/broken", mean(&|s| s.broken)),
-            ("trajectory/turns", mean(&|s| s.turns as f64)),
-        ];
-        Ok((found, metrics.map(|(name, value)| (name.to_owned(), value)).into()))
-    }
-
-    /// The Actor's loss on a turn, with the turn's share of the tokens of the update, which may be the first of the step.
-    fn actor_loss(&self, turn: &Turn, active: f64, first: bool) -> Result<Step> {
-        let replayed = turn.writing.replay(&self.actor)?;
-        let answers: Vec<&Answer> = turn.writing.answers.iter().collect();
-        let (drawn, mask) = drawn(&answers, replayed.log_probs.device())?;
-        let old = turn.old.clone().unwrap_or_else(|| replayed.log_probs.detach());
-        let off = check_ratio(&old, &drawn, &mask, rollout::token_ratio(&self.actor))?;
-        if first && turn.old.is_some() {
-            check_ratio(&replayed.log_probs, &old, &mask, rollout::TOKEN_RATIO)?;
-        }
-        let tokens = TokenBatch {
-            log_probs: &replayed.log_probs,
-            old: &old,
-            reference: turn.reference.as_ref(),
-            mask: &mask.broadcast_mul(&turn.counts.unsqueeze(1)?)?,
-            advantages: &turn.advantages,
-            active: Some(active),
-        };
-        let loss = token_loss(&self.config.actor.token_loss(), &tokens)?;
-        let metrics = [
-            ("entropy", replayed.entropy),
-            ("actor/kl", loss.kl),
-            ("actor/clip_ratio/low_mean", loss.clip_low),
-            ("actor/clip_ratio/high_mean", loss.clip_high),
-            ("actor/ratio_off", off),
-        ];
-        Ok(Step { loss: loss.loss, metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into() })
     }
 
     /// Runs the loop over the first held-out prompts.
@@ -227,6 +180,40 @@ impl Joint {
         let whole = samples.into_iter().zip(outcomes);
         whole.map(|(s, outcome)| Ok((s.graph, s.prompt, outcome.context("a prompt without an outcome")?))).collect()
     }
+}
+
+/// The advantages, in `groups`, of what came of trajectories since each was in a round.
+fn to_go(joint: &JointConfig, group: &GroupConfig, groups: &[u64], courses: &[Course]) -> Result<Advantages> {
+    let worths: Vec<f64> = courses.iter().map(|course| joint.worth(course)).collect();
+    group.advantages(&worths, groups)
+}
+
+/// Both advantages of each turn as one, and what of it counts: nothing where either is not known.
+fn fused(joint: &JointConfig, turn: &Judged, to_go: &Advantages) -> (Vec<f32>, Vec<f32>) {
+    let known = |(counts, missing): (&f32, &bool)| if *missing { 0.0 } else { *counts };
+    let counts: Vec<f32> = turn.counts.iter().zip(&to_go.missing).map(known).collect();
+    let bound = ADVANTAGE_BOUND as f32;
+    let fuse = |((turn, to_go), counts): ((&f32, &f32), &f32)| {
+        counts * (joint.turn as f32 * turn + joint.whole as f32 * to_go).clamp(-bound, bound)
+    };
+    let advantages = turn.advantages.iter().zip(&to_go.values).zip(&counts).map(fuse).collect();
+    (advantages, counts)
+}
+
+/// What to log of whole trajectories.
+fn trajectories(courses: &[Course], whole: &Advantages) -> Metrics {
+    let mean = |of: &dyn Fn(&Course) -> f64| courses.iter().map(of).sum::<f64>() / courses.len().max(1) as f64;
+    let metrics = [
+        ("trajectory/reward", whole.reward),
+        ("trajectory/reward_std", whole.reward_std),
+        ("trajectory/frac_reward_zero_std", whole.frac_reward_zero_std()),
+        ("trajectory/improvement", mean(&|c| c.improvement)),
+        ("trajectory/success", mean(&|c| c.success)),
+        ("trajectory/idle", mean(&|c| c.idle)),
+        ("trajectory/broken", mean(&|c| c.broken)),
+        ("trajectory/turns", mean(&|c| c.turns)),
+    ];
+    metrics.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
 impl Objective for Joint {
@@ -259,50 +246,40 @@ impl Objective for Joint {
         let problems = self.poser.problems(Split::Train, *seed, &indices)?;
         let mut states: Vec<State> =
             problems.iter().flat_map(|p| std::iter::repeat_n(p, group.size)).map(State::new).collect();
-        let (mut turns, mut worth, mut means) = (Vec::new(), Vec::new(), Means::default());
+        let (mut played, mut means) = (Vec::new(), Means::default());
         for round in 1..joint.rounds {
             let rows: Vec<usize> = (0..states.len()).filter(|r| round == 1 || !states[*r].passes()).collect();
             if rows.is_empty() {
                 break;
             }
-            let (turn, rewards) = self.play(&mut states, &rows, round, batch)?;
-            let groups: Vec<u64> = rows.iter().map(|r| (r / group.size) as u64).collect();
-            let judged = judge(group, &rewards, &groups)?;
-            judged.metrics.into_iter().for_each(|metric| means.add(metric, rows.len() as f64));
-            let clipped = turn.writing.mean(|length| f64::from(u8::from(length >= EDIT)));
-            means.add(
-                ("completions/mean_length".to_owned(), turn.writing.mean(|length| length as f64)),
-                rows.len() as f64,
-            );
-            means.add(("completions/clipped_ratio".to_owned(), clipped), rows.len() as f64);
-            worth.push((rows, judged.advantages, judged.counts));
-            turns.push(turn);
-        }
-        let (whole, more) = self.whole(&states)?;
-        for (turn, (rows, of_turn, counts)) in turns.iter_mut().zip(worth) {
-            let bound = ADVANTAGE_BOUND as f32;
-            let known = |(counts, r): (&f32, &usize)| if whole.missing[*r] { 0.0 } else { *counts };
-            let counts: Vec<f32> = counts.iter().zip(&rows).map(known).collect();
-            let fuse = |((of_turn, counts), r): ((&f32, &f32), &usize)| {
-                let fused = joint.turn as f32 * of_turn + joint.whole as f32 * whole.values[*r];
-                counts * fused.clamp(-bound, bound)
-            };
-            let fused: Vec<f32> = of_turn.iter().zip(&counts).zip(&rows).map(fuse).collect();
-            turn.seen = actor::seen(turn.writing.answers.iter(), &counts);
-            let device = self.poser.klein.device();
-            (turn.advantages, turn.counts) = (Tensor::new(fused, device)?, Tensor::new(counts, device)?);
-            if group.updates() > 1 {
-                let models = (&*self.poser.klein, &*self.editor.still);
-                turn.carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
-                turn.old = Some(turn.writing.replay(&self.actor)?.log_probs.detach());
-            }
-            if actor.kl != 0.0 {
-                turn.reference = Some(turn.writing.replay(&self.poser.critic.checker)?.log_probs.detach());
-            }
+            let turn = self.play(&mut states, rows, round, batch)?;
+            let metrics = turn.judged.metrics.iter().cloned().chain(turn.writing.metrics());
+            metrics.for_each(|metric| means.add(metric, turn.rows.len() as f64));
+            played.push(turn);
         }
         let mut metrics = means.metrics();
-        metrics.extend(more);
-        let tokens = turns.iter().map(|turn| turn.writing.tokens).sum::<usize>() as f64;
+        let (mut turns, several) = (Vec::with_capacity(played.len()), group.updates() > 1);
+        for Played { rows, groups, entered, writing, mut carried, judged } in played {
+            let course = |(r, entered): (&usize, &Standing)| states[*r].standing().since(entered);
+            let courses: Vec<Course> = rows.iter().zip(&entered).map(course).collect();
+            let to_go = to_go(joint, group, &groups, &courses)?;
+            if turns.is_empty() {
+                // From the first round on they are whole.
+                metrics.extend(trajectories(&courses, &to_go));
+            }
+            let (advantages, counts) = fused(joint, &judged, &to_go);
+            let read: Vec<f32> = writing.read().map(|read| f32::from(u8::from(read))).collect();
+            let read = Tensor::new(read, self.poser.klein.device())?;
+            if several {
+                let models = (&*self.poser.klein, &*self.editor.still);
+                carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
+            }
+            let reference = (actor.kl != 0.0).then_some(&*self.poser.critic.checker);
+            let answers = Rollouts::new(writing, (&advantages, &counts), &self.actor, several, reference)?;
+            let (advantages, counts) = ((&answers.advantages * &read)?, (&answers.counts * &read)?);
+            turns.push(Turn { answers, carried, advantages, counts });
+        }
+        let tokens: f64 = turns.iter().map(|turn| turn.answers.writing.tokens()).sum();
         metrics.push((RENDERED_SHARE.to_owned(), rendered_share(problems.iter())));
         metrics.push((TOKENS.to_owned(), tokens / batch.rows.len().max(1) as f64));
         self.kept.keep(batch, turns);
@@ -314,7 +291,7 @@ impl Objective for Joint {
     }
 
     fn loss(&self, batch: &Batch) -> Result<Step> {
-        let GrpoConfig { joint, editor, .. } = &self.config;
+        let GrpoConfig { joint, actor, editor, .. } = &self.config;
         let turns = self.kept.of(batch)?;
         let pieces = self.config.pieces();
         let (number, part) = (batch.piece / (1 + pieces.count()), batch.piece % (1 + pieces.count()));
@@ -327,16 +304,19 @@ impl Objective for Joint {
         let all = || together.iter().flat_map(|turns| turns.iter());
         let share = turn.rows() as f64 / all().map(Turn::rows).sum::<usize>().max(1) as f64;
         let first = batch.update == 0;
-        let (Step { loss, metrics }, weight) = match part {
-            0 => (self.actor_loss(turn, share * all().map(|turn| turn.seen).sum::<f64>(), first)?, joint.actor),
+        let (Step { loss, metrics }, role, weight) = match part {
+            0 => {
+                let active = share * all().map(|turn| turn.answers.seen).sum::<f64>();
+                let step = turn.answers.loss(&self.actor, &actor.token_loss(), active, first)?;
+                (step, built_in::ACTOR, joint.actor)
+            }
             _ => {
-                let models = (&*self.poser.klein, &self.editor);
-                let step =
-                    turn.carried.loss(editor, models, (pieces, part - 1), (&turn.advantages, &turn.counts), first)?;
-                let named = step.metrics.into_iter().map(|(name, value)| (format!("editor/{name}"), value));
-                (Step { loss: step.loss, metrics: named.collect() }, joint.editor)
+                let (models, weights) = ((&*self.poser.klein, &self.editor), (&turn.advantages, &turn.counts));
+                let step = turn.carried.loss(editor, models, (pieces, part - 1), weights, first)?;
+                (step, built_in::EDITOR, joint.editor)
             }
         };
+        let metrics = metrics.into_iter().map(|(name, value)| (format!("{role}/{name}"), value)).collect();
         // Of the update; the mean over the batch's rows is asked for.
         let share = share * batch.together.len() as f64 / batch.rows.len().max(1) as f64;
         Ok(Step { loss: (loss * (weight * share))?, metrics })
@@ -381,6 +361,78 @@ impl Objective for Joint {
             fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
             trained.save(&folder, dtype)?;
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::grpo::Scale;
+
+    fn at(score: f64, [turns, idle]: [usize; 2], broken: f64) -> Standing {
+        Standing { score, passes: score > 0.9, turns, idle, broken }
+    }
+
+    #[test]
+    fn a_later_round_answers_for_what_came_after_it() -> Result<()> {
+        let joint = JointConfig::default();
+        let group = GroupConfig { size: 4, min_std: 0.0, ..GroupConfig::default() };
+        // Where trajectories stood before the first round, the second, and in the end.
+        let trajectories = [
+            [at(0.5, [0, 0], 0.0), at(0.5, [1, 0], 0.4), at(1.0, [2, 0], 0.4)],
+            [at(0.5, [0, 0], 0.0), at(0.8, [1, 0], 0.0), at(0.8, [2, 1], 0.0)],
+            [at(0.5, [0, 0], 0.0), at(0.5, [1, 0], 0.0), at(0.6, [2, 0], 0.0)],
+            [at(0.2, [0, 0], 0.0), at(0.3, [1, 1], 0.0), at(0.3, [2, 1], 0.1)],
+        ];
+        let since = |round: usize| trajectories.map(|t| t[2].since(&t[round]));
+        let course = Course { improvement: 0.5, success: 1.0, idle: 0.0, broken: 0.0, turns: 1.0 };
+        assert_eq!(since(1)[0], course);
+        assert_eq!(since(0)[0], Course { broken: 0.4, turns: 2.0, ..course });
+        assert_eq!(since(0)[1].idle, 0.5);
+        let of = |round: usize| to_go(&joint, &group, &[0, 0, 0, 1], &since(round));
+        // What was gained in the first round is none of the second's doing.
+        let (first, second) = (of(0)?.values, of(1)?.values);
+        assert!(first[0] > first[1] && first[1] > first[2], "{first:?}");
+        assert!(second[0] > second[2] && second[2] > second[1], "{second:?}");
+        // The others of the group are the measure, not those who were done before; alone there is none.
+        assert!(second[..3].iter().sum::<f32>().abs() < 1e-5);
+        assert_eq!([first[3], second[3]], [0.0; 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn advantages_are_fused_row_by_row_as_far_as_both_are_known() -> Result<()> {
+        let joint = JointConfig { turn: 1.0, whole: 0.5, ..JointConfig::default() };
+        let group = GroupConfig { size: 4, scale: Some(Scale::None), ..GroupConfig::default() };
+        let to_go = group.advantages(&[3.0, 1.0, f64::NAN, 2.0], &[0; 4])?;
+        let turn = Judged { advantages: vec![1.0, 20.0, 1.0, 0.0], counts: vec![1.0, 1.0, 1.0, 0.0], metrics: vec![] };
+        let (advantages, counts) = fused(&joint, &turn, &to_go);
+        assert_eq!((advantages, counts), (vec![1.5, 5.0, 0.0, 0.0], vec![1.0, 1.0, 0.0, 0.0]));
+        Ok(())
+    }
+
+    #[test]
+    fn an_update_makes_an_answer_likelier_by_its_advantage() -> Result<()> {
+        // The Editor has no part in such a reward. There is enough in the pictures that the Actor is not of one mind.
+        let config: GrpoConfig = toml::from_str(
+            "objective = 'joint'
+            adapter = { rank = 4, alpha = 8.0 }
+            group = { size = 8, min_std = 0.0, rewards = { brevity = 1.0 } }
+            actor = { source = 'render', min_objects = 3, guidance = 1.0 }
+            editor = { steps = 4, window = 1, guidance = 1.0 }
+            joint = { rounds = 2, turn = 1.0, whole = 0.0 }",
+        )?;
+        let joint = Joint::new(&config, &Device::Cpu)?;
+        let batch = Batch { step: 0, rows: 0..3, size: 3, together: 0..3, update: 0, piece: 0 };
+        joint.collect(&batch)?;
+        let loss = joint.loss(&batch)?.loss;
+        let turns = joint.kept.of(&batch)?;
+        // The first piece is the Actor's.
+        let mut vars = joint.vars();
+        vars.retain(|name, _| name.starts_with(built_in::ACTOR));
+        let gained = turns[0].answers.shortened(&joint.actor, &config.group, &vars, &loss)?;
+        assert!(gained > 0.0, "{gained}");
         Ok(())
     }
 }

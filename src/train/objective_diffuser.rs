@@ -25,12 +25,15 @@ use crate::{
         watch::Unwatched,
     },
     models::{Adapter, Folder, Params, autoencoder, flux2, peft, pixels::planes, qwen3},
-    scene::tabletop::{
-        oracle,
-        render::render,
-        split::Split,
-        tasks::{self, Emphasis},
-        world::{SIDE, Scene},
+    scene::{
+        graph::SceneGraph,
+        tabletop::{
+            oracle,
+            render::render,
+            split::Split,
+            tasks::{self, Emphasis},
+            world::{SIDE, Scene},
+        },
     },
     tensor::rng::Stream,
     vlm::{chat::Chat, text_encoder::TextEncoder, vocabulary},
@@ -98,8 +101,9 @@ pub struct Diffuser {
     /// The layout head's, which is not a part of the saved model.
     head: Params,
     tokenizer: vocabulary::Vocabulary,
-    /// Drawn pictures to be edited.
+    /// Drawn pictures to be edited, and held-out ones.
     drawn: Vec<drawn::Drawn>,
+    drawn_held_out: Vec<drawn::Drawn>,
     ahead: Ahead<Vec<Part>>,
 }
 
@@ -172,9 +176,22 @@ impl Diffuser {
         let head = Params::fresh(seed ^ 2, DType::F32, device).trained();
         let token = SIDE as usize / klein.tokens(SIDE, SIDE)?.0;
         let layout = LayoutHead::new(sizes.dim(), token, &head)?;
-        let drawn = drawn::open(&config.drawn)?.0;
+        let (drawn, drawn_held_out) = drawn::open(&config.drawn)?;
         let (config, ahead) = (config.clone(), Ahead::default());
-        Ok(Self { config, seed, klein, transformer, text, adapter, layout, head, tokenizer, drawn, ahead })
+        Ok(Self {
+            config,
+            seed,
+            klein,
+            transformer,
+            text,
+            adapter,
+            layout,
+            head,
+            tokenizer,
+            drawn,
+            drawn_held_out,
+            ahead,
+        })
     }
 
     /// Sample `index` of the endless sequence.
@@ -281,7 +298,7 @@ impl Diffuser {
     }
 
     /// The mean squared error of the velocity and the error of what lies where, of each sample, `(B)`.
-    fn losses(&self, part: &Part) -> Result<(Tensor, Tensor)> {
+    fn losses(&self, part: &Part, step: u64) -> Result<(Tensor, Tensor)> {
         let device = self.klein.device();
         let b = part.levels.len();
         let targets = self.tokens(&part.targets.pixels, b)?;
@@ -307,6 +324,9 @@ impl Diffuser {
         let angles = self.klein.transformer.angles(&sequence, device)?;
         let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
         let (predicted, hidden) = self.klein.transformer.forward_with_hidden(&x, &given)?;
+        // A trained model is not to be bent towards a head that knows nothing yet.
+        let young = self.config.init.is_some() && step < YOUNG;
+        let hidden = if young { hidden.detach() } else { hidden };
         // Which of two things hides the other is seen in few tokens. These count more the less noise there is: where the
         // noise leaves open what lies where, the weight would draw things together.
         let overlaps = Tensor::from_slice(&part.targets.overlaps, (b, n), device)?;
@@ -323,38 +343,48 @@ impl Diffuser {
         Ok((flow, layout))
     }
 
-    /// Held-out pictures drawn from prompts, or edited; the same for every evaluation.
-    fn held_out(&self, options: &Options) -> Result<Vec<Drawn>> {
-        let count = self.config.evaluation.prompts as u64;
-        let (h, w) = self.klein.tokens(SIDE, SIDE)?;
-        let mut drawn = Vec::new();
+    /// Held-out pictures drawn from prompts, or edited, at most `count` of each kind; the same for every evaluation.
+    fn held_out(&self, count: usize) -> Result<Vec<Made>> {
+        let Evaluation { steps, guidance, .. } = self.config.evaluation;
+        let size = self.klein.tokens(SIDE, SIDE)?;
+        let mut samples = Vec::new();
         // An adapter is the Editor's alone.
-        let drawings = if self.adapter.is_some() { 0 } else { count };
-        let prompts: Vec<_> = (0..drawings).map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3)).collect();
-        let edits: Vec<_> = (0..count).map(|i| tasks::edit(HELD_OUT, Split::Val, i, 1, 3)).collect();
-        let noise = |i: u64| self.klein.noise(HELD_OUT, i, (h, w));
-        let mut jobs = Vec::new();
-        for (i, p) in prompts.iter().enumerate() {
-            jobs.push(Job { prompt: &p.prompt, noise: noise(i as u64)?, references: Vec::new() });
+        let drawings = if self.adapter.is_some() { 0 } else { count as u64 };
+        for i in 0..drawings {
+            let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3);
+            samples.push((prompt, Kind::Prompt, graph, None));
         }
-        for (i, e) in edits.iter().enumerate() {
-            let source = self.klein.encode(&render(&e.source))?;
-            jobs.push(Job { prompt: &e.instruction, noise: noise(count + i as u64)?, references: vec![source] });
+        for i in 0..count as u64 {
+            let sample = tasks::edit(HELD_OUT, Split::Val, i, 1, 3);
+            samples.push((sample.instruction, Kind::Edit, sample.after, Some(render(&sample.source))));
         }
-        let pictures = self.klein.decode(&self.klein.draw(&jobs, options)?)?;
-        let mut pictures = pictures.into_iter();
-        for (p, picture) in prompts.into_iter().zip(&mut pictures) {
-            drawn.push(Drawn { picture, asked: p.prompt, sample: Sample::Prompt(p.graph) });
+        for (i, drawn) in self.drawn_held_out.iter().take(count).enumerate() {
+            let scene = &drawn.reading.scene;
+            let Some((asked, _)) = tasks::edit_of(HELD_OUT, i as u64, scene, &drawn.graph) else { continue };
+            let Some(after) = tasks::after(HELD_OUT, i as u64, scene, &asked) else { continue };
+            samples.push((asked, Kind::EditOfDrawn, after, Some(drawn.picture.clone())));
         }
-        for (e, picture) in edits.into_iter().zip(&mut pictures) {
-            drawn.push(Drawn { picture, asked: e.instruction.clone(), sample: Sample::Edit(Box::new(e)) });
+        let mut jobs = Vec::with_capacity(samples.len());
+        for (i, (asked, _, _, source)) in samples.iter().enumerate() {
+            let references = source.iter().map(|source| self.klein.encode(source)).collect::<Result<_>>()?;
+            jobs.push(Job { prompt: asked, noise: self.klein.noise(HELD_OUT, i as u64, size)?, references });
         }
-        Ok(drawn)
+        let options = Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched };
+        // What is kept of prompts was made by the text encoder as it was.
+        self.klein.forget();
+        let pictures = self.klein.decode(&self.klein.draw(&jobs, &options)?)?;
+        self.klein.forget();
+        let made = samples.into_iter().zip(pictures);
+        Ok(made.map(|((asked, kind, graph, source), picture)| Made { asked, kind, graph, source, picture }).collect())
     }
 }
 
 /// Bounds of the noise levels whose losses are logged apart.
 const NOISE: [f32; 5] = [0.0, 0.5, 0.8, 0.93, 1.01];
+/// Steps in which the layout head, which is new in every training, learns from a trained model without teaching it.
+const YOUNG: u64 = 100;
+/// Pictures on a sample sheet.
+const SHOWN: usize = 16;
 /// The seed of held-out prompts.
 const HELD_OUT: u64 = 1;
 /// The name of weights files in diffusers' folders.
@@ -366,15 +396,22 @@ struct PromptSection {
     prompt_embedding: PromptEmbedding,
 }
 
-struct Drawn {
-    picture: RgbImage,
+/// A held-out picture.
+struct Made {
+    /// The prompt or the instruction, and what the picture should show.
     asked: String,
-    sample: Sample,
+    kind: Kind,
+    graph: SceneGraph,
+    /// What was edited.
+    source: Option<RgbImage>,
+    picture: RgbImage,
 }
 
-enum Sample {
-    Prompt(crate::scene::graph::SceneGraph),
-    Edit(Box<tasks::EditSample>),
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Prompt,
+    Edit,
+    EditOfDrawn,
 }
 
 fn transformer_sizes(config: &DiffuserConfig, channels: usize) -> flux2::Config {
@@ -448,7 +485,7 @@ impl Objective for Diffuser {
         let mut total: Option<Tensor> = None;
         for part in &parts {
             let Part { name, levels, .. } = part;
-            let (flow, layout) = self.losses(part)?;
+            let (flow, layout) = self.losses(part, batch.step)?;
             let values: Vec<f32> = flow.to_vec1()?;
             let mean = |of: &dyn Fn(f32) -> bool| {
                 let some: Vec<f64> =
@@ -474,52 +511,43 @@ impl Objective for Diffuser {
     }
 
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
-        let Evaluation { steps, guidance, .. } = self.config.evaluation;
-        self.klein.forget();
-        let drawn = self.held_out(&Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched })?;
-        self.klein.forget();
+        let made = self.held_out(self.config.evaluation.prompts)?;
         let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
         let mut count = |name: &'static str, good: usize, all: usize| {
             let sum = sums.entry(name).or_default();
             *sum = (sum.0 + good as f64, sum.1 + all as f64);
         };
         let truth = |t: &[bool]| t.iter().filter(|ok| **ok).count();
-        let views: Vec<_> = drawn.par_iter().map(|d| oracle::read(&d.picture)).collect();
-        for (drawn, view) in drawn.iter().zip(&views) {
-            match &drawn.sample {
-                Sample::Prompt(graph) => {
-                    let judged = view.judge(graph);
+        let judged: Vec<_> = made.par_iter().map(|made| oracle::read(&made.picture).judge(&made.graph)).collect();
+        for (made, judged) in made.iter().zip(&judged) {
+            let perfect = usize::from(judged.perfect());
+            match made.kind {
+                Kind::Prompt => {
                     count("eval/objects", truth(&judged.objects), judged.objects.len());
                     count("eval/relations", truth(&judged.relations), judged.relations.len());
                     count("eval/no_extra", usize::from(judged.extra == 0), 1);
-                    count("eval/perfect", usize::from(judged.perfect()), 1);
+                    count("eval/perfect", perfect, 1);
                 }
-                Sample::Edit(sample) => {
-                    let judged = view.judge(&sample.after);
-                    count("eval/edit_perfect", usize::from(judged.perfect()), 1);
-                }
+                Kind::Edit => count("eval/edit_perfect", perfect, 1),
+                Kind::EditOfDrawn => count("eval/drawn_edit_perfect", perfect, 1),
             }
         }
         Ok(sums.into_iter().map(|(name, (good, all))| (name.to_owned(), good / all.max(1.0))).collect())
     }
 
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
-        let Evaluation { steps, guidance, .. } = self.config.evaluation;
-        self.klein.forget();
-        let drawn = self.held_out(&Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched })?;
-        self.klein.forget();
-        let (prompts, edits): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|d| matches!(d.sample, Sample::Prompt(_)));
-        for (name, drawn) in [("draw", prompts), ("edit", edits)].into_iter().filter(|(_, drawn)| !drawn.is_empty()) {
+        let made = self.held_out(SHOWN)?;
+        for (name, kind) in [("draw", Kind::Prompt), ("edit", Kind::Edit), ("edit_of_drawn", Kind::EditOfDrawn)] {
             let (mut pictures, mut asked) = (Vec::new(), String::new());
-            for d in drawn.into_iter().take(16) {
-                asked += &format!("{}\n", d.asked);
-                if let Sample::Edit(sample) = &d.sample {
-                    pictures.push(render(&sample.source));
-                }
-                pictures.push(d.picture);
+            for made in made.iter().filter(|made| made.kind == kind) {
+                asked += &format!("{}\n", made.asked);
+                pictures.extend(made.source.clone());
+                pictures.push(made.picture.clone());
             }
-            tiled(&pictures, 8).save(folder.join(format!("{name}.png")))?;
-            fs::write(folder.join(format!("{name}.txt")), asked)?;
+            if !pictures.is_empty() {
+                tiled(&pictures, 8).save(folder.join(format!("{name}.png")))?;
+                fs::write(folder.join(format!("{name}.txt")), asked)?;
+            }
         }
         Ok(())
     }

@@ -162,6 +162,10 @@ impl VaeObjective {
         if !(0.0..=1.0).contains(&config.touching) || !(0.0..=1.0).contains(&config.crowded) {
             usage!("autoencoder.touching and autoencoder.crowded are shares");
         }
+        // Of one picture there may be one token, which has no variance.
+        if config.statistics < 2 || config.held_out == 0 {
+            usage!("autoencoder.statistics is 2 or more, and autoencoder.held_out 1 or more");
+        }
         if config.coarse > 0.0 && sizes.latent_channels <= COARSE {
             usage!("autoencoder.coarse needs more than {COARSE} latent_channels");
         }

@@ -134,6 +134,20 @@ impl Default for Shape {
 }
 
 impl Shape {
+    /// Whether a model of this shape can look at the world's pictures.
+    fn check(&self) -> Result<()> {
+        let vision = [self.vision_hidden, self.vision_layers, self.vision_heads, self.vision_mlp];
+        let text = [self.hidden, self.layers, self.heads, self.key_value_heads, self.head_dim, self.mlp];
+        if vision.iter().chain(&text).any(|size| !(1..=4096).contains(size)) {
+            usage!("[vlm.shape] hidden, layers, heads, key_value_heads, head_dim, mlp and vision_* are 1 to 4096");
+        }
+        let block = self.patch.saturating_mul(self.merge);
+        if !(SIDE as usize).is_multiple_of(block) {
+            usage!("[vlm.shape] patch times merge must divide a picture's side of {SIDE}, and is {block}");
+        }
+        Ok(())
+    }
+
     /// The config of a model of this shape over a vocabulary of `size` tokens.
     fn config(&self, chat: &Chat) -> Result<qwen3_vl::Config> {
         let token = |name: &str| chat.token(name).with_context(|| format!("the vocabulary lacks {name}"));
@@ -287,6 +301,7 @@ impl VlmObjective {
                 (params, Chat::open(&folder)?, folder.json("config.json")?, files)
             }
             None => {
+                config.shape.check()?;
                 let vocabulary = learn_vocabulary(config.shape.vocabulary)?;
                 let dir = tempfile::tempdir()?;
                 vocabulary.write(dir.path())?;

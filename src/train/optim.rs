@@ -1,5 +1,5 @@
-//! The optimiser: Muon for hidden matrices, AdamW for all else, with global norm clipping, a guard against spikes and
-//! one against numbers that are not finite.
+//! The optimiser: Muon for hidden matrices, AdamW for all else, with global norm clipping (apart for each role, where
+//! several are trained), a guard against spikes and one against numbers that are not finite.
 //!
 //! On the CPU each rule is one pass over its slices, in fixed chunks: the result does not depend on the number of
 //! threads. Other devices use candle's operations.
@@ -10,7 +10,7 @@ use super::{
     schedule::Schedule,
     slices::CHUNK,
 };
-use crate::{tensor::cpu::floats, usage};
+use crate::{models::built_in, tensor::cpu::floats, usage};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
@@ -65,7 +65,7 @@ pub struct OptimConfig {
     pub eps: f64,
     /// Decoupled, of both rules: a step takes this part of the learning rate off a weight.
     pub weight_decay: f64,
-    /// The gradient's global norm is clipped to this; 0 switches it off.
+    /// The gradient's global norm, or that of each role, is clipped to this; 0 switches it off.
     pub clip: f64,
     /// A step whose norm is above this multiple of the running mean is skipped; 0 switches it off.
     pub spike: f64,
@@ -199,7 +199,7 @@ impl Optimizer {
 
     /// One update with the learning rate times `factor`. Returns the gradient's norm before clipping.
     pub fn step(&mut self, gradients: &Gradients, factor: f64) -> Result<(f64, Outcome)> {
-        let norm = norm(gradients)?;
+        let norm = norm(gradients.values())?;
         let state = &mut self.state;
         if !norm.is_finite() {
             (state.bad, state.bad_in_a_row) = (state.bad + 1, state.bad_in_a_row + 1);
@@ -220,11 +220,15 @@ impl Optimizer {
             return Ok((norm, Outcome::Spike));
         }
         state.updates += 1;
-        let clip = if self.config.clip > 0.0 { (self.config.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        let (config, updates) = (&self.config, state.updates);
+        let (config, updates, roles) = (&self.config, state.updates, norms_by_role(gradients)?);
+        let clip = |name: &str| {
+            let norm = role(name).and_then(|role| roles.get(role)).unwrap_or(&norm);
+            if config.clip > 0.0 { (config.clip / (norm + 1e-6)).min(1.0) } else { 1.0 }
+        };
         let update = |param: &mut Param| {
             let gradient =
                 gradients.get(&param.name).with_context(|| format!("the loss gives {} no gradient", param.name))?;
+            let clip = clip(&param.name);
             param.update(&gradient.contiguous()?, clip, factor, config, updates).context(param.name.clone())
         };
         if self.params.iter().all(|param| param.var.device().is_cpu()) {
@@ -234,7 +238,7 @@ impl Optimizer {
             let muon = |param: &&mut Param| param.group.rule == Rule::Muon;
             let (muon, mut rest): (Vec<_>, Vec<_>) = self.params.iter_mut().partition(muon);
             rest.iter_mut().try_for_each(|param| update(param))?;
-            update_composed(muon, gradients, clip, factor, config)?;
+            update_composed(muon, gradients, &clip, factor, config)?;
         }
         Ok((norm, Outcome::Updated))
     }
@@ -273,7 +277,7 @@ impl Param {
 fn update_composed(
     mut params: Vec<&mut Param>,
     gradients: &Gradients,
-    clip: f64,
+    clip: impl Fn(&str) -> f64,
     factor: f64,
     config: &OptimConfig,
 ) -> Result<()> {
@@ -281,7 +285,7 @@ fn update_composed(
     let found = params.iter().map(|param| Ok(gradient(&param.name)?.contiguous()?)).collect::<Result<Vec<_>>>()?;
     let rule = |param: &mut Param| -> Muon {
         let (lr, decay) = param.rates(factor, config);
-        Muon { clip, lr, decay, momentum: config.momentum }
+        Muon { clip: clip(&param.name), lr, decay, momentum: config.momentum }
     };
     let mut composed: Vec<Composed> = params
         .iter_mut()
@@ -290,11 +294,29 @@ fn update_composed(
     Ok(muon::composed(&mut composed, &found)?)
 }
 
+/// The role whose variable this is, where the joint training names it.
+fn role(name: &str) -> Option<&str> {
+    let (first, _) = name.split_once('.')?;
+    [built_in::ACTOR, built_in::EDITOR].contains(&first).then_some(first)
+}
+
+/// The norms of the gradients of each role. They are of different sizes, and in one norm for all the smaller would be
+/// scaled by what the larger happens to be.
+pub fn norms_by_role(gradients: &Gradients) -> Result<BTreeMap<&str, f64>> {
+    let mut of: BTreeMap<&str, Vec<&Tensor>> = BTreeMap::new();
+    for (name, gradient) in gradients {
+        if let Some(role) = role(name) {
+            of.entry(role).or_default().push(gradient);
+        }
+    }
+    of.into_iter().map(|(role, gradients)| Ok((role, norm(gradients)?))).collect()
+}
+
 /// The norm of all gradients together: on the CPU summed in f64 chunk by chunk in a fixed order, elsewhere in f32 on the
 /// device, which is waited for once.
-pub fn norm(gradients: &Gradients) -> Result<f64> {
+pub fn norm<'a>(gradients: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
     let (mut total, mut elsewhere) = (0.0, Vec::new());
-    for gradient in gradients.values() {
+    for gradient in gradients {
         if matches!(gradient.device(), Device::Cpu) {
             let gradient = gradient.contiguous()?;
             let squares = |chunk: &[f32]| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
@@ -429,6 +451,25 @@ mod tests {
         assert_eq!((norm, outcome), (50.0, Outcome::Updated));
         let first = optimizer.moments().next().unwrap().1.to_vec1::<f32>().unwrap();
         assert!((first[0] - 0.06).abs() < 1e-6 && (first[1] - 0.08).abs() < 1e-6, "{first:?}");
+    }
+
+    #[test]
+    fn each_role_is_clipped_by_its_own_norm() {
+        let roles = [("actor.w", [30.0f32, 40.0]), ("editor.w", [0.3, 0.4])];
+        let tensor = |numbers: &[f32; 2]| Tensor::new(numbers, &Device::Cpu).unwrap();
+        let var = || Var::from_tensor(&tensor(&[0.0; 2])).unwrap();
+        let vars: BTreeMap<String, Var> = roles.map(|(name, _)| (name.to_owned(), var())).into();
+        let gradients: Gradients = roles.map(|(name, numbers)| (name.to_owned(), tensor(&numbers))).into();
+        let config = OptimConfig { clip: 1.0, ..plain() };
+        let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
+        optimizer.step(&gradients, 1.0).unwrap();
+        let norms: Vec<(&str, f64)> = norms_by_role(&gradients).unwrap().into_iter().collect();
+        assert!(norms[0] == ("actor", 50.0) && norms[1].0 == "editor" && (norms[1].1 - 0.5).abs() < 1e-6);
+        let first = |name: &str| {
+            let (_, moment) = optimizer.moments().find(|(known, _)| known == name).unwrap();
+            moment.to_vec1::<f32>().unwrap()[0]
+        };
+        assert!((first("actor.w.0") - 0.06).abs() < 1e-6 && (first("editor.w.0") - 0.03).abs() < 1e-6);
     }
 
     #[test]

@@ -58,7 +58,7 @@ objective = 'autoencoder'
 [autoencoder]
 block_out_channels = [4, 8, 8, 8]
 crop = 32
-statistics = 1
+statistics = 2
 held_out = 1
 ";
 const VLM: &str = "

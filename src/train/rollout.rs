@@ -287,6 +287,31 @@ pub fn withhold(rewards: &mut [Reward], known: impl Iterator<Item = bool> + Clon
     }
 }
 
+/// Takes the means over every rollout's `tries`, which come one after the other, as far as they are known.
+pub fn average(rewards: &mut [Reward], tries: usize) {
+    let mean = |tries: &[f64]| {
+        let known: Vec<f64> = tries.iter().copied().filter(|value| value.is_finite()).collect();
+        // Not a number, which is missing, where none is known.
+        known.iter().sum::<f64>() / known.len() as f64
+    };
+    rewards.iter_mut().for_each(|(_, values)| *values = values.chunks(tries).map(mean).collect());
+}
+
+/// Gives rollouts whose answer could not be read, by each reward, the least that any of their group has: to leave them
+/// out would teach nothing, and what was made of no instruction may by chance be worth more.
+pub fn rank_last(rewards: &mut [Reward], groups: &[u64], read: impl Iterator<Item = bool> + Clone) {
+    for (_, values) in rewards {
+        let mut least = BTreeMap::new();
+        for (group, value) in groups.iter().zip(values.iter()) {
+            let least = least.entry(*group).or_insert(f64::NAN);
+            // Of a number and none this is the number.
+            *least = least.min(*value);
+        }
+        let unread = values.iter_mut().zip(groups).zip(read.clone()).filter(|(_, read)| !read);
+        unread.for_each(|((value, group), _)| *value = least[group]);
+    }
+}
+
 /// The rewards by verdicts that `config` asks for: `before` and `after` are those on the picture before and after each
 /// rollout.
 pub fn by_verdicts(config: &GroupConfig, before: &[&[Verdict]], after: &[Vec<Verdict>]) -> Vec<Reward> {
@@ -427,6 +452,29 @@ mod tests {
         assert!(none.counts.iter().chain(&none.advantages).all(|x| *x == 0.0));
         assert!(!none.metrics.iter().any(|(name, _)| name == "rewards/gain/mean"));
         Ok(())
+    }
+
+    #[test]
+    fn tries_are_averaged_as_far_as_they_are_known() {
+        let mut rewards = vec![("gain".to_owned(), vec![1.0, 2.0, f64::NAN, 4.0, f64::NAN, f64::NAN])];
+        average(&mut rewards, 2);
+        assert_eq!((rewards[0].1[..2].to_vec(), rewards[0].1[2].is_nan()), (vec![1.5, 4.0], true));
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_read_is_worth_no_more_than_any_of_its_group() {
+        let (none, groups) = (f64::NAN, [0, 0, 0, 0, 1, 1, 2, 2]);
+        let mut rewards = vec![
+            ("gain".to_owned(), vec![0.5, -0.25, none, none, 0.9, 0.2, none, none]),
+            ("format".to_owned(), vec![1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0]),
+        ];
+        let read = [true, true, false, true, false, true, true, false];
+        rank_last(&mut rewards, &groups, read.into_iter());
+        assert_eq!(rewards[0].1[..3], [0.5, -0.25, -0.25]);
+        assert_eq!(rewards[0].1[4..6], [0.2, 0.2]);
+        // What is not known of others stays so, and where nothing is, there is no least.
+        assert!([3, 6, 7].iter().all(|r| rewards[0].1[*r].is_nan()));
+        assert_eq!(rewards[1].1, [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0]);
     }
 
     /// Fails on pictures of one pixel, alone or among others, and is not sure of those of two.

@@ -227,9 +227,9 @@ pub fn rehearse(
     let gradients = run.gradients(0, &run.updates()[0], &mut means)?;
     run.check(&gradients)?;
     let mut metrics = means.metrics();
-    metrics.push(("grad_norm".into(), optim::norm(&gradients)?));
+    metrics.push(("grad_norm".into(), optim::norm(gradients.values())?));
     let seconds = start.elapsed().as_secs_f64();
-    metrics.extend(run.objective.evaluate(run.step)?);
+    metrics.extend(run.averaged(|run| run.objective.evaluate(run.step))?);
     Ok(Rehearsal { plan: run.plan(), metrics, seconds })
 }
 
@@ -407,6 +407,9 @@ impl<'a> Run<'a> {
                 self.ema.update(&self.vars)?;
             }
             means.add(("grad_norm".into(), norm), 1.0);
+            for (role, norm) in optim::norms_by_role(&gradients)? {
+                means.add((format!("{role}/grad_norm"), norm), 1.0);
+            }
             if told.1 == Outcome::Updated {
                 told = (norm, outcome);
             }

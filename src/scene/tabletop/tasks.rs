@@ -190,13 +190,39 @@ pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Opti
     None
 }
 
-/// What a scene should show after an instruction: its things, and what the words ask for. Nothing where the words cannot be
-/// read or carried out.
+/// What a scene should show after an instruction: its things, what the words ask for, and what they leave alone where
+/// it was. Nothing where the words cannot be read or carried out.
 pub fn after(seed: u64, index: u64, scene: &Scene, instruction: &str) -> Option<SceneGraph> {
     let edit = Edit::parse(instruction).ok()?;
     let target = edit.apply(&mut stream("after", seed, Split::Train, index), scene)?;
-    let before = SceneGraph { objects: scene.objects(), relations: Vec::new() };
+    let before = SceneGraph { objects: scene.objects(), relations: left_alone(scene, &edit) };
     Some(described_after(&before, &edit, scene, &target))
+}
+
+/// For each two things that an edit does not touch, and that can be told from all others, the relation that holds most
+/// clearly, of those that training names.
+fn left_alone(scene: &Scene, edit: &Edit) -> Vec<Relation> {
+    let touched = match edit {
+        Edit::Add { .. } => Vec::new(),
+        Edit::Swap { first, second } => vec![first, second],
+        Edit::Move { what, .. }
+        | Edit::Remove { what }
+        | Edit::Recolour { what, .. }
+        | Edit::Resize { what, .. }
+        | Edit::Replace { what, .. } => vec![what],
+    };
+    let touched: Vec<usize> = touched.into_iter().filter_map(|what| super::edit::find(scene, what)).collect();
+    let (view, objects) = (scene.view(), scene.objects());
+    let stays = |i: usize| !touched.contains(&i) && sample::distinct(scene, i);
+    let clearest = |(a, b): (usize, usize)| {
+        let both_ways = Spatial::ALL.into_iter().flat_map(|r| [(a, r, b), (b, r, a)]);
+        let certain = both_ways.map(|(s, r, o)| (view.certainty(s, r, o), s, r, o));
+        let named = certain.filter(|(c, s, r, o)| *c >= MARGIN && !split::held_out(&objects[*s], *r, &objects[*o]));
+        let (_, subject, relation, object) = named.max_by(|a, b| a.0.total_cmp(&b.0))?;
+        Some(Relation { subject, predicate: relation.name().into(), object })
+    };
+    let pairs = (0..objects.len()).flat_map(|b| (0..b).map(move |a| (a, b)));
+    pairs.filter(|(a, b)| stays(*a) && stays(*b)).filter_map(clearest).collect()
 }
 
 /// Whether the instruction itself names a relation that training never names.

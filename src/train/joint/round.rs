@@ -3,13 +3,12 @@
 use super::{
     super::{
         Batch,
-        actor::well_formed,
         flow_steps::{Carried, Edits, carry_out, window_of},
         grpo_config::GrpoConfig,
         pixels::{preserved, still},
         pose::Problem,
-        replay::{Asked, Replay, replay, write},
-        rollout::{self, Reward},
+        replay::{Rollouts, Writing},
+        rollout::{self, Judged, Reward, judge},
     },
     Joint,
 };
@@ -18,74 +17,89 @@ use crate::{
     rig::{
         prompts,
         roles::{Picture, Target, Verdict, score},
-        vlm_roles::EDIT,
     },
     scene::graph::SceneGraph,
     tensor::rng::Stream,
-    vlm::{Vlm, decode::Answer},
 };
 use anyhow::{Context, Result};
-use candle_core::{DType, Tensor};
-use image::RgbImage;
+use candle_core::Tensor;
 
-/// The edits that the Actor wrote in a round, by row.
-pub(super) struct Writing {
-    /// The pictures that the edits are about, and for each row which of them it is.
-    sources: Vec<Picture>,
-    source_of: Vec<usize>,
-    questions: Vec<String>,
-    pub(super) answers: Vec<Answer>,
-    /// `None` where an answer cannot be read.
-    instructions: Vec<Option<String>>,
-    /// Of questions and answers.
-    pub(super) tokens: usize,
-}
-
-impl Writing {
-    pub(super) fn replay(&self, vlm: &Vlm) -> Result<Replay> {
-        let pictures: Vec<&RgbImage> = self.sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
-        let rows = self.source_of.iter().zip(&self.questions).zip(&self.answers);
-        let asked: Vec<Asked> =
-            rows.map(|((picture, question), answer)| Asked { picture: *picture, question, answer }).collect();
-        replay(vlm, &pictures, &asked)
-    }
-
-    /// The mean over the rows.
-    pub(super) fn mean(&self, of_length: impl Fn(usize) -> f64) -> f64 {
-        self.answers.iter().map(|a| of_length(a.ids.len())).sum::<f64>() / self.answers.len() as f64
-    }
-}
-
-/// One round of all trajectories that had not ended before.
-pub(super) struct Turn {
+/// A round of all trajectories that had not ended before, as it was played.
+pub(super) struct Played {
+    /// The trajectories, by their numbers, and the group of each.
+    pub(super) rows: Vec<usize>,
+    pub(super) groups: Vec<u64>,
+    /// Where each stood before.
+    pub(super) entered: Vec<Standing>,
     pub(super) writing: Writing,
     pub(super) carried: Carried,
-    /// For each row, and what of it counts.
+    /// What the turns are worth for themselves.
+    pub(super) judged: Judged,
+}
+
+/// The same with what came of it: what updates are computed from.
+pub(super) struct Turn {
+    pub(super) answers: Rollouts,
+    pub(super) carried: Carried,
+    /// As those of the answers, but 0 where none could be read: what nobody asked for teaches the Editor nothing.
     pub(super) advantages: Tensor,
     pub(super) counts: Tensor,
-    /// Tokens that count.
-    pub(super) seen: f64,
-    /// As in the Actor's stage.
-    pub(super) old: Option<Tensor>,
-    pub(super) reference: Option<Tensor>,
 }
 
 impl Turn {
     pub(super) fn rows(&self) -> usize {
-        self.writing.answers.len()
+        self.answers.writing.written.len()
+    }
+}
+
+/// What a trajectory has come to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Standing {
+    /// Of the best picture, which may pass.
+    pub(super) score: f64,
+    pub(super) passes: bool,
+    pub(super) turns: usize,
+    pub(super) idle: usize,
+    pub(super) broken: f64,
+}
+
+/// What came of a trajectory from one of its rounds on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Course {
+    /// How much better the best picture became, and whether it passes.
+    pub(super) improvement: f64,
+    pub(super) success: f64,
+    /// The share of the turns that changed nothing.
+    pub(super) idle: f64,
+    /// By how much the turns made the picture that they edited worse.
+    pub(super) broken: f64,
+    pub(super) turns: f64,
+}
+
+impl Standing {
+    /// What came since `entered`.
+    pub(super) fn since(&self, entered: &Self) -> Course {
+        let turns = self.turns - entered.turns;
+        Course {
+            improvement: self.score - entered.score,
+            success: f64::from(u8::from(self.passes)),
+            idle: (self.idle - entered.idle) as f64 / turns.max(1) as f64,
+            broken: self.broken - entered.broken,
+            turns: turns as f64,
+        }
     }
 }
 
 /// Where a trajectory stands.
 pub(super) struct State<'a> {
-    pub(super) problem: &'a Problem,
+    problem: &'a Problem,
     best: Picture,
-    pub(super) verdicts: Vec<Verdict>,
+    verdicts: Vec<Verdict>,
     /// Edits of the best picture that did not help.
     failed: Vec<String>,
-    pub(super) turns: usize,
-    pub(super) idle: usize,
-    pub(super) broken: f64,
+    turns: usize,
+    idle: usize,
+    broken: f64,
 }
 
 impl<'a> State<'a> {
@@ -98,9 +112,17 @@ impl<'a> State<'a> {
         self.verdicts.iter().all(|v| v.yes)
     }
 
+    pub(super) fn standing(&self) -> Standing {
+        let Self { turns, idle, broken, .. } = *self;
+        Standing { score: score(&self.verdicts).unwrap_or(1.0), passes: self.passes(), turns, idle, broken }
+    }
+
     /// Takes in what an edit made, and the verdicts on it.
     fn advance(&mut self, instruction: &str, picture: &Picture, after: Vec<Verdict>) -> Result<()> {
-        self.idle += usize::from(still(self.best.pixels()?, picture.pixels()?));
+        // A small thing that was put right moves few pixels. (By the score itself any noise could be a gain.)
+        let held = |verdicts: &[Verdict]| verdicts.iter().filter(|v| v.yes).count();
+        let idle = held(&after) <= held(&self.verdicts) && still(self.best.pixels()?, picture.pixels()?);
+        self.idle += usize::from(idle);
         self.broken += (score(&self.verdicts).unwrap_or(1.0) - score(&after).unwrap_or(1.0)).max(0.0);
         let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
         if rank(&after) > rank(&self.verdicts) {
@@ -114,35 +136,29 @@ impl<'a> State<'a> {
 }
 
 impl Joint {
-    /// Plays round `round` of the trajectories `rows`, and moves them on. The turn has no advantages yet.
-    pub(super) fn play(
-        &self,
-        states: &mut [State],
-        rows: &[usize],
-        round: usize,
-        batch: &Batch,
-    ) -> Result<(Turn, Vec<Reward>)> {
-        let writing = self.ask(states, rows, round, batch)?;
-        let (carried, pictures) = self.paint(states, rows, &writing, round, batch)?;
+    /// Plays round `round` of the trajectories `rows`, and moves them on.
+    pub(super) fn play(&self, states: &mut [State], rows: Vec<usize>, round: usize, batch: &Batch) -> Result<Played> {
+        let group = &self.config.group;
+        let groups: Vec<u64> = rows.iter().map(|r| (r / group.size) as u64).collect();
+        let entered = rows.iter().map(|r| states[*r].standing()).collect();
+        let writing = self.ask(states, &rows, round, batch)?;
+        let (carried, pictures) = self.paint(states, &rows, &writing, round, batch)?;
         let targets = rows.iter().map(|r| &states[*r].problem.target);
         let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(targets).collect();
         let after = rollout::check(&self.poser.critic, &asked);
-        let mut rewards = self.rewards(states, rows, &writing, &pictures, &after)?;
-        let answered = writing.instructions.iter().zip(&after);
-        let known: Vec<bool> = answered.map(|(edit, after)| edit.is_some() && rollout::known(after)).collect();
-        rollout::withhold(&mut rewards, known.iter().copied());
-        for ((((r, edit), picture), after), known) in
-            rows.iter().zip(&writing.instructions).zip(&pictures).zip(after).zip(known)
-        {
+        let mut rewards = self.rewards(states, &rows, &pictures, &after)?;
+        rollout::withhold(&mut rewards, after.iter().map(|after| rollout::known(after)));
+        rewards.extend(writing.rewards(group));
+        rollout::rank_last(&mut rewards, &groups, writing.read());
+        let judged = judge(group, &rewards, &groups)?;
+        for (((r, written), picture), after) in rows.iter().zip(&writing.written).zip(&pictures).zip(after) {
             states[*r].turns += 1;
-            // Nothing follows from what is not known.
-            if let Some(edit) = edit.as_ref().filter(|_| known) {
+            // Nothing follows from what cannot be read, or is not known.
+            if let Some(edit) = written.edit.as_ref().filter(|_| rollout::known(&after)) {
                 states[*r].advance(edit, picture, after)?;
             }
         }
-        let none = Tensor::zeros(rows.len(), DType::F32, self.poser.klein.device())?;
-        let (advantages, counts) = (none.clone(), none);
-        Ok((Turn { writing, carried, advantages, counts, seen: 0.0, old: None, reference: None }, rewards))
+        Ok(Played { rows, groups, entered, writing, carried, judged })
     }
 
     /// The Actor writes an edit of each trajectory's best picture.
@@ -160,15 +176,10 @@ impl Joint {
             let State { problem, verdicts, failed, .. } = &states[*r];
             prompts::reflect(&problem.target.prompt, verdicts, &failed.iter().map(String::as_str).collect::<Vec<_>>())
         };
-        let questions: Vec<String> = rows.iter().map(question).collect();
-        let asked: Vec<(usize, &str)> = source_of.iter().copied().zip(questions.iter().map(String::as_str)).collect();
+        let asked = source_of.into_iter().zip(rows.iter().map(question)).collect();
         let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
         let streams: Vec<Stream> = rows.iter().map(stream).collect();
-        let pixels: Vec<&RgbImage> = sources.iter().map(Picture::pixels).collect::<Result<_>>()?;
-        let written = write(&self.actor, &pixels, &asked, 1.0, &streams)?;
-        let tokens = written.iter().map(|w| w.tokens).sum();
-        let (answers, instructions) = written.into_iter().map(|w| (w.answer, w.edit)).unzip();
-        Ok(Writing { sources, source_of, questions, answers, instructions, tokens })
+        Writing::draw(&self.actor, (sources, asked), 1.0, &streams)
     }
 
     /// The Editor carries the edits out, by stochastic steps.
@@ -183,7 +194,7 @@ impl Joint {
         let GrpoConfig { editor, group, joint, seed, .. } = &self.config;
         let first = batch.indices().start * group.size as u64;
         let latents = |r: &usize| states[*r].best.latents().cloned().context("a picture without latents");
-        let instructions = writing.instructions.iter().map(|edit| edit.clone().unwrap_or_default()).collect();
+        let instructions = writing.written.iter().map(|w| w.instruction().to_owned()).collect();
         let edits = Edits { instructions, sources: rows.iter().map(latents).collect::<Result<_>>()? };
         let (h, w) = edits.shape()?;
         let klein = &*self.poser.klein;
@@ -193,7 +204,9 @@ impl Joint {
         };
         let noise = Tensor::stack(&rows.iter().map(noise).collect::<candle_core::Result<Vec<_>>>()?, 0)?;
         let window = window_of(editor, *seed, batch.step * joint.rounds as u64 + round as u64)?;
-        let fresh = (*seed, &*format!("joint {round}"), first);
+        // The trajectories' own, whichever others are left.
+        let numbers: Vec<u64> = rows.iter().map(|r| first + *r as u64).collect();
+        let fresh = (*seed, &*format!("joint {round}"), numbers.as_slice());
         let carried = carry_out(editor, (klein, &self.editor.still), edits, &noise, window, fresh)?;
         let picture =
             |i: usize| Ok(Picture::from_latents(unpack(&carried.states.get(i)?, h, w)?, self.poser.decode.clone()));
@@ -202,35 +215,65 @@ impl Joint {
         Ok((carried, pictures))
     }
 
-    /// What each row's turn is worth, by the names of the rewards.
+    /// What each row's picture is worth, by the names of the rewards.
     fn rewards(
         &self,
         states: &[State],
         rows: &[usize],
-        writing: &Writing,
         pictures: &[Picture],
         after: &[Vec<Verdict>],
     ) -> Result<Vec<Reward>> {
         let group = &self.config.group;
         let before: Vec<&[Verdict]> = rows.iter().map(|r| states[*r].verdicts.as_slice()).collect();
         let mut rewards = rollout::by_verdicts(group, &before, after);
-        let kept = |(picture, r): (&Picture, &usize)| Ok(preserved(states[*r].best.pixels()?, picture.pixels()?));
-        let kept: Vec<f64> = pictures.iter().zip(rows).map(kept).collect::<Result<_>>()?;
-        let formed = |edit: &Option<String>| well_formed(edit.as_deref().unwrap_or_default());
-        let brief = |a: &Answer| 1.0 - (a.ids.len() as f64 / EDIT as f64).min(1.0);
-        for (name, values) in [
-            ("format", writing.instructions.iter().map(formed).collect()),
-            ("brevity", writing.answers.iter().map(brief).collect()),
-            ("preserve", kept),
-        ] {
-            if group.asks(name) {
-                rewards.push((name.to_owned(), values));
-            }
+        if group.asks("preserve") {
+            let kept = |(picture, r): (&Picture, &usize)| Ok(preserved(states[*r].best.pixels()?, picture.pixels()?));
+            rewards.push(("preserve".to_owned(), pictures.iter().zip(rows).map(kept).collect::<Result<_>>()?));
         }
         let problems = rows.iter().map(|r| states[*r].problem);
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
             pictures.iter().zip(problems).map(|(picture, p)| (picture, &p.target, &p.graph)).collect();
         rewards.extend(self.judges.rewards(group, &judged)?);
         Ok(rewards)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rig::roles::Claim;
+    use image::{Rgb, RgbImage};
+
+    #[test]
+    fn a_turn_is_idle_if_the_picture_stays_and_no_more_of_it_is_right() -> Result<()> {
+        let picture = |spot: u8| {
+            let pixel = |x, y| Rgb([if (x, y) == (0, 0) { spot } else { 100 }; 3]);
+            Picture::from_pixels(RgbImage::from_fn(16, 16, pixel))
+        };
+        let verdicts = |p: [f64; 2]| {
+            let of = |p_yes: f64| Verdict {
+                claim: Claim::Object("ball".into()),
+                yes: p_yes >= 0.5,
+                p_yes,
+                reflection: String::new(),
+            };
+            p.map(of).to_vec()
+        };
+        let target = Target { prompt: String::new(), claims: Vec::new() };
+        let (seed, rendered, graph) = (0, true, SceneGraph::default());
+        let problem = Problem { target, graph, picture: picture(100), verdicts: verdicts([0.9, 0.2]), seed, rendered };
+        let mut state = State::new(&problem);
+        let start = state.standing();
+        // A little more certain of the same: the best picture now, but not for anything that was done to it.
+        state.advance("nothing", &picture(101), verdicts([0.9, 0.3]))?;
+        let course = state.standing().since(&start);
+        assert!(course.idle == 1.0 && (course.improvement - 0.05).abs() < 1e-9, "{course:?}");
+        // A single pixel puts it right.
+        let middle = state.standing();
+        state.advance("mend it", &picture(200), verdicts([0.9, 0.8]))?;
+        state.turns = 2;
+        let course = state.standing().since(&middle);
+        assert_eq!((course.idle, course.success, course.broken, course.turns), (0.0, 1.0, 0.0, 2.0));
+        Ok(())
     }
 }

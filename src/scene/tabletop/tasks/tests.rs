@@ -242,6 +242,32 @@ fn what_an_instruction_asks_of_a_scene_holds_after_it() {
 }
 
 #[test]
+fn what_an_edit_does_not_touch_is_asked_to_stay() {
+    let (mut asked, mut missed) = (0, 0);
+    for index in 0..300 {
+        let EditSample { source, target, edit, instruction, .. } = edit(4, Split::Train, index, 3, 3);
+        // It asks for no relation itself.
+        if edit.kind() != Kind::Recolour {
+            continue;
+        }
+        let graph = after(4, index, &source, &instruction).unwrap();
+        let what = super::super::edit::find(&source, objects_named(&edit)[0]).unwrap();
+        let rest: Vec<usize> = (0..3).filter(|i| *i != what).collect();
+        assert!(graph.relations.len() <= 1 && target.view().judge(&graph).perfect(), "{instruction}: {graph:?}");
+        assert!(graph.relations.iter().all(|r| rest.contains(&r.subject) && rest.contains(&r.object)));
+        assert_eq!(split::held_out_relations(&graph), 0);
+        asked += graph.relations.len();
+        let mut swapped = target.clone();
+        for (i, j) in [(rest[0], rest[1]), (rest[1], rest[0])] {
+            (swapped.items[i].x, swapped.items[i].y) = (target.items[j].x, target.items[j].y);
+        }
+        missed += swapped.view().judge(&graph).relations.iter().filter(|held| !**held).count();
+    }
+    // What lies in front of the other or inside it still does.
+    assert!(asked > 20 && 2 * missed > asked, "{missed} of {asked} are missed");
+}
+
+#[test]
 fn a_wish_is_a_prompt_for_training_that_the_scene_misses() {
     let mut found = 0;
     for index in 0..200 {

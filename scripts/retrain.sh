@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Trains the built-in models again, from nothing, in the order in which they were trained; weights/tabletop/README.md says
+# how long each part took. Pictures that a part learns from are drawn before it, by the models so far. Every part is a run
+# folder of its own in runs/: what is there already is skipped, what was interrupted goes on.
+#   scripts/retrain.sh [DEVICE]     # cpu, cuda, metal or auto, the default
+set -euo pipefail
+cd "$(dirname "$0")/.."
+device=${1:-auto}
+rlrig=target/release/rlrig
+
+train() {
+    local run=runs/$1 what=(--config "configs/tabletop/$1.toml" --out "runs/$1")
+    [ ! -d "$run/model" ] || return 0
+    [ ! -d "$run/checkpoints" ] || what=(--resume "$run")
+    "$rlrig" train pretrain --device "$device" "${what[@]}"
+}
+
+# NAME, then the flags of the evaluation whose pictures are wanted.
+draw() {
+    local run=runs/$1 more=()
+    shift
+    [ ! -e "$run/results.json" ] || return 0
+    [ ! -d "$run" ] || more=(--resume)
+    "$rlrig" eval --device "$device" --mode loop --steps 20 --guidance 3 --out "$run" "$@" "${more[@]}"
+}
+
+# The trainings of the Diffuser read the autoencoder where it is shipped.
+autoencoder() {
+    cp "runs/$1/model/"* weights/tabletop/vae/
+}
+
+cargo build --release
+train vae
+train vae-coarse
+autoencoder vae-coarse
+train diffuser
+train diffuser-layout
+train diffuser-edits
+train vlm
+draw drawn --split train --limit 240 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
+    --model runs/diffuser-edits/model --vlm runs/vlm/model
+train vlm-drawn
+train diffuser-gpu
+draw drawn-gpu --split train --limit 1500 --subset-seed 11 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
+    --model runs/diffuser-gpu/model --vlm runs/vlm-drawn/model
+train vlm-gpu
+train diffuser-drawn
+train vlm-gpu-longer
+train vlm-twice
+draw drawn-loop --split train --limit 1784 --subset-seed 11 --draws 1 \
+    --model runs/diffuser-drawn/model --vlm runs/vlm-twice/model
+train vlm-varied
+train vae-touching
+train diffuser-touching
+train vlm-imperfect
+
+# What the binary carries.
+for part in transformer text_encoder tokenizer scheduler; do
+    cp "runs/diffuser-touching/model/$part/"* "weights/tabletop/$part/"
+done
+autoencoder vae-touching
+cp runs/vlm-imperfect/model/* weights/tabletop/vlm/
+cargo build --release
+draw looked-at --split val --subset-seed 1 --limit 160
+"$rlrig" eval calibrate runs/looked-at --force --out weights/tabletop/vlm/calibration.json
+cargo build --release
