@@ -21,7 +21,7 @@ draw() {
     shift
     [ ! -e "$run/results.json" ] || return 0
     [ ! -d "$run" ] || more=(--resume)
-    "$rlrig" eval --device "$device" --mode loop --steps 20 --guidance 3 --out "$run" "$@" "${more[@]}"
+    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --out "$run" "$@" "${more[@]}"
 }
 
 # The trainings of the Diffuser read the autoencoder where it is shipped.
@@ -37,17 +37,17 @@ train diffuser
 train diffuser-layout
 train diffuser-edits
 train vlm
-draw drawn --split train --limit 240 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
+draw drawn --split train --mode loop --limit 240 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
     --model runs/diffuser-edits/model --vlm runs/vlm/model
 train vlm-drawn
 train diffuser-gpu
-draw drawn-gpu --split train --limit 1500 --subset-seed 11 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
+draw drawn-gpu --split train --mode loop --limit 1500 --subset-seed 11 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
     --model runs/diffuser-gpu/model --vlm runs/vlm-drawn/model
 train vlm-gpu
 train diffuser-drawn
 train vlm-gpu-longer
 train vlm-twice
-draw drawn-loop --split train --limit 1784 --subset-seed 11 --draws 1 \
+draw drawn-loop --split train --mode loop --limit 1784 --subset-seed 11 --draws 1 \
     --model runs/diffuser-drawn/model --vlm runs/vlm-twice/model
 train vlm-varied
 train vae-touching
@@ -61,6 +61,6 @@ done
 autoencoder vae-touching
 cp runs/vlm-imperfect/model/* weights/tabletop/vlm/
 cargo build --release
-draw looked-at --split val --subset-seed 1 --limit 160
+draw looked-at --split val --mode loop --subset-seed 1 --limit 160
 "$rlrig" eval calibrate runs/looked-at --force --out weights/tabletop/vlm/calibration.json
 cargo build --release
