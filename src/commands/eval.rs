@@ -238,7 +238,7 @@ impl Models {
             Ok(critic.with_looks(open::looks(args.cycle.looks, &found)))
         });
         let judge = judge.transpose()?;
-        told["judge_calibration"] = serde_json::to_value(judge.as_ref().map(|judge| judge.calibration))?;
+        told["judge_calibration"] = serde_json::to_value(judge.as_ref().map(|judge| &judge.calibration))?;
         if let Some(judge) = &judge {
             told["judge_looks"] = judge.looks.into();
         }
