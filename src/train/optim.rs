@@ -238,7 +238,7 @@ impl Optimizer {
             let muon = |param: &&mut Param| param.group.rule == Rule::Muon;
             let (muon, mut rest): (Vec<_>, Vec<_>) = self.params.iter_mut().partition(muon);
             rest.iter_mut().try_for_each(|param| update(param))?;
-            update_composed(muon, gradients, &clip, factor, config)?;
+            update_composed(muon, gradients, clip, factor, config)?;
         }
         Ok((norm, Outcome::Updated))
     }
