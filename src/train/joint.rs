@@ -248,7 +248,7 @@ impl Objective for Joint {
             problems.iter().flat_map(|p| std::iter::repeat_n(p, group.size)).map(State::new).collect();
         let (mut played, mut means) = (Vec::new(), Means::default());
         for round in 1..joint.rounds {
-            let rows: Vec<usize> = (0..states.len()).filter(|r| round == 1 || !states[*r].passes()).collect();
+            let rows: Vec<usize> = (0..states.len()).filter(|r| round == 1 || !states[*r].standing.passes).collect();
             if rows.is_empty() {
                 break;
             }
@@ -260,7 +260,7 @@ impl Objective for Joint {
         let mut metrics = means.metrics();
         let (mut turns, several) = (Vec::with_capacity(played.len()), group.updates() > 1);
         for Played { rows, groups, entered, writing, mut carried, judged } in played {
-            let course = |(r, entered): (&usize, &Standing)| states[*r].standing().since(entered);
+            let course = |(r, entered): (&usize, &Standing)| states[*r].standing.since(entered);
             let courses: Vec<Course> = rows.iter().zip(&entered).map(course).collect();
             let to_go = to_go(joint, group, &groups, &courses)?;
             if turns.is_empty() {

@@ -90,42 +90,40 @@ impl Standing {
     }
 }
 
-/// Where a trajectory stands.
+/// A trajectory that goes on.
 pub(super) struct State<'a> {
     problem: &'a Problem,
     best: Picture,
     verdicts: Vec<Verdict>,
     /// Edits of the best picture that did not help.
     failed: Vec<String>,
-    turns: usize,
-    idle: usize,
-    broken: f64,
+    pub(super) standing: Standing,
+}
+
+/// Whether every claim holds, and the score: the better picture has more of the first, then of the second.
+fn rank(verdicts: &[Verdict]) -> (bool, f64) {
+    (verdicts.iter().all(|v| v.yes), score(verdicts).unwrap_or(1.0))
 }
 
 impl<'a> State<'a> {
     pub(super) fn new(problem: &'a Problem) -> Self {
         let (best, verdicts) = (problem.picture.clone(), problem.verdicts.clone());
-        Self { problem, best, verdicts, failed: Vec::new(), turns: 0, idle: 0, broken: 0.0 }
-    }
-
-    pub(super) fn passes(&self) -> bool {
-        self.verdicts.iter().all(|v| v.yes)
-    }
-
-    pub(super) fn standing(&self) -> Standing {
-        let Self { turns, idle, broken, .. } = *self;
-        Standing { score: score(&self.verdicts).unwrap_or(1.0), passes: self.passes(), turns, idle, broken }
+        let (passes, score) = rank(&verdicts);
+        let standing = Standing { score, passes, turns: 0, idle: 0, broken: 0.0 };
+        Self { problem, best, verdicts, failed: Vec::new(), standing }
     }
 
     /// Takes in what an edit made, and the verdicts on it.
     fn advance(&mut self, instruction: &str, picture: &Picture, after: Vec<Verdict>) -> Result<()> {
+        let standing = &mut self.standing;
         // A small thing that was put right moves few pixels. (By the score itself any noise could be a gain.)
         let held = |verdicts: &[Verdict]| verdicts.iter().filter(|v| v.yes).count();
         let idle = held(&after) <= held(&self.verdicts) && still(self.best.pixels()?, picture.pixels()?);
-        self.idle += usize::from(idle);
-        self.broken += (score(&self.verdicts).unwrap_or(1.0) - score(&after).unwrap_or(1.0)).max(0.0);
-        let rank = |verdicts: &[Verdict]| (verdicts.iter().all(|v| v.yes), score(verdicts));
-        if rank(&after) > rank(&self.verdicts) {
+        standing.idle += usize::from(idle);
+        let (passes, score) = rank(&after);
+        standing.broken += (standing.score - score).max(0.0);
+        if (passes, score) > (standing.passes, standing.score) {
+            (standing.passes, standing.score) = (passes, score);
             (self.best, self.verdicts) = (picture.clone(), after);
             self.failed.clear();
         } else {
@@ -140,7 +138,7 @@ impl Joint {
     pub(super) fn play(&self, states: &mut [State], rows: Vec<usize>, round: usize, batch: &Batch) -> Result<Played> {
         let group = &self.config.group;
         let groups: Vec<u64> = rows.iter().map(|r| (r / group.size) as u64).collect();
-        let entered = rows.iter().map(|r| states[*r].standing()).collect();
+        let entered = rows.iter().map(|r| states[*r].standing).collect();
         let writing = self.ask(states, &rows, round, batch)?;
         let (carried, pictures) = self.paint(states, &rows, &writing, round, batch)?;
         let targets = rows.iter().map(|r| &states[*r].problem.target);
@@ -152,7 +150,7 @@ impl Joint {
         rollout::rank_last(&mut rewards, &groups, writing.read());
         let judged = judge(group, &rewards, &groups)?;
         for (((r, written), picture), after) in rows.iter().zip(&writing.written).zip(&pictures).zip(after) {
-            states[*r].turns += 1;
+            states[*r].standing.turns += 1;
             // Nothing follows from what cannot be read, or is not known.
             if let Some(edit) = written.edit.as_ref().filter(|_| rollout::known(&after)) {
                 states[*r].advance(edit, picture, after)?;
@@ -263,16 +261,16 @@ mod tests {
         let (seed, rendered, graph) = (0, true, SceneGraph::default());
         let problem = Problem { target, graph, picture: picture(100), verdicts: verdicts([0.9, 0.2]), seed, rendered };
         let mut state = State::new(&problem);
-        let start = state.standing();
+        let start = state.standing;
         // A little more certain of the same: the best picture now, but not for anything that was done to it.
         state.advance("nothing", &picture(101), verdicts([0.9, 0.3]))?;
-        let course = state.standing().since(&start);
+        let course = state.standing.since(&start);
         assert!(course.idle == 1.0 && (course.improvement - 0.05).abs() < 1e-9, "{course:?}");
         // A single pixel puts it right.
-        let middle = state.standing();
+        let middle = state.standing;
         state.advance("mend it", &picture(200), verdicts([0.9, 0.8]))?;
-        state.turns = 2;
-        let course = state.standing().since(&middle);
+        state.standing.turns = 2;
+        let course = state.standing.since(&middle);
         assert_eq!((course.idle, course.success, course.broken, course.turns), (0.0, 1.0, 0.0, 2.0));
         Ok(())
     }
