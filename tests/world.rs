@@ -41,6 +41,7 @@ fn export_writes_records_that_the_oracle_confirms() {
         wording: Wording::Caption,
         min_relations: 0,
         min_objects: 0,
+        predicates: Vec::new(),
         spatial_only: false,
         limit: None,
         subset: None,

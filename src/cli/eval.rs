@@ -123,6 +123,9 @@ pub struct EvalRun {
     /// Prompts with at least this many relations (5 for CompSGen Bench)
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Data")]
     pub min_relations: usize,
+    /// Prompts that say one of these relations, such as "behind" or "in front of"
+    #[arg(long, value_name = "R", num_args = 1.., help_heading = "Data")]
+    pub relation: Vec<String>,
     /// Only relations that say where things are
     #[arg(long, help_heading = "Data")]
     pub spatial_only: bool,
@@ -149,7 +152,7 @@ pub struct EvalRun {
     #[arg(
         long,
         conflicts_with_all = [
-            "data", "min_relations", "spatial_only", "shard", "wording", "graph", "mode", "suite", "rounds", "draws", "redraw",
+            "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "rounds", "draws", "redraw",
             "accept", "looks", "only", "vlm", "judge", "resume",
         ],
         help_heading = "Modes"

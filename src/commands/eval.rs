@@ -107,6 +107,7 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
         wording,
         min_relations: args.min_relations,
         min_objects: args.objects,
+        predicates: args.relation.clone(),
         spatial_only: args.spatial_only,
         limit: args.limit,
         subset: args.subset_seed.filter(|_| args.limit.is_some()),
@@ -291,7 +292,7 @@ impl Models {
         let mut config = json!({
             "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
             "data": files, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
-            "objects": args.objects, "min_relations": args.min_relations, "spatial_only": args.spatial_only,
+            "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation, "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },

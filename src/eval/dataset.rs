@@ -71,12 +71,14 @@ impl Wording {
 }
 
 /// Which samples of a data set.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Selection {
     pub wording: Wording,
     /// Samples with fewer relations are left out; the data set's own loader leaves out those with none.
     pub min_relations: usize,
     pub min_objects: usize,
+    /// Unless empty: samples with none of these relations are left out.
+    pub predicates: Vec<String>,
     /// Leaves out relations that are not spatial.
     pub spatial_only: bool,
     pub limit: Option<usize>,
@@ -88,7 +90,10 @@ pub struct Selection {
 
 impl Selection {
     fn admits(&self, graph: &SceneGraph) -> bool {
-        graph.relations.len() >= self.min_relations && graph.objects.len() >= self.min_objects
+        let mut relations = graph.relations.iter();
+        graph.relations.len() >= self.min_relations
+            && graph.objects.len() >= self.min_objects
+            && (self.predicates.is_empty() || relations.any(|r| self.predicates.contains(&r.predicate)))
     }
 
     /// Whether the shard has the `place`th, from 0, of what the rest selects.
@@ -125,7 +130,7 @@ pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sa
         }
         // Most scenes pass; where not one in a hundred does, the request may be one that none can meet.
         if sample.index >= 100 * (samples.len() + limit.min(100)) as u64 {
-            usage!("the split {} has too few scenes with so many objects and relations", split.name());
+            usage!("the split {} has too few scenes with so many objects and these relations", split.name());
         }
         if selection.admits(&sample.graph) {
             samples.push(sample);
@@ -154,7 +159,7 @@ pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Vec<
     let path = file_of(data, split)?;
     let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut records = Records::new(BufReader::with_capacity(1 << 16, file));
-    let mut chosen = Chosen::new(*selection);
+    let mut chosen = Chosen::new(selection.clone());
     let mut index = 0;
     while !chosen.full() {
         let entry = records.next_entry().with_context(|| path.display().to_string())?;
@@ -167,7 +172,7 @@ pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Vec<
         index += 1;
     }
     if chosen.n == 0 {
-        usage!("{}: none of {index} records has enough objects and relations", path.display());
+        usage!("{}: none of {index} records has enough objects and the relations asked for", path.display());
     }
     Ok((chosen.finish(), records.flaws))
 }
@@ -327,6 +332,7 @@ mod tests {
         wording: Wording::Triples,
         min_relations: 1,
         min_objects: 1,
+        predicates: Vec::new(),
         spatial_only: false,
         limit: None,
         subset: None,
@@ -349,6 +355,8 @@ mod tests {
         assert!(laion_sg(&fixture(), "test", &Selection { min_relations: 5, spatial_only: true, ..ALL }).is_err());
         assert_eq!(ids(Selection { min_relations: 4, spatial_only: true, ..ALL }), ["9"]);
         assert_eq!(ids(Selection { min_objects: 3, ..ALL }), ["9"]);
+        assert_eq!(ids(Selection { predicates: vec!["attached to".into(), "no such".into()], ..ALL })[0], "1");
+        assert!(laion_sg(&fixture(), "test", &Selection { predicates: vec!["no such".into()], ..ALL }).is_err());
         assert_eq!(ids(Selection { limit: Some(2), ..ALL }), ["1", "2"]);
     }
 
@@ -356,10 +364,10 @@ mod tests {
     fn shards_part_the_selection_and_a_subset_is_random_but_fixed() {
         assert_eq!(ids(Selection { shard: (1, 3), ..ALL }), ["1", "4", "8"]);
         for (limit, subset) in [None, Some(1), Some(5), Some(100)].into_iter().flat_map(|l| [(l, None), (l, Some(7))]) {
-            let whole = Selection { limit, subset, ..ALL };
+            let whole = || Selection { limit, subset, ..ALL };
             for (part, parts) in (1..=4).flat_map(|parts| (1..=parts).map(move |part| (part, parts))) {
-                let expected: Vec<String> = ids(whole).into_iter().skip(part - 1).step_by(parts).collect();
-                assert_eq!(ids(Selection { shard: (part, parts), ..whole }), expected, "{limit:?} {subset:?}");
+                let expected: Vec<String> = ids(whole()).into_iter().skip(part - 1).step_by(parts).collect();
+                assert_eq!(ids(Selection { shard: (part, parts), ..whole() }), expected, "{limit:?} {subset:?}");
             }
         }
         let subset = |seed| ids(Selection { limit: Some(4), subset: Some(seed), ..ALL });
@@ -410,9 +418,13 @@ mod tests {
         assert_eq!(samples.len(), 30);
         assert!(samples.iter().all(|s| !s.graph.relations.is_empty() && s.prompt == s.graph.triple_text()));
         for limit in [30, usize::MAX] {
-            let none = Selection { min_relations: 50, limit: Some(limit), ..selection };
+            let none = Selection { min_relations: 50, limit: Some(limit), ..ALL };
             assert!(tabletop(Split::Test, 0, &none).is_err());
         }
+        let depth = Selection { predicates: vec!["behind".into(), "in front of".into()], ..selection };
+        let says = |s: &Sample| s.graph.relations.iter().any(|r| depth.predicates.contains(&r.predicate));
+        let samples = tabletop(Split::Test, 0, &depth).unwrap();
+        assert!(samples.len() == 30 && samples.iter().all(says));
     }
 
     #[test]

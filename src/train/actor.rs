@@ -47,6 +47,7 @@ use std::{
     fs,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 /// The section `[actor]`.
@@ -321,6 +322,7 @@ impl Objective for Actor {
     }
 
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
+        let start = Instant::now();
         let indices: Vec<u64> = batch.indices().collect();
         let problems = self.problems(&indices)?;
         let (ActorConfig { steps, tries, kl, .. }, size) = (&self.config, self.group.size);
@@ -328,11 +330,16 @@ impl Objective for Actor {
         let rewards = self.rewards(&problems, &writing, &outcomes)?;
         let judged = judge(&self.group, &rewards, &self.group.numbers(outcomes.len()))?;
         let n = problems.len() as f64;
-        let distinct = |group: &[Written]| group.iter().map(Written::instruction).collect::<BTreeSet<_>>().len() as f64;
+        let distinct = |group: &[Written]| group.iter().map(Written::instruction).collect::<BTreeSet<_>>().len();
+        let distinct: Vec<usize> = writing.written.chunks(size).map(distinct).collect();
+        let claims = |(p, edits): (&Arc<CachedProblem>, &usize)| p.problem.target.claims.len() * edits * tries;
+        // Edits and claims of a row; the time is that of its whole micro-batch.
         let more = [
             (RENDERED_SHARE, rendered_share(problems.iter().map(|p| &p.problem))),
-            ("edits/distinct", writing.written.chunks(size).map(distinct).sum::<f64>() / n),
+            ("edits/distinct", distinct.iter().sum::<usize>() as f64 / n),
+            ("claims", problems.iter().zip(&distinct).map(claims).sum::<usize>() as f64 / n),
             (TOKENS, writing.tokens() / n),
+            ("time/rollout", start.elapsed().as_secs_f64()),
         ];
         let mut metrics = judged.metrics;
         metrics.extend(more.map(|(name, value)| (name.to_owned(), value)));

@@ -1,6 +1,6 @@
-//! Pictures such as a network draws, made of renders: things between two sizes or at the edge of a relation, things that touch,
-//! are bent, half gone or half something else. Renders are clear about everything, and pictures that were drawn are few; of
-//! these there is no end, and the oracle reads them by the rules that it reads all pictures by.
+//! Pictures such as a network draws, made of renders: things between two sizes or at the edge of a relation, things that touch
+//! or melt into one another, are bent, half gone or half something else. Renders are clear about everything, and pictures that
+//! were drawn are few; of these there is no end, and the oracle reads them by the rules that it reads all pictures by.
 
 use super::drawn::Drawn;
 use crate::{
@@ -9,25 +9,37 @@ use crate::{
         oracle,
         render::render,
         split::Split,
-        tasks,
-        world::{SIDE, Scene},
+        sample, tasks,
+        world::{Item, SIDE, Scene},
     },
     tensor::rng::Stream,
 };
 use image::{Rgb, RgbImage, imageops::interpolate_bilinear};
+
+/// Share of the pictures in which two things touch: what a network is least clear about.
+const TOUCHING: f64 = 0.6;
 
 /// Picture `index`, with a prompt that it may not meet.
 pub fn imperfect(seed: u64, index: u64, objects: usize) -> Drawn {
     let rng = &mut Stream::new(seed, "imperfect picture", index);
     // One thing alone teaches little.
     let edits = rng.below(3);
-    let (mut scene, graph) = tasks::disturbed(rng, Split::Train, objects.min(2), objects, edits);
+    let (scene, graph) = sample::draw_touching(rng, Split::Train, objects.min(2), objects, TOUCHING);
+    let mut scene = tasks::disturbed(rng, Split::Train, scene, edits);
     jostle(rng, &mut scene);
     let mut picture = render(&scene);
     if rng.chance(0.5)
+        && let Some((seam, other)) = melted(rng, &scene)
+    {
+        picture = mixed(rng, &picture, seam, &render(&other));
+    }
+    if rng.chance(0.4)
         && let Some(other) = tasks::neighbour(rng, &scene)
     {
-        picture = mixed(rng, &picture, &scene, &render(&other));
+        let centre = if scene.items.is_empty() { (0.0, 0.0) } else { place(rng.choose(&scene.items)) };
+        let shift = rng.normals(2);
+        let spot = (centre.0 + 8.0 * shift[0], centre.1 + 8.0 * shift[1]);
+        picture = mixed(rng, &picture, spot, &render(&other));
     }
     if rng.chance(0.5) {
         picture = bent(rng, &picture);
@@ -50,12 +62,37 @@ fn jostle(rng: &mut Stream, scene: &mut Scene) {
     }
 }
 
-/// The picture with a soft round spot, on one of its things or near it, in which `other` shows, or shines through.
-fn mixed(rng: &mut Stream, picture: &RgbImage, scene: &Scene, other: &RgbImage) -> RgbImage {
-    let Some(centre) = (!scene.items.is_empty()).then(|| *rng.choose(&scene.items)) else { return other.clone() };
-    let shift = rng.normals(2);
-    let (x, y) = (centre.x + 8.0 * shift[0], centre.y + 8.0 * shift[1]);
-    let (radius, softness) = (rng.range(5.0, 28.0) as f32, rng.range(1.0, 6.0) as f32);
+fn place(item: &Item) -> (f32, f32) {
+    (item.x, item.y)
+}
+
+/// Where two things of the scene meet, and the scene with the one in front that was behind, with one in the other's colour, or
+/// with one of the two gone: shown around their seam, it makes them one.
+fn melted(rng: &mut Stream, scene: &Scene) -> Option<((f32, f32), Scene)> {
+    let n = scene.items.len();
+    let meet = |&(a, b): &(usize, usize)| scene.items[a].bounding_box().gap(&scene.items[b].bounding_box()) < 0.0;
+    let pairs: Vec<(usize, usize)> =
+        (0..n).flat_map(|a| (0..n).map(move |b| (a, b))).filter(|(a, b)| a != b).filter(meet).collect();
+    if pairs.is_empty() {
+        return None;
+    }
+    let (a, b) = *rng.choose(&pairs);
+    let (first, second) = (&scene.items[a], &scene.items[b]);
+    // Nearer to the smaller one, as its outline is.
+    let share = first.radius / (first.radius + second.radius);
+    let seam = (first.x + share * (second.x - first.x), first.y + share * (second.y - first.y));
+    let mut other = scene.clone();
+    match rng.below(3) {
+        0 => (other.items[a].depth, other.items[b].depth) = (second.depth, first.depth),
+        1 => other.items[a].colour = second.colour,
+        _ => drop(other.items.remove(a)),
+    }
+    sample::trainable(&other).then_some((seam, other))
+}
+
+/// The picture with a soft round spot about `(x, y)` in which `other` shows, or shines through.
+fn mixed(rng: &mut Stream, picture: &RgbImage, (x, y): (f32, f32), other: &RgbImage) -> RgbImage {
+    let (radius, softness) = (rng.range(5.0, 28.0) as f32, rng.range(1.0, 8.0) as f32);
     let strength = if rng.chance(0.6) { 1.0 } else { rng.range(0.3, 1.0) as f32 };
     RgbImage::from_fn(SIDE, SIDE, |column, row| {
         let distance = (column as f32 + 0.5 - x).hypot(row as f32 + 0.5 - y);
@@ -85,7 +122,7 @@ fn bent(rng: &mut Stream, picture: &RgbImage) -> RgbImage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scene::{parse::parse, tabletop::sample};
+    use crate::scene::parse::parse;
 
     #[test]
     fn they_are_unclear_in_every_way_and_are_what_the_oracle_reads() {

@@ -232,6 +232,9 @@ fn mistaken(rng: &mut Stream, view: &View, mut near: Seen) -> Object {
     near.object()
 }
 
+/// Pixels between two things that seem to touch. Which one is in front is then what is hard to see, and most asked.
+const TOUCH: f32 = 3.0;
+
 /// Claims of single objects and of relations between two that are this far from being undecided, about half of them true.
 fn probe(rng: &mut Stream, split: Split, view: &View, margin: f32) -> Option<Verdict> {
     if view.objects.is_empty() {
@@ -243,7 +246,12 @@ fn probe(rng: &mut Stream, split: Split, view: &View, margin: f32) -> Option<Ver
         let graph = if relation {
             let a = rng.below(view.objects.len());
             let b = (a + 1 + rng.below(view.objects.len() - 1)) % view.objects.len();
-            let spatial = if rng.chance(0.75) { *rng.choose(&Spatial::DIRECTIONS) } else { *rng.choose(&Spatial::ALL) };
+            let touch = view.objects[a].bounds.gap(&view.objects[b].bounds) < TOUCH;
+            let spatial = match rng.uniform() {
+                u if touch && u < 0.5 => *rng.choose(&[Spatial::InFrontOf, Spatial::Behind]),
+                u if u < 0.8 => *rng.choose(&Spatial::DIRECTIONS),
+                _ => *rng.choose(&Spatial::ALL),
+            };
             let mut objects: Vec<Object> = [a, b].iter().map(|i| view.objects[*i].object()).collect();
             // A relation is false too where something else is in the place of one of its two.
             if !wanted && rng.chance(0.5) {

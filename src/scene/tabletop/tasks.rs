@@ -385,9 +385,8 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
     None
 }
 
-/// A scene of `min..=max` objects that a graph describes, changed by up to `most` edits so that it may no longer.
-pub fn disturbed(rng: &mut Stream, split: Split, min: usize, max: usize, most: usize) -> (Scene, SceneGraph) {
-    let (mut scene, graph) = sample::draw(rng, split, min, max);
+/// The scene changed by up to `most` edits, so that it may no longer be what a graph says of it.
+pub fn disturbed(rng: &mut Stream, split: Split, mut scene: Scene, most: usize) -> Scene {
     for _ in 0..most {
         let kind = *rng.choose(&[
             Kind::Move,
@@ -413,7 +412,7 @@ pub fn disturbed(rng: &mut Stream, split: Split, min: usize, max: usize, most: u
             scene = edited;
         }
     }
-    (scene, graph)
+    scene
 }
 
 /// A scene one edit away that training may show; nothing if none was found.
@@ -436,7 +435,8 @@ pub fn check(seed: u64, split: Split, index: u64, max: usize) -> CheckSample {
             u if u < 0.15 => sample::draw(rng, split, 1, max),
             u if u < 0.55 => {
                 let most = 1 + rng.below(3);
-                disturbed(rng, split, 1, max, most)
+                let (scene, graph) = sample::draw(rng, split, 1, max);
+                (disturbed(rng, split, scene, most), graph)
             }
             _ => {
                 let (scene, graph) = sample::draw(rng, split, 1, max);
@@ -506,7 +506,8 @@ pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSa
     let rng = &mut stream("act", seed, split, index);
     loop {
         let most = 1 + rng.below(2);
-        let (scene, graph) = disturbed(rng, split, min, max, most);
+        let (scene, graph) = sample::draw(rng, split, min, max);
+        let scene = disturbed(rng, split, scene, most);
         let view = scene.view();
         let truth = view.judge(&graph);
         if truth.perfect() {
