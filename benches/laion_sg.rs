@@ -111,12 +111,14 @@ fn main() -> anyhow::Result<()> {
         wording: Wording::Triples,
         min_relations: 1,
         min_objects: 1,
+        predicates: Vec::new(),
         spatial_only: false,
         limit: Some(500),
         subset: Some(1),
         shard: (1, 1),
     };
-    for selection in [subset, Selection { limit: None, subset: None, shard: (1, 1000), ..subset }] {
+    let shard = Selection { limit: None, subset: None, shard: (1, 1000), ..subset.clone() };
+    for selection in [subset, shard] {
         let (samples, _) = dataset::laion_sg(file.path(), "test", &selection)?;
         println!("{} samples by {selection:?}", samples.len());
         hold(before)?;

@@ -14,13 +14,16 @@ PREDICATES = list("xyz")
 
 
 def graph(rng):
-    """Three lists, as a judge gives them; objects without a triple, repeated names and empty lists among them."""
+    """Three lists, as a judge gives them; objects and predicates without a triple, repeated names and empty lists among
+    them."""
     triples = [
         [rng.choice(LABELS), rng.choice(PREDICATES), rng.choice(LABELS)] for _ in range(rng.choice([0, 1, 1, 2, 3, 4]))
     ]
     objects = [label for s, _, o in triples for label in (s, o) if rng.random() < 0.8]
     objects += [rng.choice(LABELS) for _ in range(rng.choice([0, 0, 1, 2]))]
-    return {"triples": triples, "objects": objects, "predicates": [p for _, p, _ in triples]}
+    predicates = [p for _, p, _ in triples if rng.random() < 0.8]
+    predicates += [rng.choice(PREDICATES) for _ in range(rng.choice([0, 0, 1]))]
+    return {"triples": triples, "objects": objects, "predicates": predicates}
 
 
 def set_iou(a, b):
@@ -36,8 +39,9 @@ def bag_iou(a, b):
 def scores(a, b, iou, derived=False):
     def parts(g):
         triples = [tuple(t) for t in g["triples"]]
-        objects = [x for s, _, o in triples for x in (s, o)] if derived else g["objects"]
-        return triples, objects, g["predicates"]
+        if not derived:
+            return triples, g["objects"], g["predicates"]
+        return triples, [x for s, _, o in triples for x in (s, o)], [p for _, p, _ in triples]
 
     return [iou(x, y) for x, y in zip(parts(a), parts(b))]
 

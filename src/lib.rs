@@ -3,7 +3,7 @@
 //! Imports point one way; a test holds the rule:
 //! `error <- tensor <- scene, io <- models <- vlm <- flow <- rig's implementations <- train, eval <- commands <- main`. Beside
 //! it `config` imports only `error`, `cli` also `eval` and `flow`, for the names of modes and solvers, `rig::roles` only
-//! `scene`, and `rig::cycle` only `rig::roles`.
+//! `scene`, and `rig::cycle` only `error` and `rig::roles`.
 
 pub mod cli;
 pub mod commands;

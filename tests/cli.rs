@@ -147,9 +147,40 @@ fn scene_graphs_and_free_words_are_drawn() {
     fs::write(rig.path("graph.json"), record.to_string()).unwrap();
     rig.bad(2, "item which is not there: 9 \"chasing\" 7", "generate", &["--graph", "graph.json"]);
 
-    let output = rig.run("generate", &["--prompt", "misty morning, melancholy", "--rounds", "1", "--out", "b.png"]);
+    // A terminal would obey what comes after the escape.
+    let words = "misty\u{1b}[2J morning, melancholy";
+    let output = rig.run("generate", &["--prompt", words, "--rounds", "1", "--out", "b.png"]);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("misty morning, melancholy"), "{}", stderr(&output));
+    let said = stderr(&output);
+    assert!(said.contains("misty\u{fffd}[2J morning, melancholy") && !said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
+fn a_shorter_run_leaves_no_turns_of_a_longer_one() {
+    let rig = Rig::new();
+    let run = |rounds: &str| {
+        let args = ["--prompt", PROMPT, "--seed", "7", "--accept", "1", "--out", "a.png", "--trajectory", "turns"];
+        rig.good("generate", &[&args[..], &["--rounds", rounds, "--force"]].concat());
+        let entries = fs::read_dir(rig.path("turns")).unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let files = ["index.html", "sheet.png", "trajectory.json", "turn-1.png", "turn-2.png", "turn-3.png"];
+    assert_eq!(run("3"), files);
+    assert_eq!(run("1"), files[..4]);
+}
+
+#[test]
+fn half_precision_serves_on_the_cpu_too() {
+    let rig = Rig::new();
+    let loops = ["--rounds", "2", "--draws", "1", "--accept", "1", "--device", "cpu", "--dtype", "bf16"];
+    let args = ["--prompt", PROMPT, "--seed", "1", "--out", "a.png"];
+    let line = rig.json("generate", &[&args[..], &loops].concat()).remove(0);
+    assert_eq!((line["recipe"]["dtype"].as_str(), line["turns"].as_array().map(Vec::len)), (Some("bf16"), Some(2)));
+    let replay = rig.command(&["generate", "--from", "a.png", "--device", "cpu", "--out", "b.png"]).output().unwrap();
+    assert!(replay.status.success(), "{}", stderr(&replay));
+    assert!(fs::read(rig.path("a.png")).unwrap() == fs::read(rig.path("b.png")).unwrap());
 }
 
 #[test]

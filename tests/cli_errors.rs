@@ -72,7 +72,15 @@ fn prompts_that_nothing_can_be_drawn_of() {
     fs::write(rig.path("bytes.txt"), b"\xff\xfe\x00").unwrap();
     let output = rig.command(&["generate", "--prompt-file", "bytes.txt"]).output().unwrap();
     refuses(&output, 1, "no UTF-8", "bytes");
-    assert_eq!(rig.names(), ["bytes.txt", "empty.txt", "graph.json"]);
+    let third = "\u{feff}a red ball\n\na red giraffe left of a blue cube\n";
+    fs::write(rig.path("third.txt"), third).unwrap();
+    refused("third.txt, line 3: unknown shape", &["--prompt-file", "third.txt"]);
+    let output = rig.command(&["generate", "--prompt", "-"]).write_stdin(third).output().unwrap();
+    refuses(&output, 2, "stdin, line 3: unknown shape", "stdin");
+    fs::write(rig.path("many.txt"), "a red ball\n".repeat(11)).unwrap();
+    let many = ["--prompt-file", "many.txt", "--seed", "1", "-n", "100000", "--out", "many"];
+    refused("1100000 pictures; at most 1000000 are made in one call", &many);
+    assert_eq!(rig.names(), ["bytes.txt", "empty.txt", "graph.json", "many.txt", "third.txt"]);
 }
 
 #[test]
@@ -134,6 +142,16 @@ fn outputs_that_cannot_be_written() {
     fs::write(rig.path("turns/mine.txt"), "mine").unwrap();
     bad(2, "is not empty", &["--out", "a.png", "--trajectory", "turns"]);
     bad(2, "there.png exists", &["--out", "a.png", "--save-noise", "there.png"]);
+    // The trajectory would write over them.
+    let inside = |flag: &str, path: &str, more: &[&str]| {
+        let expected = format!("{flag} {path} is in the folder of --trajectory");
+        bad(2, &expected, &[&[flag, path, "--trajectory", "turns/", "--force"], more].concat());
+    };
+    inside("--out", "turns/sheet.png", &[]);
+    inside("--save-noise", "./turns/index.html", &["--out", "a.png"]);
+    inside("--save-noise", "turns/noise", &["-n", "2", "--out", "pictures"]);
+    fs::remove_dir(rig.path("pictures")).unwrap();
+    assert_eq!(fs::read_dir(rig.path("turns")).unwrap().count(), 1);
     assert_eq!(rig.names(), ["there.png", "turns"]);
     rig.good("generate", &["--prompt", PROMPT, "--seed", "1", "--rounds", "1", "--out", "there.png", "--force"]);
     assert!(png::read(&rig.path("there.png")).is_ok());
@@ -245,14 +263,33 @@ fn model_folders_that_are_broken() {
         ("levels must be 1 to 10, not 66", set(vae, "/block_out_channels", vec![8; 66].into())),
         ("patch_size must be 1 to 16", set(vae, "/patch_size", vec![1u64 << 40; 2].into())),
         ("latent_channels must be 1 to 65536", set(vae, "/latent_channels", (1u64 << 63).into())),
-        ("embed_tokens.weight is", set(text, "/hidden_size", 1_000_000_000u64.into())),
+        ("embed_tokens.weight is", set(text, "/hidden_size", 32.into())),
+        ("hidden_size must be 1 to 1048576, not 1000000000", set(text, "/hidden_size", 1_000_000_000u64.into())),
+        ("intermediate_size must be 1 to", set(text, "/intermediate_size", 0.into())),
+        (
+            "num_hidden_layers must be 1 to 4096, not 0",
+            Box::new(move |rig| {
+                bend(rig, text, |v| {
+                    v["num_hidden_layers"] = 0.into();
+                    v["head_dim"] = (1u64 << 62).into();
+                });
+            }),
+        ),
+        ("head_dim must be 1 to 1048576", set(text, "/head_dim", (1u64 << 62).into())),
+        ("num_key_value_heads must be 1 to", set(text, "/num_key_value_heads", 0.into())),
+        ("vocab_size must be 1 to", set(text, "/vocab_size", (1u64 << 40).into())),
         ("max_length: 1000000000000", set(text, "/prompt_embedding/max_length", 1_000_000_000_000u64.into())),
         ("layers: [99, ", set(text, "/prompt_embedding/layers/0", 99.into())),
         ("tokenizer.json is no tokenizer", write("klein/tokenizer/tokenizer.json", b"{}".to_vec())),
         ("cannot read vlm/config.json", remove("vlm/config.json")),
-        ("language_model.layers.2.", set(vlm, "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
-        ("patch_size and num_position_embeddings", set(vlm, "/vision_config/patch_size", 0.into())),
-        ("into 0 heads", set(vlm, "/vision_config/num_heads", 0.into())),
+        ("language_model.layers.2.", set(vlm, "/text_config/num_hidden_layers", 3.into())),
+        ("num_hidden_layers must be 1 to", set(vlm, "/text_config/num_hidden_layers", 1_000_000_000_000u64.into())),
+        ("mrope_section must be", set(vlm, "/text_config/rope_parameters/mrope_section/0", (1u64 << 63).into())),
+        ("vision_config.patch_size must be 1 to", set(vlm, "/vision_config/patch_size", 0.into())),
+        ("vision_config.num_heads must be 1 to", set(vlm, "/vision_config/num_heads", 0.into())),
+        ("vision_config.temporal_patch_size must", set(vlm, "/vision_config/temporal_patch_size", (1u64 << 62).into())),
+        ("vision_config.in_channels must", set(vlm, "/vision_config/in_channels", (1u64 << 62).into())),
+        ("vision_config.depth must be 1 to 4096", set(vlm, "/vision_config/depth", (1u64 << 62).into())),
         ("patches of no size", set(processor, "/patch_size", 0.into())),
         ("shortest_edge: 1000000000000", set(processor, "/size/shortest_edge", 1_000_000_000_000u64.into())),
         ("merge_size: 4611686018427387904", set(processor, "/merge_size", (1u64 << 62).into())),
@@ -355,10 +392,18 @@ fn a_disk_without_room_leaves_nothing_half_written() {
 /// Starts a loop of many rounds, interrupts it as soon as stderr says `when`, and gives its exit code and last words.
 #[cfg(unix)]
 fn interrupted(rig: &Rig, steps: &str, when: &str) -> (Option<i32>, String) {
+    let asked = ["generate", "--vlm", "vlm", "--prompt", PROMPT, "--seed", "1", "--rounds", "100", "--draws", "1"];
+    let more = ["--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns"];
+    interrupted_call(rig, &[&asked[..], &more].concat(), when)
+}
+
+/// The same of any call.
+#[cfg(unix)]
+fn interrupted_call(rig: &Rig, args: &[&str], when: &str) -> (Option<i32>, String) {
     let mut child = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"))
         .current_dir(rig.dir.path())
-        .args(["generate", "--model", "klein", "--vlm", "vlm", "--prompt", PROMPT, "--seed", "1", "--rounds", "100"])
-        .args(["--draws", "1", "--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns"])
+        .args(args)
+        .args(["--model", "klein"])
         .stderr(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
@@ -395,6 +440,18 @@ fn ctrl_c_in_the_middle_of_an_edit_keeps_the_rounds_before_it() {
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("1 of 1 pictures are kept") && !said.contains("round 2"), "{said}");
     assert!(png::read(&rig.path("a.png")).is_ok());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_in_the_middle_of_a_single_edit_writes_nothing() {
+    let rig = Rig::new();
+    png::write(&rig.path("plain.png"), &image::RgbImage::new(64, 64), &[], false).unwrap();
+    let args = ["edit", "--image", "plain.png", "--instruction", "x", "--steps", "1000", "--out", "e.png"];
+    let (code, said) = interrupted_call(&rig, &args, "seed ");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("interrupted; nothing was written"), "{said}");
+    assert_eq!(rig.names(), ["plain.png"]);
 }
 
 #[cfg(unix)]

@@ -4,10 +4,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;
 use rlrig::{
+    error::Cancelled,
     rig::{
         cycle::{Action, Cast, Ending, Event, Job, Options, Outcome, run},
         roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
@@ -278,6 +279,29 @@ fn cancelling_at_any_stage_keeps_what_is_finished() {
         }
         assert!(stop > 0 || outcomes.iter().all(Option::is_none));
     }
+}
+
+#[test]
+fn an_error_after_an_interruption_is_not_taken_for_it() {
+    /// Is interrupted while it edits, and fails.
+    struct Failing<'a> {
+        stop: &'a Cell<bool>,
+        error: fn() -> Error,
+    }
+    impl Editor for Failing<'_> {
+        fn edit(&self, _: &[Edit]) -> Result<Vec<Picture>> {
+            self.stop.set(true);
+            Err((self.error)())
+        }
+    }
+    let fails = |error: fn() -> Error| {
+        let (row, stop) = (Row::default(), Cell::new(false));
+        let editor = Failing { stop: &stop, error };
+        run(Cast { editor: &editor, ..row.cast() }, &jobs(12), &PAPER, &|| stop.get(), &mut |_| Ok(()))
+    };
+    let outcomes = fails(|| Error::new(Cancelled).context("the Editor")).unwrap();
+    assert!(outcomes.iter().flatten().any(|outcome| outcome.ending == Ending::Cancelled));
+    assert_eq!(fails(|| anyhow!("no memory left")).unwrap_err().to_string(), "no memory left");
 }
 
 #[test]

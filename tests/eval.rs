@@ -285,6 +285,18 @@ fn a_killed_run_goes_on_and_shards_join_to_the_same_result() {
     broken("b/samples.jsonl: line 1 is damaged", &["a", "b"]);
     fs::write(&samples, text.clone() + &text).unwrap();
     broken("is of the same picture as line 1", &["a", "b"]);
+    // Nor does a part pass for the whole whose lines are lost at the end.
+    let first = text.lines().next().unwrap();
+    for (cut, expected) in [
+        (&text[..text.len() - 9], "its last line is torn"),
+        (first, "lacks lines"),
+        ("", "b/samples.jsonl: it has 0 of 1 prompts (loop)"),
+    ] {
+        fs::write(&samples, cut).unwrap();
+        broken(expected, &["a", "b"]);
+        broken("--out b --resume makes it whole again", &["a", "b"]);
+    }
+    fs::write(&samples, text.clone() + &text).unwrap();
     rig.bad(1, "delete one of them", "eval", &[&FEW[..], &["--out", "b", "--shard", "2/2", "--resume"]].concat());
     fs::write(&samples, text).unwrap();
     fs::remove_file(rig.path("b/results.json")).unwrap();

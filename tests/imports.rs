@@ -18,7 +18,7 @@ fn allowed(module: &str) -> &'static [&'static str] {
         "flow" => &["error", "tensor", "scene", "io", "models", "vlm"],
         "rig" => &["error", "tensor", "scene", "io", "models", "flow", "vlm"],
         "rig/roles" => &["scene"],
-        "rig/cycle" => &["rig/roles"],
+        "rig/cycle" => &["error", "rig/roles"],
         "train" | "eval" => &["error", "tensor", "scene", "io", "models", "flow", "vlm", "rig", "config"],
         "config" => &["error"],
         "cli" => &["error", "eval", "flow"],

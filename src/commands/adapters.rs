@@ -34,6 +34,8 @@ pub struct Adapters {
     /// The folder of the built-in ones, where they are on.
     built_in: Option<Folder>,
     told: Vec<String>,
+    /// Of each that a model has taken.
+    revisions: Vec<String>,
 }
 
 impl Adapters {
@@ -43,7 +45,8 @@ impl Adapters {
 
     /// Those that `--adapter` names, with the folder of the built-in ones.
     fn named(texts: &[String], built_in: Option<Folder>) -> Result<Self> {
-        let mut this = Self { left: Vec::new(), taken: Vec::new(), built_in, told: texts.to_vec() };
+        let mut this =
+            Self { left: Vec::new(), taken: Vec::new(), built_in, told: texts.to_vec(), revisions: Vec::new() };
         for text in texts {
             match text.as_str() {
                 NONE => this.built_in = None,
@@ -56,15 +59,16 @@ impl Adapters {
 
     /// None at all.
     pub fn none() -> Self {
-        Self { left: Vec::new(), taken: Vec::new(), built_in: None, told: Vec::new() }
+        Self { left: Vec::new(), taken: Vec::new(), built_in: None, told: Vec::new(), revisions: Vec::new() }
     }
 
     /// Takes those whose layers the model of `params` has.
     pub fn take(&mut self, who: Who, params: &Params) -> Vec<Adapter> {
         let fits = |peft: &Peft| peft.layers.iter().all(|layer| params.has(&format!("{layer}.weight")));
-        let (taken, left) =
+        let (taken, left): (Vec<_>, _) =
             std::mem::take(&mut self.left).into_iter().partition(|(w, peft, _)| *w == who && fits(peft));
         self.left = left;
+        self.revisions.extend(taken.iter().map(|(_, peft, _)| peft.revision.clone()));
         let taken: Vec<Adapter> = taken.into_iter().map(|(_, peft, strength)| peft.adapter(strength)).collect();
         self.taken.extend_from_slice(&taken);
         taken
@@ -75,7 +79,9 @@ impl Adapters {
         let mut taken = self.take(Who::Mender, params);
         let built_in = self.built_in.as_ref().and_then(|folder| folder.sub(role));
         if let Some(folder) = built_in.filter(|_| taken.is_empty()) {
-            taken.push(Peft::open(&folder)?.adapter(1.0));
+            let peft = Peft::open(&folder)?;
+            self.revisions.push(peft.revision.clone());
+            taken.push(peft.adapter(1.0));
             if !self.told.iter().any(|told| told == built_in::NAME) {
                 self.told.push(built_in::NAME.to_owned());
             }
@@ -86,6 +92,11 @@ impl Adapters {
     /// All that are on, in words that `--adapter` takes.
     pub fn told(&self) -> &[String] {
         &self.told
+    }
+
+    /// Which versions of them: a folder may hold another one later.
+    pub fn revisions(&self) -> &[String] {
+        &self.revisions
     }
 
     /// An error if some fit no model. Call when the models are built.

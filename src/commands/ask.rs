@@ -1,5 +1,6 @@
 //! What is asked for: prompts from the command line, a file or stdin, and scene graphs.
 
+use super::show::printable;
 use crate::{
     cli::Asked,
     io::read_file,
@@ -8,19 +9,17 @@ use crate::{
         vlm_roles::Critic,
     },
     scene::{
-        graph::{Object, Relation, SceneGraph},
+        graph::{LARGEST, Object, Relation, SceneGraph},
         laion_sg::Record,
-        parse::{ParseError, parse},
+        parse::{MAX_CHARS, ParseError, parse},
         relation::contradictions,
     },
     usage,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, from_slice};
 use std::{io::Read, path::Path};
 
-/// A longer prompt is no prompt.
-pub const MAX_CHARS: usize = 4000;
 const MAX_FILE: u64 = 64 << 20;
 
 /// One thing that is asked for.
@@ -44,24 +43,34 @@ pub fn read(asked: &Asked, strict: bool) -> Result<Vec<Ask>> {
         let ask = |graph: Result<SceneGraph>| from_graph(graph?, strict);
         return graphs.into_iter().enumerate().map(|(i, graph)| ask(graph).with_context(|| place(i))).collect();
     }
-    let text = match (&asked.prompt, &asked.prompt_file) {
+    let (name, bytes) = match (&asked.prompt, &asked.prompt_file) {
         (Some(prompt), _) if prompt != "-" => return Ok(vec![understand(prompt, strict)?]),
-        (Some(_), _) => {
-            let mut text = String::new();
-            let read = std::io::stdin().take(MAX_FILE).read_to_string(&mut text);
-            read.context("cannot read prompts from stdin: they are no UTF-8 text")?;
-            text
-        }
-        (None, Some(path)) => String::from_utf8(read_file(path, MAX_FILE)?)
-            .with_context(|| format!("{} is no UTF-8 text", path.display()))?,
+        (Some(_), _) => ("stdin".to_owned(), read_whole(std::io::stdin(), MAX_FILE).context("stdin")?),
+        (None, Some(path)) => (path.display().to_string(), read_file(path, MAX_FILE)?),
         (None, None) => usage!("say what to draw: --prompt, --prompt-file, --graph or --from"),
     };
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    prompts(&name, bytes, strict)
+}
+
+/// All of `input`, which may have `limit` bytes.
+fn read_whole(input: impl Read, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    input.take(limit + 1).read_to_end(&mut bytes).context("cannot read the prompts")?;
+    ensure!(bytes.len() as u64 <= limit, "there are more than the {limit} bytes that are read");
+    Ok(bytes)
+}
+
+/// The prompts of a text from `name`, one a line.
+fn prompts(name: &str, bytes: Vec<u8>, strict: bool) -> Result<Vec<Ask>> {
+    let text = String::from_utf8(bytes).with_context(|| format!("{name} is no UTF-8 text"))?;
+    // A byte order mark is no harm.
+    let lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines().enumerate();
     let asks: Vec<Ask> = lines
-        .map(|(i, line)| understand(line, strict).with_context(|| format!("line {}", i + 1)))
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(i, line)| understand(line, strict).with_context(|| format!("{name}, line {}", i + 1)))
         .collect::<Result<_>>()?;
     if asks.is_empty() {
-        usage!("there are no prompts to draw");
+        usage!("there are no prompts to draw in {name}");
     }
     Ok(asks)
 }
@@ -98,6 +107,7 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
 }
 
 fn found(prompt: String, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> {
+    let say = |text: &str| say(&printable(text));
     let graph = critic.parse(&prompt)?;
     if let Some(why) = contradictions(&graph).into_iter().next() {
         say(&format!("as the VLM reads \"{prompt}\", no picture can show it: {why}"));
@@ -151,15 +161,10 @@ fn whole(record: &Record) -> Result<SceneGraph> {
     Ok(record.graph())
 }
 
-/// Objects, and relations, of a scene graph that is drawn at most: each is a question about every picture.
-const LARGEST_GRAPH: usize = 200;
-
 fn from_graph(mut graph: SceneGraph, strict: bool) -> Result<Ask> {
     let (objects, relations) = (graph.objects.len(), graph.relations.len());
-    if objects.max(relations) > LARGEST_GRAPH {
-        usage!(
-            "a scene graph of {objects} objects and {relations} relations; at most {LARGEST_GRAPH} of each are drawn"
-        );
+    if objects.max(relations) > LARGEST {
+        usage!("a scene graph of {objects} objects and {relations} relations; at most {LARGEST} of each are drawn");
     }
     if let Err(error) = graph.validate() {
         usage!("{error}");
@@ -203,6 +208,26 @@ fn in_known_words(graph: &SceneGraph) -> Result<SceneGraph> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn prompts_of_a_file_are_told_by_its_name_and_read_whole_or_not_at_all() {
+        let marked = "\u{feff}a red ball\r\n\n a blue cube \n";
+        let told: Vec<String> = prompts("p.txt", marked.into(), true)
+            .unwrap()
+            .into_iter()
+            .map(|ask| match ask {
+                Ask::Target(target) => target.prompt,
+                Ask::Words(words) => panic!("{words:?}"),
+            })
+            .collect();
+        assert_eq!(told, ["a red ball", "a blue cube"]);
+        let error = |bytes: &[u8]| format!("{:#}", prompts("p.txt", bytes.to_vec(), true).err().unwrap());
+        let wrong = error(b"a red ball\n\na red giraffe left of a blue cube");
+        assert!(wrong.starts_with("p.txt, line 3: unknown shape"), "{wrong}");
+        assert!(error(b"\n").ends_with("in p.txt") && error(b"\xff").starts_with("p.txt is no UTF-8"));
+        assert_eq!(read_whole(&b"ball"[..], 4).unwrap(), b"ball");
+        assert!(read_whole(&b"balls"[..], 4).unwrap_err().to_string().contains("more than the 4 bytes"));
+    }
 
     #[test]
     fn models_that_know_few_words_are_told_in_those() {

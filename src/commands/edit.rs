@@ -2,7 +2,6 @@
 
 use super::{
     adapters::Adapters,
-    ask::MAX_CHARS,
     fresh_seed,
     generate::flag,
     interrupt, open,
@@ -11,17 +10,18 @@ use super::{
 };
 use crate::{
     cli::{Edit, EditorKind},
+    error::Cancelled,
     io::png,
     rig::{
         klein::Painter,
         roles::{self, Editor, Picture, Target},
         trajectory::Parameters,
     },
+    scene::parse::MAX_CHARS,
     usage,
 };
 use anyhow::{Result, bail};
 use serde_json::json;
-use std::sync::atomic::Ordering;
 
 pub fn run(args: &Edit) -> Result<()> {
     open::check_sampling(&args.sampling)?;
@@ -56,7 +56,7 @@ pub fn run(args: &Edit) -> Result<()> {
     let target = Target { prompt: instruction.to_owned(), claims: Vec::new() };
     let job = roles::Edit { target: &target, picture: &picture, verdicts: &[], instruction, seed, round: 1 };
     let edited = match painter.edit(&[job]) {
-        Err(_) if stop.load(Ordering::Relaxed) => bail!("interrupted; nothing was written"),
+        Err(error) if error.is::<Cancelled>() => bail!("interrupted; nothing was written"),
         edited => roles::expect_each("the Editor", 1, edited?)?,
     };
     let recipe = json!({

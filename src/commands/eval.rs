@@ -233,6 +233,8 @@ impl Models {
             );
         }
         told["adapter"] = adapters.told().into();
+        told["adapter_revisions"] = adapters.revisions().into();
+        told["device"] = open::device_name(&device).into();
         told["dtype"] = open::dtype_name(dtype).into();
         let judge = judge.map(|found| -> Result<Critic> {
             let critic = open::checker(&found, at, &mut Adapters::none())?;

@@ -8,6 +8,7 @@ use crate::{
         stats::Share,
         tabletop::{EditResults, edits},
     },
+    flow::Cancelled,
     rig::{
         klein::Painter,
         roles::{Edit, Editor, Picture, Target, expect_each},
@@ -17,10 +18,7 @@ use crate::{
 };
 use anyhow::{Result, bail};
 use serde_json::json;
-use std::{
-    sync::atomic::{AtomicBool, Ordering},
-    time::Instant,
-};
+use std::time::Instant;
 
 pub fn run(args: &EvalRun) -> Result<()> {
     let [name] = args.split.as_slice() else { usage!("--edits takes one --split") };
@@ -46,7 +44,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let painter = Painter::new(klein.clone(), painting, console.watch(stop)).with_editor(editor);
     let start = Instant::now();
     let samples = edits(split, subset_seed, limit, args.objects);
-    let (results, lines) = edit_all(&samples, *seed, args.batch, &painter, stop, &console)?;
+    let (results, lines) = edit_all(&samples, *seed, args.batch, &painter, &console)?;
     console.done();
     let document = json!({
         "settings": settings, "results": results, "seconds": start.elapsed().as_secs_f64(),
@@ -75,7 +73,6 @@ fn edit_all(
     seed: u64,
     batch: usize,
     painter: &Painter,
-    stop: &'static AtomicBool,
     console: &Console,
 ) -> Result<(EditResults, String)> {
     let (mut results, mut lines) = (EditResults::default(), String::new());
@@ -100,7 +97,7 @@ fn edit_all(
             })
             .collect();
         let edited = match painter.edit(&jobs) {
-            Err(_) if stop.load(Ordering::Relaxed) => bail!("interrupted after {start} of {} edits", samples.len()),
+            Err(error) if error.is::<Cancelled>() => bail!("interrupted after {start} of {} edits", samples.len()),
             edited => expect_each("the Editor", jobs.len(), edited?)?,
         };
         Picture::develop(&edited.iter().collect::<Vec<_>>())?;

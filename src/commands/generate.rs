@@ -5,7 +5,7 @@ use super::{
     ask::{self, Ask},
     fresh_seed, interrupt,
     open::{self, Found},
-    output::{Output, Turns, check_writable},
+    output::{Output, Turns, check_writable, is_png, lies_in},
     show::Console,
 };
 use crate::{
@@ -32,6 +32,8 @@ use std::{path::Path, sync::atomic::Ordering};
 
 /// Noise files beyond this size are not read.
 const MAX_NOISE: u64 = 1 << 30;
+/// Pictures of one call at most: each has a name and a job before the first is drawn.
+const MOST_PICTURES: usize = 1_000_000;
 
 pub fn run(args: Generate) -> Result<()> {
     let from = args.from.as_deref().map(read_recipe).transpose()?;
@@ -121,6 +123,14 @@ impl Plan {
         };
         let only = args.only.only.unwrap_or(only);
         let seeds = seeds(args)?;
+        let pictures = asks.len().saturating_mul(seeds.len());
+        if pictures > MOST_PICTURES {
+            usage!(
+                "{} prompts with {} seeds each are {pictures} pictures; at most {MOST_PICTURES} are made in one call",
+                asks.len(),
+                seeds.len()
+            );
+        }
         let all_seeds: Vec<u64> = asks.iter().flat_map(|_| seeds.iter().copied()).collect();
         let noise = args.init_noise.as_deref().map(read_noise).transpose()?;
         let hash = noise.as_ref().map(|(_, hash)| hash);
@@ -136,6 +146,15 @@ impl Plan {
         for (flag, path) in [("--trajectory", &args.trajectory), ("--save-noise", &args.save_noise)] {
             if let Some(path) = path.as_deref().filter(|path| output.writes(path)) {
                 usage!("{flag} {} is where the picture goes: name another", path.display());
+            }
+        }
+        // A trajectory overwrites the files that it has, whoever made them.
+        if let Some(dir) = &args.trajectory {
+            let out = args.out.as_deref().filter(|out| is_png(out));
+            for (flag, path) in [("--out", out), ("--save-noise", args.save_noise.as_deref())] {
+                if let Some(path) = path.filter(|path| lies_in(path, dir)) {
+                    usage!("{flag} {} is in the folder of --trajectory: name another place", path.display());
+                }
             }
         }
         let turns = args.trajectory.as_deref().map(|dir| Turns::new(dir, &all_seeds, args.force)).transpose()?;

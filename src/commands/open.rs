@@ -120,6 +120,15 @@ pub fn dtype_name(dtype: DType) -> &'static str {
     }
 }
 
+/// The name of a device in a run's configuration.
+pub fn device_name(device: &Device) -> &'static str {
+    match device {
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
+        Device::Metal(_) => "metal",
+    }
+}
+
 /// Opens the pipeline: with the adapters that are for both its roles, and the transformer that edits if the Editor has
 /// more.
 pub fn pipeline(

@@ -110,10 +110,11 @@ impl Turns {
         make_folder(folder)?;
         let mut document = trajectory.clone();
         for (i, (turn, picture)) in document.turns.iter_mut().zip(pictures).enumerate() {
-            let name = format!("turn-{}.png", i + 1);
+            let name = turn_name(i + 1);
             io::png::write(&folder.join(&name), picture, &[], true)?;
             turn.image = Some(name);
         }
+        remove_turns_beyond(folder, pictures.len())?;
         let mut json = serde_json::to_vec_pretty(&document)?;
         json.push(b'\n');
         io::write_file(&folder.join("trajectory.json"), &json, true)?;
@@ -122,6 +123,26 @@ impl Turns {
         io::write_file(&folder.join("index.html"), io::html::page(&story)?.as_bytes(), true)?;
         Ok(folder)
     }
+}
+
+/// Removes the pictures of later turns than `last`, which a longer run left in `folder`.
+fn remove_turns_beyond(folder: &Path, last: usize) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let number = name.strip_prefix("turn-").and_then(|rest| rest.strip_suffix(".png")?.parse::<usize>().ok());
+        // Only a name as it is written here: not turn-07.png.
+        let surplus = number.is_some_and(|number| number > last && name == turn_name(number));
+        if surplus && entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            fs::remove_file(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The picture of turn `number`, counted from 1.
+fn turn_name(number: usize) -> String {
+    format!("turn-{number}.png")
 }
 
 /// A new or empty folder for results.
@@ -140,6 +161,13 @@ impl Fresh {
     pub fn write(&self, name: &str, text: &str) -> Result<()> {
         io::write_file(&self.0.join(name), text.as_bytes(), false)
     }
+}
+
+/// Whether the folder of the file `path` is `folder`, by whatever names.
+pub fn lies_in(path: &Path, folder: &Path) -> bool {
+    let real = |path: &Path| fs::canonicalize(path).ok();
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    real(folder).is_some_and(|folder| real(parent) == Some(folder))
 }
 
 /// Whether a picture can be written as `path` itself.
@@ -199,6 +227,30 @@ mod tests {
         let dotted = Output::new(Some(&dir.path().join("v1.2/")), &[7], false, true).unwrap();
         assert!(dotted.files[0].ends_with("v1.2/out-0000-7.png"));
         assert!(is_png(&dir.path().join("a.PNG")) && !is_png(&dir.path().join("a.png/")));
+    }
+
+    #[test]
+    fn only_pictures_of_later_turns_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept =
+            ["turn-1.png", "turn-2.png", "turn-03.png", "turn-+3.png", "turn-3.png.bak", "turn-x.png", "out-3.png"];
+        for name in kept.iter().chain(&["turn-3.png", "turn-10.png"]) {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        fs::create_dir(dir.path().join("turn-4.png")).unwrap();
+        remove_turns_beyond(dir.path(), 2).unwrap();
+        assert!(kept.iter().chain(&["turn-4.png"]).all(|name| dir.path().join(name).exists()));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), kept.len() + 1);
+    }
+
+    #[test]
+    fn a_file_lies_in_a_folder_by_any_name_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir_all(path("a/b")).unwrap();
+        assert!(lies_in(&path("a/new.png"), &path("a/b/..")) && lies_in(&path("a/b/../new.png"), &path("a/")));
+        assert!(!lies_in(&path("a/b/new.png"), &path("a")) && !lies_in(&path("no/new.png"), &path("no")));
+        assert!(lies_in(Path::new("new.png"), Path::new(".")));
     }
 
     #[test]

@@ -21,6 +21,15 @@ pub struct Estimate {
     pub n: usize,
 }
 
+impl Estimate {
+    /// The interval of the basic bootstrap, for an error: each resample's estimate is off from the mean as the mean is from
+    /// the truth. A sum of absolute values, as a calibration error is, is larger in resamples, and the percentiles' interval
+    /// would lie above the truth.
+    pub fn basic(self) -> Self {
+        Self { lo: (2.0 * self.mean - self.hi).max(0.0), hi: 2.0 * self.mean - self.lo, ..self }
+    }
+}
+
 /// The draws of `n` prompts, the same for every metric.
 pub struct Resamples {
     n: usize,

@@ -11,7 +11,7 @@ pub enum Flaw {
     Malformed,
     /// The list is closed, and goes on.
     StrayBracket,
-    /// The file ends within a record.
+    /// The file ends before its list does, mostly within a record.
     Truncated,
     /// Bytes that are no UTF-8; each is replaced.
     BrokenUtf8,
@@ -21,8 +21,11 @@ pub enum Flaw {
     NumberAsString,
     /// A label, an attribute or a relation without text.
     EmptyText,
-    /// An item, with its attributes, or a relation of more characters than a scene graph may have.
+    /// An item, with its attributes, or a relation of more characters than a scene graph may have, or a caption of more than
+    /// a prompt may have.
     LongText,
+    /// More items or relations than are drawn.
+    LargeGraph,
     /// Control characters in a label, an attribute or a relation; each is read as a blank.
     ControlCharacter,
     /// An item's id, or a picture's, a second time.
@@ -73,13 +76,14 @@ impl Flaws {
             let what = match flaw {
                 Flaw::Malformed => "records that are no JSON objects, left out",
                 Flaw::StrayBracket => "brackets that would end the list before its records do, passed over",
-                Flaw::Truncated => "record cut off by the end of the file, left out",
+                Flaw::Truncated => "list cut off by the end of the file, its last record left out unless it is whole",
                 Flaw::BrokenUtf8 => "records with broken UTF-8, replaced",
                 Flaw::MissingKey => "missing keys",
                 Flaw::WrongType => "values of a wrong type",
                 Flaw::NumberAsString => "numbers written as strings, read as numbers",
                 Flaw::EmptyText => "empty labels, attributes or relations, left out",
-                Flaw::LongText => "items or relations whose text is too long, left out",
+                Flaw::LongText => "items, relations or captions whose text is too long, left out",
+                Flaw::LargeGraph => "records of more items or relations than are drawn, left out",
                 Flaw::ControlCharacter => "texts with control characters, read as blanks",
                 Flaw::RepeatedId => "repeated ids, of which the first counts",
                 Flaw::DanglingId => "relations with an item that is not there, left out",

@@ -60,7 +60,7 @@ impl Folder {
             usage!("{} was begun with another {key}: {} instead of {}", path.display(), begun[&key], config[&key]);
         }
         let lock = io::lock(path, "evaluates")?;
-        let mut lines = whole(read_lines(path, &begun)?);
+        let (mut lines, _) = whole(read_lines(path, &begun)?.0);
         let missing = |line: &&Line| !path.join(&line.file).is_file();
         let lost: HashSet<Key> = lines.iter().filter(missing).map(Line::key).collect();
         lines.retain(|line| !lost.contains(&line.key()));
@@ -73,10 +73,43 @@ impl Folder {
         Ok((folder, lost.len()))
     }
 
-    /// A run as it is, to be read.
+    /// A run as it is, to be read. One that is finished must have all its lines: what is left would pass for the whole.
     pub fn open(path: &Path) -> Result<(Self, Value)> {
         let config = read_config(path)?;
-        Ok((Self { path: path.to_owned(), lines: whole(read_lines(path, &config)?), _lock: None }, config))
+        let (lines, torn) = read_lines(path, &config)?;
+        let (lines, partial) = whole(lines);
+        let folder = Self { path: path.to_owned(), lines, _lock: None };
+        if folder.is_finished() {
+            let lost = match partial.first() {
+                _ if torn => Some("its last line is torn".to_owned()),
+                Some(line) => Some(format!("{} ({}) lacks lines", line.id, line.mode.name())),
+                None => folder.lost(&config)?,
+            };
+            if let Some(lost) = lost {
+                bail!(
+                    "{}: {lost}, though the run was finished; rlrig eval .. --out {} --resume makes it whole again",
+                    path.join(SAMPLES).display(),
+                    path.display()
+                );
+            }
+        }
+        Ok((folder, config))
+    }
+
+    /// How the prompts of a finished run are other than its documents say.
+    fn lost(&self, config: &Value) -> Result<Option<String>> {
+        // Each prompt is made with each seed, and counted once there.
+        let seeds = config["seed"].as_array().map_or(1, |seeds| seeds.len() as u64);
+        let (results, done) = (self.results()?, self.done());
+        for (mode, found) in results["modes"].as_object().into_iter().flatten() {
+            let Some(prompts) = found["cost"]["rounds"]["n"].as_u64() else { continue };
+            let told = prompts.saturating_mul(seeds);
+            let made = done.iter().filter(|key| key.mode.name() == mode).count();
+            if made as u64 != told {
+                return Ok(Some(format!("it has {made} of {told} prompts ({mode})")));
+            }
+        }
+        Ok(None)
     }
 
     /// Joins parts of one run into the new folder `path`: all of them with the documents of the whole, or none.
@@ -117,10 +150,14 @@ impl Folder {
 
     /// The versions that made a finished run, and what was wrong with its data.
     pub fn versions_and_flaws(&self) -> Result<(Value, Value)> {
-        let file = self.path.join(RESULTS);
-        let results: Value = serde_json::from_slice(&io::read_file(&file, LONGEST)?)
-            .with_context(|| format!("{} is damaged", file.display()))?;
+        let results = self.results()?;
         Ok((results["versions"].clone(), results["flaws"].clone()))
+    }
+
+    fn results(&self) -> Result<Value> {
+        let file = self.path.join(RESULTS);
+        serde_json::from_slice(&io::read_file(&file, LONGEST)?)
+            .with_context(|| format!("{} is damaged", file.display()))
     }
 
     /// The prompts that are made.
@@ -220,11 +257,12 @@ pub fn different(a: &Value, b: &Value, apart: &[&str]) -> Option<String> {
     keys.filter(|key| !apart.contains(&key.as_str())).find(|key| a.get(*key) != b.get(*key)).cloned()
 }
 
-/// The lines of a run of this configuration, each of another picture; the last may be torn, as a killed run leaves it.
-fn read_lines(path: &Path, config: &Value) -> Result<Vec<Line>> {
+/// The lines of a run of this configuration, each of another picture; and whether there is one more that is torn, as a killed
+/// run leaves the last.
+fn read_lines(path: &Path, config: &Value) -> Result<(Vec<Line>, bool)> {
     let file = path.join(SAMPLES);
     if !file.is_file() {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), false));
     }
     let bytes = io::read_file(&file, LONGEST)?;
     let rows: Vec<&[u8]> = bytes.split(|b| *b == b'\n').filter(|row| !row.is_empty()).collect();
@@ -235,7 +273,7 @@ fn read_lines(path: &Path, config: &Value) -> Result<Vec<Line>> {
         let damaged =
             || format!("{}: line {number} is damaged; delete it, and --resume makes its prompt again", file.display());
         let line = match serde_json::from_slice::<Line>(row) {
-            Err(_) if number == rows.len() => break,
+            Err(_) if number == rows.len() => return Ok((lines, true)),
             line => line.with_context(damaged)?,
         };
         line.check(most).with_context(damaged)?;
@@ -245,14 +283,14 @@ fn read_lines(path: &Path, config: &Value) -> Result<Vec<Line>> {
         }
         lines.push(line);
     }
-    Ok(lines)
+    Ok((lines, false))
 }
 
-/// The lines of prompts that have all of theirs.
-fn whole(lines: Vec<Line>) -> Vec<Line> {
+/// The lines of prompts that have all of theirs, and the other lines.
+fn whole(lines: Vec<Line>) -> (Vec<Line>, Vec<Line>) {
     let mut seen: BTreeMap<Key, usize> = BTreeMap::new();
     lines.iter().for_each(|line| *seen.entry(line.key()).or_default() += 1);
-    lines.into_iter().filter(|line| seen[&line.key()] == line.rounds).collect()
+    lines.into_iter().partition(|line| seen[&line.key()] == line.rounds)
 }
 
 #[cfg(test)]
@@ -338,6 +376,41 @@ mod tests {
         let lost = dir.path().join("even").join(&even.lines()[0].file);
         fs::remove_file(&lost).unwrap();
         fails(&[open("odd"), open("even")], &format!("cannot copy {}", lost.display()));
+    }
+
+    #[test]
+    fn a_finished_run_that_has_lost_lines_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        // Its prompts are made with two seeds, and have two lines each.
+        let config = json!({ "seed": [0, 1] });
+        let mut folder = Folder::create(dir.path(), &config).unwrap();
+        let picture = RgbImage::new(2, 2);
+        for seed in [0, 1] {
+            let lines = mended(0, Mode::Loop).into_iter();
+            let lines = lines.map(|line| Line { seed, file: format!("pictures/{seed}-{}.png", line.round), ..line });
+            folder.keep(lines.collect(), &[&picture, &picture]).unwrap();
+        }
+        finish(&mut folder);
+        let text = fs::read_to_string(dir.path().join(SAMPLES)).unwrap();
+        let rows: Vec<&str> = text.split_inclusive('\n').collect();
+        let open = |text: &str| {
+            fs::write(dir.path().join(SAMPLES), text).unwrap();
+            Folder::open(dir.path()).map(|(folder, _)| folder.lines().len()).map_err(|error| error.to_string())
+        };
+        assert_eq!((rows.len(), open(&text)), (4, Ok(4)));
+        for (cut, expected) in [
+            (text[..text.len() - 9].to_owned(), "its last line is torn"),
+            (text.clone() + "{\"id\"", "its last line is torn"),
+            (rows[..3].concat(), "test-0 (loop) lacks lines"),
+            (rows[..2].concat(), "it has 1 of 2 prompts (loop)"),
+            (String::new(), "it has 0 of 2 prompts (loop)"),
+        ] {
+            let error = open(&cut).unwrap_err();
+            assert!(error.contains(expected) && error.contains("--resume makes it whole again"), "{error}");
+        }
+        // A run that goes on has not all of them yet.
+        fs::remove_file(dir.path().join(RESULTS)).unwrap();
+        assert_eq!(open(&rows[..3].concat()), Ok(2));
     }
 
     #[test]

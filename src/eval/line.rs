@@ -163,11 +163,12 @@ impl Made<'_> {
         };
         let claims: Vec<Answer> = turn.verdicts.iter().zip(&p).map(answer).collect();
         let confirmed: Vec<bool> = p.iter().map(|p| *p >= 0.5).collect();
-        let wrong = |a: &&Answer| !a.oracle.unwrap_or(a.judge >= 0.5) && !matches!(a.claim, Claim::Only(_));
-        let mut missed: Vec<String> = claims.iter().filter(wrong).map(|a| a.claim.to_string()).collect();
-        if let Some(extra) = oracle.map(|o| o.judgement.extra).filter(|extra| *extra > 0) {
-            missed.push(format!("{extra} more than asked for"));
-        }
+        let wrong = |a: &&Answer| !a.oracle.unwrap_or(a.judge >= 0.5);
+        let miss = |a: &Answer| match (&a.claim, oracle) {
+            (Claim::Only(_), Some(o)) => format!("{} more than asked for", o.judgement.extra),
+            (claim, _) => claim.to_string(),
+        };
+        let missed: Vec<String> = claims.iter().filter(wrong).map(miss).collect();
         let (split, id) = (file_name(&sample.split), file_name(&sample.id));
         let file = format!("pictures/{}/{split}/{id}-{}-{}.png", mode.name(), self.seed, i + 1);
         Line {
@@ -261,25 +262,27 @@ pub mod tests {
         }
     }
 
+    /// A turn whose claims have these probabilities: that of nothing else being there, and all others.
+    fn turn(target: &Target, action: Action, picture: RgbImage, (only, p_yes): (f64, f64)) -> Turn {
+        let verdict = |claim: &Claim| {
+            let p_yes = if matches!(claim, Claim::Only(_)) { only } else { p_yes };
+            Verdict { claim: claim.clone(), yes: p_yes >= 0.5, p_yes, reflection: String::new() }
+        };
+        let verdicts: Vec<Verdict> = target.claims.iter().map(verdict).collect();
+        let seconds = Seconds { reflect: 0.25, paint: 0.5, check: 0.25 };
+        Turn { action, picture: Picture::from_pixels(picture), score: score(&verdicts), verdicts, seconds }
+    }
+
     /// A loop that draws nothing, is told so, and then paints the scene itself.
     pub fn mended(index: u64, mode: Mode) -> Vec<Line> {
         let drawn = tasks::text_to_image(1, Split::Test, index, 2, 3);
         let target = Target::new(drawn.prompt.clone(), &drawn.graph).and_nothing_else();
-        let turn = |action, picture: RgbImage, p_yes: f64| {
-            let verdict = |claim: &Claim| {
-                // Nothing too much is in either picture.
-                let p_yes = if matches!(claim, Claim::Only(_)) { 1.0 } else { p_yes };
-                Verdict { claim: claim.clone(), yes: p_yes >= 0.5, p_yes, reflection: String::new() }
-            };
-            let verdicts: Vec<Verdict> = target.claims.iter().map(verdict).collect();
-            let seconds = Seconds { reflect: 0.25, paint: 0.5, check: 0.25 };
-            Turn { action, picture: Picture::from_pixels(picture), score: score(&verdicts), verdicts, seconds }
-        };
         let blank = RgbImage::from_pixel(128, 128, image::Rgb([225, 220, 210]));
-        let mut turns = vec![turn(Action::Draw, blank, 0.0)];
+        // Nothing too much is in either picture.
+        let mut turns = vec![turn(&target, Action::Draw, blank, (1.0, 0.0))];
         if mode != Mode::Diffuser {
             let edit = Action::Edit { source: 0, instruction: "add all".into(), thought: String::new() };
-            turns.push(turn(edit, render(&drawn.scene), 1.0));
+            turns.push(turn(&target, edit, render(&drawn.scene), (1.0, 1.0)));
         }
         let (best, ending) = (turns.len() - 1, Ending::Spent);
         let sample = Sample {
@@ -323,6 +326,39 @@ pub mod tests {
         for line in &lines {
             let text = serde_json::to_string(line).unwrap();
             assert_eq!(&serde_json::from_str::<Line>(&text).unwrap(), line);
+        }
+    }
+
+    #[test]
+    fn more_than_asked_for_is_wrong_where_nothing_else_may_be_there() {
+        let scene = tasks::text_to_image(1, Split::Test, 3, 2, 3);
+        // Of its things only the first is asked for.
+        let graph = SceneGraph { objects: scene.graph.objects[..1].to_vec(), relations: Vec::new() };
+        let drawn = |dataset, only| {
+            let prompt = graph.triple_text();
+            let sample =
+                Sample { index: 3, id: "3".into(), dataset, split: "test".into(), prompt, graph: graph.clone() };
+            let turns = vec![turn(&sample.target(only), Action::Draw, render(&scene.scene), (0.0, 1.0))];
+            let outcome = Outcome { turns, best: 0, ending: Ending::Spent };
+            let made = Made {
+                sample: &sample,
+                mode: Mode::Diffuser,
+                seed: 0,
+                noise: 0,
+                outcome: &outcome,
+                rounds: 1,
+                evaluations: &[40],
+                judged: None,
+                listed: None,
+            };
+            let line = made.lines().unwrap().remove(0);
+            (line.correct, line.reason)
+        };
+        let more = format!("{} more than asked for", scene.graph.objects.len() - 1);
+        assert_eq!(drawn(TABLETOP, true), (false, more));
+        assert_eq!(drawn("laion-sg", true), (false, format!("nothing but {}", graph.objects[0].phrase())));
+        for dataset in [TABLETOP, "laion-sg"] {
+            assert_eq!(drawn(dataset, false), (true, String::new()), "{dataset}");
         }
     }
 

@@ -114,6 +114,92 @@ impl Meter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        rig::roles::{Actor, Claim, Diffuser, Draw, Edit, Editor, Reflection, Situation},
+        scene::{
+            graph::SceneGraph,
+            iou::{Lists, label},
+            parse::parse,
+        },
+    };
+
+    /// Plays all roles: it draws nothing, believes everything, and lists besides what is asked for that a cube is left of a
+    /// ball.
+    struct Company;
+
+    impl Diffuser for Company {
+        fn draw(&self, jobs: &[Draw]) -> Result<Vec<Picture>> {
+            Ok(jobs.iter().map(|_| Picture::from_pixels(RgbImage::new(1, 1))).collect())
+        }
+    }
+
+    impl Checker for Company {
+        fn check(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>> {
+            let verdict =
+                |claim: &Claim| Verdict { claim: claim.clone(), yes: true, p_yes: 1.0, reflection: String::new() };
+            Ok(jobs.iter().map(|(_, target)| target.claims.iter().map(verdict).collect()).collect())
+        }
+    }
+
+    impl Lister for Company {
+        fn list(&self, pictures: &[&Picture], graph: &SceneGraph) -> Result<Vec<Lists>> {
+            let mut seen = Lists::of(graph, label);
+            seen.triples.push(("cube".into(), "left of".into(), "ball".into()));
+            Ok(vec![seen; pictures.len()])
+        }
+    }
+
+    impl Actor for Company {
+        fn reflect(&self, _: &[Situation]) -> Result<Vec<Reflection>> {
+            anyhow::bail!("there is nothing to reflect on")
+        }
+    }
+
+    impl Editor for Company {
+        fn edit(&self, _: &[Edit]) -> Result<Vec<Picture>> {
+            anyhow::bail!("there is nothing to edit")
+        }
+    }
+
+    #[test]
+    fn a_triple_that_is_listed_and_not_asked_for_costs_something() {
+        let prompt = "red ball left of blue cube";
+        let sample = Sample {
+            index: 0,
+            id: "1".into(),
+            dataset: "laion-sg",
+            split: "test".into(),
+            prompt: prompt.into(),
+            graph: parse(prompt).unwrap(),
+        };
+        let lines = |lister: Option<&dyn Lister>| {
+            let play = Play {
+                mode: Mode::Diffuser,
+                painter: &Company,
+                critic: &Company,
+                only: false,
+                judge: None,
+                lister,
+                evaluations: &|| 0,
+                cancelled: &|| false,
+                options: Options::default(),
+                seed: 0,
+            };
+            let mut all = Vec::new();
+            play.run(&[&sample], &mut |lines, _| {
+                all.extend(lines);
+                Ok(())
+            })
+            .unwrap();
+            all
+        };
+        let (listed, confirmed) = (lines(Some(&Company)), lines(None));
+        let [line] = listed.as_slice() else { panic!("{} lines", listed.len()) };
+        assert_eq!(line.extracted.triples.len(), 2);
+        assert_eq!(line.extracted.triples[1], ("cube".into(), "left of".into(), "ball".into()));
+        assert_eq!((line.metrics["sg_iou"], line.metrics["ent_iou"]), (0.5, 1.0));
+        assert_eq!((&confirmed[0].extracted, confirmed[0].metrics["sg_iou"]), (&line.reference, 1.0));
+    }
 
     #[test]
     fn evaluations_go_to_those_who_were_painted() {

@@ -5,7 +5,10 @@
 //! Not used, and not missed, are `name`, `url`, `triple_id`, `global_item_id` and `global_relation_id`.
 
 use super::flaws::{At, Flaw, Flaws};
-use crate::scene::graph::{Object, Relation, SceneGraph, is_too_long};
+use crate::scene::{
+    graph::{LARGEST, Object, Relation, SceneGraph, is_too_long},
+    parse::MAX_CHARS,
+};
 use serde_json::{Map, Value};
 use std::collections::{HashMap, hash_map};
 
@@ -17,7 +20,7 @@ pub struct Entry {
     pub graph: SceneGraph,
 }
 
-/// A record's graph; `None` if it has no items or relations at all.
+/// A record's graph; `None` if it has no items or relations at all, or more than are drawn.
 pub(super) fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Option<Entry> {
     let mut flaw = |flaw| flaws.add(flaw, at);
     let id = match record.get("img_id") {
@@ -36,7 +39,11 @@ pub(super) fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Op
         None => flaw(Flaw::MissingKey),
         Some(_) => flaw(Flaw::WrongType),
     }
-    let caption = text(record, "caption_ori", &mut flaw).unwrap_or_default();
+    let mut caption = text(record, "caption_ori", &mut flaw).unwrap_or_default();
+    if caption.chars().nth(MAX_CHARS).is_some() {
+        flaw(Flaw::LongText);
+        caption.clear();
+    }
     let items = list(record, "items", &mut flaw)?;
     let relations = list(record, "relations", &mut flaw)?;
 
@@ -78,6 +85,10 @@ pub(super) fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Op
             (Some(&subject), Some(&object)) => graph.relations.push(Relation { subject, predicate, object }),
             _ => flaw(Flaw::DanglingId),
         }
+    }
+    if graph.objects.len().max(graph.relations.len()) > LARGEST {
+        flaw(Flaw::LargeGraph);
+        return None;
     }
     Some(Entry { id, caption, graph })
 }

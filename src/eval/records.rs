@@ -125,7 +125,9 @@ impl<R: BufRead> Records<R> {
                     self.flaws.add(Flaw::Truncated, at);
                 }
                 self.state = Place::After;
-                return Ok(None);
+                // All that lacks may be the list's last bracket.
+                let whole = depth == 0 && record.trim_ascii_end().ends_with(b"}");
+                return Ok(whole.then_some((first_line, record)));
             }
             let (mut used, mut ended, mut closed, mut next) = (chunk.len(), false, false, None);
             for (i, byte) in chunk.iter().enumerate() {
@@ -259,6 +261,7 @@ fn hash(id: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scene::{graph::LARGEST, parse::MAX_CHARS};
 
     /// Records in a reader whose buffer holds only `buffer` bytes.
     fn all(bytes: &[u8], buffer: usize) -> Result<(Vec<Entry>, Flaws)> {
@@ -348,6 +351,37 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_large_to_be_drawn_is_left_out() {
+        let more = |id, head: &str, one: &dyn Fn(usize) -> String, n: usize| {
+            let many: String = (0..n).map(|i| one(i) + ", ").collect();
+            record(id).replace(head, &format!("{head}{many}"))
+        };
+        let item = |i: usize| format!(r#"{{"item_id": {}, "label": "x", "attributes": []}}"#, i + 2);
+        let relation = |_: usize| r#"{"item1": 1, "relation": "under", "item2": 0}"#.to_owned();
+        let items = |id, n: usize| more(id, r#""items": ["#, &item, n - 2);
+        let relations = |id, n: usize| more(id, r#""relations": ["#, &relation, n - 1);
+        let caption = |id, n| record(id).replace(r#""c""#, &format!("\"{}\"", "é".repeat(n)));
+        let records = [
+            items(1, LARGEST),
+            items(2, LARGEST + 1),
+            relations(3, LARGEST),
+            relations(4, LARGEST + 1),
+            caption(5, MAX_CHARS),
+            caption(6, MAX_CHARS + 1),
+        ];
+        let (entries, flaws) = all(format!("[{}]", records.join(",\n")).as_bytes(), 64).unwrap();
+        let ids: Vec<&str> = entries.iter().map(|entry| entry.id.as_str()).collect();
+        assert_eq!(ids, ["1", "3", "5", "6"]);
+        // A prompt without a caption is made of the graph.
+        assert_eq!([2, 3].map(|i: usize| entries[i].caption.chars().count()), [MAX_CHARS, 0]);
+        let count = |flaw| flaws.0.get(&flaw).map(|c| (c.count, c.records.as_slice()));
+        assert_eq!(count(Flaw::LargeGraph), Some((2, [2, 4].as_slice())));
+        assert_eq!(count(Flaw::LongText), Some((1, [6].as_slice())));
+        assert_eq!(flaws.0.len(), 2);
+        assert!(flaws.sentences()[1].contains("(record 2 at line "), "{:?}", flaws.sentences());
+    }
+
+    #[test]
     fn what_python_writes_is_read() {
         let one =
             record(1).replace("\"item_id\": 0", "\"item_id\": 0.0").replace("\"c\"", "\"\\ud83d x \\ud83d\\ude00\"");
@@ -375,6 +409,16 @@ mod tests {
         let (entries, flaws) = all(&FIXTURE[..FIXTURE.len() / 2], 64).unwrap();
         assert!(!entries.is_empty());
         assert_eq!(flaws.0[&Flaw::Truncated].count, 1);
+    }
+
+    #[test]
+    fn the_last_record_of_a_list_that_does_not_end_is_used_if_it_is_whole() {
+        let [a, b] = [1, 2].map(record);
+        let cut = vec![(Flaw::Truncated, 1)];
+        for end in ["", "\n", ",", ",\n"] {
+            assert_eq!(found(&format!("[{a},\n{b}{end}")), (vec!["1".into(), "2".into()], cut.clone()), "{end:?}");
+        }
+        assert_eq!(found(&format!("[{a},\n{}", &b[..b.len() - 1])), (vec!["1".into()], cut));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::{
     modes::Mode,
     plot::{Series, plot},
     results::{Estimates, ModeResults, Results},
-    table::{COSTS, columns},
+    table::{COSTS, columns, prompts},
 };
 use crate::io::{
     self,
@@ -118,7 +118,7 @@ fn table(results: &Results) -> String {
 fn edits(results: &Results) -> String {
     let rows = results.modes.iter().filter(|(_, found)| !found.edits.is_empty()).map(|(mode, found)| {
         let cells: String = Review::NAMES.iter().map(|name| cell(&found.edits, name, 3)).collect();
-        format!("<tr><td>{}</td>{cells}</tr>\n", mode.name())
+        format!("<tr><td>{}</td>{cells}<td>{}</td></tr>\n", mode.name(), prompts(&found.edits))
     });
     let rows: String = rows.collect();
     if rows.is_empty() {
@@ -126,7 +126,8 @@ fn edits(results: &Results) -> String {
     }
     let heads: String = Review::NAMES.iter().map(|name| format!("<th>{name}</th>")).collect();
     format!(
-        "<h2>Edits of wrong pictures</h2>\n<div class=\"wide\"><table>\n<tr><th>mode</th>{heads}</tr>\n{rows}</table></div>\n\
+        "<h2>Edits of wrong pictures</h2>\n<div class=\"wide\"><table>\n<tr><th>mode</th>{heads}<th>prompts</th></tr>\n\
+         {rows}</table></div>\n\
          <p class=\"faint\">By the oracle: an edit could help; the one asked for is about what the Checker denied; it would help; the picture got better; worse.</p>\n"
     )
 }
@@ -155,12 +156,15 @@ fn groups(results: &Results, metric: &str) -> String {
         let none = Estimates::new();
         let row = |name: &&String| {
             let cells: String = modes.iter().map(|mode| cell(mode.get(*name).unwrap_or(&none), metric, 3)).collect();
-            format!("<tr><td>{}</td>{cells}</tr>\n", escape(name))
+            // Each mode has the same.
+            let n = modes.iter().filter_map(|mode| Some(mode.get(*name)?.get(metric)?.n)).max().unwrap_or(0);
+            format!("<tr><td>{}</td>{cells}<td>{n}</td></tr>\n", escape(name))
         };
         if names.len() > 1 {
             let rows: String = names.iter().map(row).collect();
             html += &format!(
-                "<h2>By {title}</h2>\n<div class=\"wide\"><table>\n<tr><th>{title}</th>{heads}</tr>\n{rows}</table></div>\n"
+                "<h2>By {title}</h2>\n<div class=\"wide\"><table>\n<tr><th>{title}</th>{heads}<th>prompts</th></tr>\n\
+                 {rows}</table></div>\n"
             );
         }
     }
@@ -188,6 +192,8 @@ fn agreement(results: &Results) -> String {
 
 fn cell(estimates: &Estimates, name: &str, decimals: usize) -> String {
     match estimates.get(name) {
+        // As in the table.
+        Some(e) if e.n < 2 => format!("<td>{:.decimals$}<br><small>-</small></td>", e.mean),
         Some(e) => {
             format!("<td>{:.decimals$}<br><small>{:.decimals$} to {:.decimals$}</small></td>", e.mean, e.lo, e.hi)
         }
@@ -335,5 +341,21 @@ mod tests {
         let (_, fixed) = html.split_once("Fixed by the later rounds").unwrap();
         let (fixed, broken) = fixed.split_once("Broken by the later rounds").unwrap();
         assert!(fixed.matches("<details>").count() >= 4 && !broken.contains("<details>"));
+    }
+
+    #[test]
+    fn a_group_tells_of_how_many_prompts_it_is_and_one_has_no_interval() {
+        let lines: Vec<Line> = (0..5).flat_map(|i| mended(i, Mode::Loop)).collect();
+        let found = results(json!({}), json!({}), json!([]), &lines);
+        let (by, html) = (&found.modes[&Mode::Loop].by_relation, groups(&found, "oracle_mean"));
+        assert!(by.len() > 1 && by.values().any(|e| e["oracle"].n < 5));
+        for (name, estimates) in by {
+            let cells = format!("<tr><td>{}</td>{}", escape(name), cell(estimates, "oracle", 3));
+            assert!(html.contains(&format!("{cells}<td>{}</td></tr>", estimates["oracle"].n)), "{name}: {html}");
+        }
+        assert!(edits(&found).contains("<td>5</td></tr>"), "{}", edits(&found));
+        let one = results(json!({}), json!({}), json!([]), &mended(0, Mode::Loop));
+        let html = table(&one) + &edits(&one);
+        assert!(html.contains("<td>1.000<br><small>-</small></td>") && !html.contains(" to "), "{html}");
     }
 }

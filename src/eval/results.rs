@@ -10,7 +10,7 @@ use super::{
     metrics::{Answer, Metrics},
     modes::Mode,
 };
-use crate::rig::roles::Claim;
+use crate::{rig::roles::Claim, scene::relation::Spatial};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +23,7 @@ pub struct Results {
     /// What was wrong with the data.
     pub flaws: Value,
     pub modes: BTreeMap<Mode, ModeResults>,
-    /// Each pair of judges, of all claims and by kind. Pictures that several modes share count once.
+    /// Each pair of judges, of all claims, by kind, and by spatial relation (`checker_oracle: behind`). Pictures that several modes share count once.
     pub agreement: BTreeMap<String, Agreement>,
 }
 
@@ -39,7 +39,8 @@ pub struct ModeResults {
     pub cost: Estimates,
     /// The metrics of the results after the first round, after the first two, and so on.
     pub by_round: Vec<Estimates>,
-    /// For each predicate the share of its triples that hold, by `judge` and `oracle`.
+    /// For each predicate the share of its triples that hold, by `judge` and `oracle`, and of the prompts with it that of the
+    /// pictures that are all right, `oracle_perfect`.
     pub by_relation: BTreeMap<String, Estimates>,
     pub by_split: BTreeMap<String, Estimates>,
     /// Of the edits of pictures that the oracle finds wrong: see [`super::edits::Review`].
@@ -136,8 +137,9 @@ fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
             let claims = || line.claims.iter().filter(|answer| named(&answer.claim));
             let judge = super::metrics::share(claims().map(|answer| answer.judge >= 0.5));
             let oracle = super::metrics::share(claims().filter_map(|answer| answer.oracle));
-            let both = [("judge", judge), ("oracle", oracle)];
-            both.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+            let perfect = line.metrics.get("oracle_perfect").copied();
+            let named = [("judge", judge), ("oracle", oracle), ("oracle_perfect", perfect)];
+            named.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
         };
         (predicate.clone(), estimates(lines.into_iter(), values))
     };
@@ -158,11 +160,13 @@ fn distinct<'a>(lines: &[&'a Line]) -> Vec<&'a Line> {
 /// Checker against oracle and, where there is a judge apart, judge against oracle and Checker against judge.
 fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
     let pictures = distinct(lines);
-    let kind_of = |claim: &Claim| match claim {
-        Claim::Object(_) => "_objects",
-        Claim::Relation { .. } => "_relations",
-        Claim::Only(_) => "_others",
-    };
+    let kinds: [(&str, fn(&Claim) -> bool); 4] = [
+        ("", |_| true),
+        ("_objects", |claim| matches!(claim, Claim::Object(_))),
+        ("_relations", |claim| matches!(claim, Claim::Relation { .. })),
+        ("_others", |claim| matches!(claim, Claim::Only(_))),
+    ];
+    let says = |claim: &Claim, name: &str| matches!(claim, Claim::Relation { relation, .. } if relation == name);
     type Said = fn(&Answer) -> Option<(f64, bool)>;
     let pairs: [(&str, Said, bool); 3] = [
         ("checker_oracle", |a| Some((a.checker, a.oracle?)), true),
@@ -171,15 +175,19 @@ fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
     ];
     let mut found = BTreeMap::new();
     for (name, said, _) in pairs.into_iter().filter(|(.., wanted)| *wanted) {
-        for kind in ["", "_objects", "_relations", "_others"] {
+        let mut agree = |kind: String, of_kind: &dyn Fn(&Claim) -> bool| {
             let mut prompts: BTreeMap<(&str, &str), Tally> = BTreeMap::new();
             for line in &pictures {
                 let tally = prompts.entry((&line.split, &line.id)).or_default();
-                let of_kind = line.claims.iter().filter(|a| kind.is_empty() || kind_of(&a.claim) == kind);
-                of_kind.filter_map(said).for_each(|(p, truth)| tally.count(p, truth));
+                let claims = line.claims.iter().filter(|answer| of_kind(&answer.claim));
+                claims.filter_map(said).for_each(|(p, truth)| tally.count(p, truth));
             }
             let agreed = agreement(&prompts.into_values().collect::<Vec<_>>());
             found.extend(agreed.map(|agreed| (format!("{name}{kind}"), agreed)));
+        };
+        kinds.iter().for_each(|(kind, of_kind)| agree((*kind).to_owned(), of_kind));
+        for relation in Spatial::ALL.map(Spatial::name) {
+            agree(format!(": {relation}"), &|claim| says(claim, relation));
         }
     }
     found

@@ -1,6 +1,10 @@
 //! Results as tables, ready for a paper: Markdown and LaTeX.
 
-use super::{bootstrap::Estimate, edits::Review, results::Results};
+use super::{
+    bootstrap::Estimate,
+    edits::Review,
+    results::{Estimates, Results},
+};
 
 /// The columns of this table and of the report's: a metric and its heading.
 const METRICS: [(&str, &str); 10] = [
@@ -46,12 +50,15 @@ pub fn markdown(results: &Results) -> String {
     let edited: Vec<_> = results.modes.iter().filter(|(_, found)| !found.edits.is_empty()).collect();
     if !edited.is_empty() {
         let heads = Review::NAMES;
-        text +=
-            &format!("\n| edits of wrong pictures | {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len() + 1));
+        text += &format!(
+            "\n| edits of wrong pictures | {} | prompts |\n|{}\n",
+            heads.join(" | "),
+            "---|".repeat(heads.len() + 2)
+        );
     }
     for (mode, found) in edited {
         let cells = Review::NAMES.map(|name| cell(found.edits.get(name), MARKDOWN, 3));
-        text += &format!("| {} | {} |\n", mode.name(), cells.join(" | "));
+        text += &format!("| {} | {} | {} |\n", mode.name(), cells.join(" | "), prompts(&found.edits));
     }
     text
 }
@@ -81,8 +88,15 @@ pub(super) fn columns(results: &Results) -> Vec<(&'static str, &'static str)> {
     METRICS.into_iter().filter(|(name, _)| known(name)).collect()
 }
 
+/// Of how many prompts these are.
+pub(super) fn prompts(estimates: &Estimates) -> usize {
+    estimates.values().map(|e| e.n).max().unwrap_or(0)
+}
+
 fn cell(estimate: Option<&Estimate>, [open, between, close]: [&str; 3], decimals: usize) -> String {
     match estimate {
+        // One prompt drawn again and again is always the same, which says nothing of the others.
+        Some(Estimate { mean, n: 0 | 1, .. }) => format!("{mean:.decimals$}{open}-{close}"),
         Some(Estimate { mean, lo, hi, .. }) => {
             format!("{mean:.decimals$}{open}{lo:.decimals$}{between}{hi:.decimals$}{close}")
         }
@@ -112,10 +126,23 @@ mod tests {
                 && rows[3].contains("| 2.00 (2.00 to 2.00) | 80 (80 to 80) |")
         );
         assert!(rows[5].starts_with("| loop, round |") && rows.len() == 14);
-        assert!(rows[13].starts_with("| loop | 1.000 (1.000 to 1.000) | 0.000"), "{text}");
+        assert!(
+            rows[13].starts_with("| loop | 1.000 (1.000 to 1.000) | 0.000") && rows[13].ends_with(" | 4 |"),
+            "{text}"
+        );
+        assert!(rows[11..].iter().all(|row| row.matches('|').count() == Review::NAMES.len() + 3), "{text}");
         let columns = rows[0].matches('|').count();
         assert!(rows[1..4].iter().all(|row| row.matches('|').count() == columns));
         let tex = latex(&found);
         assert!(tex.contains("diffuser & 0.000 {\\scriptsize [0.000, 0.000]} &") && tex.contains("\\bottomrule"));
+    }
+
+    #[test]
+    fn one_prompt_has_no_interval() {
+        let found = results(Value::Null, Value::Null, Value::Null, &mended(0, Mode::Loop));
+        let (text, tex) = (markdown(&found), latex(&found));
+        assert!(text.contains("| loop | 1.000 (-) |") && !text.contains(" to "), "{text}");
+        assert!(text.trim_end().ends_with(" (-) | 1 |"), "{text}");
+        assert!(tex.contains("loop & 1.000 {\\scriptsize [-]} &"), "{tex}");
     }
 }

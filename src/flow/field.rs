@@ -128,9 +128,10 @@ impl<'a> Field<'a> {
             None => image.clone(),
         };
         let given = Conditioning { text: &some(&self.text)?, sigma, guidance: None, angles: &self.angles };
-        let v = transformer.forward(&image, &given).map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
+        let drawn = transformer.forward_drawn(&image, &given, n);
+        let (v, _) = drawn.map_err(|e| candle_core::Error::wrap(format!("{e:#}")))?;
         self.evaluations.fetch_add(rows.len() as u64, Ordering::Relaxed);
-        v.narrow(1, 0, n)?.to_dtype(DType::F32)
+        v.to_dtype(DType::F32)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Progress of a run and its end before time.
 
+pub use crate::error::Cancelled;
+
 use anyhow::Result;
 use std::cell::Cell;
 
@@ -18,11 +20,6 @@ pub trait Watch {
 pub struct Unwatched;
 
 impl Watch for Unwatched {}
-
-/// A run was ended by the one who watched it.
-#[derive(Debug, thiserror::Error)]
-#[error("cancelled")]
-pub struct Cancelled;
 
 /// A run under way.
 pub struct Progress<'a> {

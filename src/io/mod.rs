@@ -85,8 +85,9 @@ pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = fs::File::open(path).with_context(|| format!("cannot read {shown}"))?;
     // `take`, because what is no plain file tells no true size.
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, limit), &mut bytes)
+    std::io::Read::read_to_end(&mut std::io::Read::take(file, limit.saturating_add(1)), &mut bytes)
         .with_context(|| format!("cannot read {shown}"))?;
+    anyhow::ensure!(bytes.len() as u64 <= limit, "{shown} has more than the {limit} bytes that are read");
     Ok(bytes)
 }
 

@@ -34,7 +34,7 @@ pub fn revision() -> &'static str {
     REVISION.get_or_init(|| {
         let mut hash = Sha256::new();
         add(&TABLETOP, &mut hash);
-        hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+        super::folder::revision(hash)
     })
 }
 

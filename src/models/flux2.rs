@@ -204,11 +204,12 @@ impl Flux2 {
 
     /// The velocity of every image token: `image` is `(B, N, in_channels)`, the result is `(B, N, out_channels)`.
     pub fn forward(&self, image: &Tensor, given: &Conditioning) -> Result<Tensor> {
-        Ok(self.forward_with_hidden(image, given)?.0)
+        Ok(self.forward_drawn(image, given, image.dim(1)?)?.0)
     }
 
-    /// [`Flux2::forward`], and the image tokens as they are halfway through the single-stream blocks, `(B, N, D)`.
-    pub fn forward_with_hidden(&self, image: &Tensor, given: &Conditioning) -> Result<(Tensor, Tensor)> {
+    /// The velocity of the first `drawn` image tokens, as what follows them are references, and all image tokens as they are
+    /// halfway through the single-stream blocks, `(B, N, D)`.
+    pub fn forward_drawn(&self, image: &Tensor, given: &Conditioning, drawn: usize) -> Result<(Tensor, Tensor)> {
         let mut temb = self.time.forward(given.sigma, image.dtype())?;
         if let (Some(guidance), Some(embedding)) = (given.guidance, &self.guidance) {
             temb = (temb + embedding.forward(guidance, image.dtype())?)?;
@@ -243,10 +244,18 @@ impl Flux2 {
             x = single(&x, block)?;
         }
         let hidden = x.narrow(1, length, n)?;
-        for block in rest {
-            x = single(&x, block)?;
-        }
-        let x = x.narrow(1, length, n)?;
+        // Of what the last block makes only the drawn tokens are read.
+        let x = match rest.split_last() {
+            Some((end, rest)) => {
+                for block in rest {
+                    x = single(&x, block)?;
+                }
+                let (own, angles) = (end.clone(), given.angles.clone());
+                let run = move |x: &[Tensor]| Ok(vec![own.forward_part(&x[0], &x[1], &angles, (length, drawn))?]);
+                recompute::block(&[&x, &mod_single], run)?.remove(0)
+            }
+            None => x.narrow(1, length, drawn)?,
+        };
         let last = modulation(&self.norm_out)?.chunk(2, D::Minus1)?;
         let x = layer_norm_modulate(&x, &last[1], &last[0], self.config.eps)?;
         Ok((self.out.forward(&x)?, hidden))
@@ -413,6 +422,7 @@ struct SingleBlock {
     k_norm: Tensor,
     out: Linear,
     heads: usize,
+    hidden: usize,
     eps: f64,
 }
 
@@ -426,6 +436,7 @@ impl SingleBlock {
             k_norm: norm("norm_k")?,
             out: Linear::new(dim + hidden, dim, &attn.at("to_out"))?,
             heads: config.num_attention_heads,
+            hidden,
             eps: config.eps,
         })
     }
@@ -436,5 +447,145 @@ impl SingleBlock {
         let (q_norm, k_norm, Angles { cos, sin }) = (&self.q_norm, &self.k_norm, angles);
         let y = attention_swiglu(&y, q_norm, k_norm, self.eps, self.heads, cos, sin, Rotation::Interleaved)?;
         gate_residual(x, &m.gate, &self.out.forward(&y)?)
+    }
+
+    /// [`SingleBlock::forward`] of the tokens `from..from + n` alone, `(B, n, D)`: of the others only keys and values are
+    /// computed. For the last block, of which nothing else is read.
+    fn forward_part(
+        &self,
+        x: &Tensor,
+        modulation: &Tensor,
+        angles: &Angles,
+        (from, n): (usize, usize),
+    ) -> candle_core::Result<Tensor> {
+        let m = &Modulation::all(modulation, 1)?[0];
+        let (b, t, dim) = x.dims3()?;
+        let all = layer_norm_modulate(x, &m.shift, &m.scale, self.eps)?;
+        let own = all.narrow(1, from, n)?.contiguous()?;
+        let (cos, sin) = (angles.cos.narrow(0, from, n)?, angles.sin.narrow(0, from, n)?);
+        let heads = |x: &Tensor, t: usize, part: usize| {
+            self.project.outputs(part * dim, dim)?.forward(x)?.reshape((b, t, self.heads, ()))
+        };
+        let q = norm_rope(&heads(&own, n, 0)?, &self.q_norm, self.eps, &cos, &sin, Rotation::Interleaved)?;
+        let (k, v) = (heads(&all, t, 1)?, heads(&all, t, 2)?);
+        let k = norm_rope(&k, &self.k_norm, self.eps, &angles.cos, &angles.sin, Rotation::Interleaved)?;
+        let y = attention(&q, &k, &v, &Mask::default())?.flatten_from(2)?;
+        let gated = swiglu(&self.project.outputs(3 * dim, 2 * self.hidden)?.forward(&own)?)?;
+        let y = self.out.forward(&Tensor::cat(&[y, gated], 2)?)?;
+        gate_residual(&x.narrow(1, from, n)?, &m.gate, &y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        models::Adapter,
+        tensor::{
+            parity::{composed, difference},
+            rng::Stream,
+        },
+    };
+    use candle_core::Var;
+
+    fn random(name: &str, shape: &[usize]) -> Tensor {
+        Stream::new(0, name, 0).normal(shape, &Device::Cpu).unwrap()
+    }
+
+    /// A model whose every part says something, its variables and those of an adapter on its single-stream blocks.
+    fn model(single: usize) -> (Flux2, Vec<(String, Var)>) {
+        let config = Config {
+            in_channels: 4,
+            num_layers: 1,
+            num_single_layers: single,
+            attention_head_dim: 8,
+            num_attention_heads: 2,
+            joint_attention_dim: 6,
+            axes_dims_rope: vec![2, 2, 2, 2],
+            guidance_embeds: false,
+            ..Config::default()
+        };
+        let adapter = Adapter::fresh(2, 4.0, vec!["to_qkv_mlp_proj".into(), "attn.to_out".into()], 1);
+        let params = Params::fresh(0, DType::F32, &Device::Cpu).adapted(vec![adapter.clone()]);
+        let model = Flux2::new(&config, &params).unwrap();
+        let vars: Vec<(String, Var)> = params.vars().into_iter().chain(adapter.vars()).collect();
+        for (name, var) in &vars {
+            // A fresh model adds nothing to its tokens.
+            if name.contains("modulation") || name.contains("lora_B") || name.contains("_out") {
+                var.set(&(random(name, var.dims()) * 0.2).unwrap()).unwrap();
+            }
+        }
+        (model, vars)
+    }
+
+    #[test]
+    fn what_is_drawn_is_the_same_without_the_rest() {
+        for single in [0, 1, 3] {
+            let (model, mut vars) = model(single);
+            let (image, text) = (random("image", &[2, 10, 4]), random("text", &[2, 5, 6]));
+            vars.extend([("image", image), ("text", text)].map(|(n, x)| (n.into(), Var::from_tensor(&x).unwrap())));
+            let mut positions = text_positions(5);
+            positions.extend(image_positions(0, 3, 2));
+            positions.extend(image_positions(10, 2, 2));
+            let angles = model.angles(&positions, &Device::Cpu).unwrap();
+            let sigma = Tensor::new(&[0.3f32, 0.8], &Device::Cpu).unwrap();
+            // The velocity of six tokens, a state in the middle, and all gradients of both together.
+            let run = |recorded: bool, drawn: usize| -> Result<Vec<Tensor>> {
+                let var = |i: usize| vars[vars.len() - i].1.as_tensor();
+                let given = Conditioning { text: var(1), sigma: &sigma, guidance: None, angles: &angles };
+                let (found, tape) = recompute::Tape::record(recorded, || model.forward_drawn(var(2), &given, drawn));
+                let (v, hidden) = found?;
+                assert_eq!((v.dims(), hidden.dims()), (&[2, drawn, 4][..], &[2, 10, 16][..]));
+                let v = v.narrow(1, 0, 6)?;
+                let sum =
+                    ((&v * random("v", v.dims()))?.sum_all()? + (&hidden * random("h", hidden.dims()))?.sum_all()?)?;
+                let grads = tape.backward(&sum)?;
+                // What only the references' velocity would need has none.
+                let grads = vars.iter().map(|(_, var)| match grads.get(var) {
+                    Some(grad) => Ok(grad.clone()),
+                    None => var.zeros_like(),
+                });
+                Ok([Ok(v), Ok(hidden)].into_iter().chain(grads).collect::<candle_core::Result<_>>()?)
+            };
+            let want = run(false, 10).unwrap();
+            let others = [run(false, 6), run(true, 6), composed(|| run(false, 6)), composed(|| run(false, 10))];
+            for got in others {
+                for (i, (got, want)) in got.unwrap().iter().zip(&want).enumerate() {
+                    let name = i.checked_sub(2).map_or("a value", |i| vars[i].0.as_str());
+                    assert!(difference(got, want) < 1e-4, "{single} single-stream blocks: {name} differs");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_block_is_that_of_the_whole() {
+        let (model, vars) = model(1);
+        let block = &model.single[0];
+        let inputs = [random("x", &[2, 9, 16]), random("modulation", &[2, 48])];
+        let [x, modulation] = inputs.each_ref().map(|x| Var::from_tensor(x).unwrap());
+        let mut positions = text_positions(3);
+        positions.extend(image_positions(0, 3, 2));
+        let angles = model.angles(&positions, &Device::Cpu).unwrap();
+        for (from, n) in [(3, 4), (0, 9), (8, 1)] {
+            let run = |y: candle_core::Result<Tensor>| {
+                let y = y.unwrap();
+                let grads = (&y * random("direction", y.dims())).unwrap().sum_all().unwrap().backward().unwrap();
+                let of_block = vars.iter().filter(|(name, _)| name.starts_with("single_transformer_blocks"));
+                let asked = of_block.map(|(_, var)| var).chain([&x, &modulation]);
+                let mut all: Vec<Tensor> = asked.map(|var| grads.get(var).expect("a gradient").clone()).collect();
+                // Both projections with their two factors, two norms and the inputs.
+                assert_eq!(all.len(), 10);
+                all.push(y);
+                all
+            };
+            let got = run(block.forward_part(&x, &modulation, &angles, (from, n)));
+            let want = run(block.forward(&x, &modulation, &angles).and_then(|y| y.narrow(1, from, n)));
+            for (got, want) in got.iter().zip(&want) {
+                assert!(difference(got, want) < 1e-5, "tokens {from}..{}", from + n);
+            }
+        }
+        let short = model.angles(&positions[1..], &Device::Cpu).unwrap();
+        assert!(block.forward_part(&x, &modulation, &short, (3, 4)).is_err());
     }
 }

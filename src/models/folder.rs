@@ -3,10 +3,16 @@
 use anyhow::{Context, Result, anyhow};
 use include_dir::Dir;
 use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
 use std::{
     borrow::Cow,
     path::{Path, PathBuf},
 };
+
+/// The beginning of a digest, which tells one version of some files from another.
+pub fn revision(digest: Sha256) -> String {
+    digest.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// A folder of model files.
 #[derive(Clone, Debug)]

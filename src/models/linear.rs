@@ -216,6 +216,18 @@ impl Linear {
         Ok(Self { weight, bias, precision: params.precision(), low })
     }
 
+    /// The layer that gives `len` of the outputs from `start` on, by views of the weights: gradients reach the whole.
+    pub fn outputs(&self, start: usize, len: usize) -> candle_core::Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, start, len);
+        let low = |low: &Low| Ok(Low { a: low.a.clone(), b: part(&low.b)?, scale: low.scale });
+        Ok(Self {
+            weight: part(&self.weight)?,
+            bias: self.bias.as_ref().map(part).transpose()?,
+            precision: self.precision,
+            low: self.low.iter().map(low).collect::<candle_core::Result<_>>()?,
+        })
+    }
+
     /// `(.., in)` to `(.., out)`.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let mut y = linear_in(self.precision, x, &self.weight, self.bias.as_ref())?;
@@ -230,6 +242,7 @@ impl Linear {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::{parity::difference, rng::Stream};
     use candle_core::Device;
 
     #[test]
@@ -256,6 +269,30 @@ mod tests {
         Linear::new(3, 2, &params.at("lin")).unwrap();
         Linear::new(3, 2, &params.again(vec![adapter.clone()]).at("lin")).unwrap();
         assert!(adapter.check().unwrap_err().to_string().contains("\"lon\""));
+    }
+
+    #[test]
+    fn some_outputs_are_those_of_the_whole_layer() {
+        let adapter = Adapter::fresh(2, 4.0, vec!["lin".into()], 5);
+        let params = Params::fresh(1, DType::F32, &Device::Cpu).adapted(vec![adapter.clone()]);
+        let whole = Linear::biased(3, 5, &params.at("lin")).unwrap();
+        let random = |name: &str, shape: &[usize]| Stream::new(0, name, 0).normal(shape, &Device::Cpu).unwrap();
+        let (mut vars, x) = (adapter.vars(), Var::from_tensor(&random("x", &[2, 4, 3])).unwrap());
+        vars["lin.lora_B.weight"].set(&random("b", &[5, 2])).unwrap();
+        vars.extend(params.vars());
+        vars.insert("x".into(), x.clone());
+        assert_eq!(vars.len(), 5);
+        let run = |y: Tensor| {
+            let direction = random("direction", &[2, 4, 2]);
+            let grads = (&y * direction).unwrap().sum_all().unwrap().backward().unwrap();
+            let of = |var: &Var| grads.get(var).expect("every variable has a gradient").clone();
+            std::iter::once(y.clone()).chain(vars.values().map(of)).collect::<Vec<_>>()
+        };
+        let some = run(whole.outputs(2, 2).unwrap().forward(&x).unwrap());
+        let want = run(whole.forward(&x).unwrap().narrow(2, 2, 2).unwrap());
+        for (got, want) in some.iter().zip(&want) {
+            assert!(difference(got, want) < 1e-6);
+        }
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, with the names of PEFT
 //! (`base_model.model.<layer>.lora_A.weight`) or of diffusers (`transformer.<layer>.lora_A.weight`).
 
-use super::{Adapter, Folder};
+use super::{Adapter, Folder, folder::revision};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
@@ -61,6 +62,8 @@ impl Config {
 pub struct Peft {
     /// Where it is from, for messages.
     pub name: String,
+    /// Tells it from what the same folder holds at another time.
+    pub revision: String,
     /// The layers it changes.
     pub layers: BTreeSet<String>,
     config: Config,
@@ -90,7 +93,8 @@ impl Peft {
             tensors.insert(plain, tensor);
         }
         ensure!(!layers.is_empty(), "{file} holds no tensors");
-        Ok(Self { name: folder.name(), layers, config, tensors })
+        let revision = revision(Sha256::new().chain_update(&bytes));
+        Ok(Self { name: folder.name(), revision, layers, config, tensors })
     }
 
     /// The adapter at a strength beside its own, frozen.

@@ -5,7 +5,7 @@
 //! uses the same [`Decoder`] with three-axis positions and features added after its first layers.
 
 use super::{Folder, Init, Linear, Params};
-use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, recompute, rms_norm, select_rows, silu};
+use crate::tensor::{Mask, Rotation, attention, embedding, norm_rope, recompute, rms_norm, select_rows, swiglu_of};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -92,10 +92,22 @@ impl Config {
     /// Whether this file can run what the config describes.
     pub fn validate(&self) -> Result<()> {
         let (heads, shared) = (self.num_attention_heads, self.key_value_heads());
-        if heads == 0 || shared == 0 || !heads.is_multiple_of(shared) {
+        expect_sizes(&[
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("hidden_size", self.hidden_size, LARGEST),
+            ("intermediate_size", self.intermediate_size, LARGEST),
+            ("num_hidden_layers", self.num_hidden_layers, MOST_LAYERS),
+            ("num_attention_heads", heads, LARGEST),
+            ("num_key_value_heads", shared, LARGEST),
+            ("head_dim", self.head_dim, LARGEST),
+        ])?;
+        if let Some(section) = self.mrope_section().filter(|section| section.iter().any(|n| *n > LARGEST)) {
+            bail!("mrope_section must be up to {LARGEST}, not {section:?}");
+        }
+        if !heads.is_multiple_of(shared) {
             bail!("{heads} attention heads cannot share {shared} key heads");
         }
-        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+        if !self.head_dim.is_multiple_of(2) {
             bail!("head_dim is {}, but rotary positions need an even number", self.head_dim);
         }
         if self.hidden_act != "silu" {
@@ -111,6 +123,18 @@ impl Config {
             }
         }
         Ok(())
+    }
+}
+
+/// The sizes that a config may ask for: beyond every model, and small enough that products of a few of them are numbers.
+pub(super) const LARGEST: usize = 1 << 20;
+pub(super) const MOST_LAYERS: usize = 1 << 12;
+
+/// An error if one of `sizes`, each a key of a config with what it says and may say at most, is none.
+pub(super) fn expect_sizes(sizes: &[(&str, usize, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, size, most)| !(1..=*most).contains(size)) {
+        Some((key, size, most)) => bail!("{key} must be 1 to {most}, not {size}"),
+        None => Ok(()),
     }
 }
 
@@ -206,7 +230,7 @@ impl Layer {
         let [y, k, v] = self.attention.forward(&rms_norm(x, &self.input_norm, self.eps)?, angles, mask, past)?;
         let x = (x + y)?;
         let y = rms_norm(&x, &self.post_norm, self.eps)?;
-        let y = (silu(&self.gate.forward(&y)?)? * self.up.forward(&y)?)?;
+        let y = swiglu_of(&self.gate.forward(&y)?, &self.up.forward(&y)?)?;
         Ok([(x + self.down.forward(&y)?)?, k, v])
     }
 

@@ -61,11 +61,22 @@ fn default_act() -> String {
 impl VisionConfig {
     fn validate(&self) -> Result<()> {
         let Self { hidden_size, num_heads, spatial_merge_size: merge, deepstack_visual_indexes: deep, .. } = self;
-        if *num_heads == 0 || !hidden_size.is_multiple_of(4 * num_heads) {
+        // The numbers of a patch are a product of four.
+        const PATCH: usize = 1 << 12;
+        qwen3::expect_sizes(&[
+            ("vision_config.depth", self.depth, qwen3::MOST_LAYERS),
+            ("vision_config.hidden_size", *hidden_size, qwen3::LARGEST),
+            ("vision_config.intermediate_size", self.intermediate_size, qwen3::LARGEST),
+            ("vision_config.num_heads", *num_heads, qwen3::LARGEST),
+            ("vision_config.in_channels", self.in_channels, PATCH),
+            ("vision_config.patch_size", self.patch_size, PATCH),
+            ("vision_config.spatial_merge_size", *merge, PATCH),
+            ("vision_config.temporal_patch_size", self.temporal_patch_size, PATCH),
+            ("vision_config.out_hidden_size", self.out_hidden_size, qwen3::LARGEST),
+            ("vision_config.num_position_embeddings", self.num_position_embeddings, qwen3::LARGEST),
+        ])?;
+        if !hidden_size.is_multiple_of(4 * num_heads) {
             bail!("the vision tower cannot split {hidden_size} numbers into {num_heads} heads of whole quarters");
-        }
-        if *merge == 0 || self.patch_size == 0 || self.num_position_embeddings == 0 {
-            bail!("spatial_merge_size, patch_size and num_position_embeddings of the vision tower must be positive");
         }
         if let Some(index) = deep.iter().find(|i| **i >= self.depth) {
             bail!("deepstack_visual_indexes names layer {index} of {}", self.depth);

@@ -12,6 +12,7 @@
 use super::roles::{
     Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict, expect_each, score,
 };
+use crate::error::Cancelled;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -164,7 +165,8 @@ pub enum Event<'a> {
 
 /// Runs the loop over `jobs`; one outcome for each, `None` if it was cancelled before its first picture was checked.
 ///
-/// `cancelled` is asked before every stage; a role may ask it more often and fail. An error of `observe` ends the run.
+/// `cancelled` is asked before every stage; a role may ask it more often and fail with [`Cancelled`]. Any other error, and one
+/// of `observe`, ends the run.
 pub fn run(
     cast: Cast,
     jobs: &[Job],
@@ -203,7 +205,7 @@ pub fn run_observed(
         }
         let stopped = match cycle.round(&mut active) {
             Ok(whole) => !whole,
-            Err(_) if cancelled() => true, // a role that was stopped in the middle of its work
+            Err(error) if error.is::<Cancelled>() => true, // a role that was stopped in the middle of its work
             Err(error) => return Err(error),
         };
         let mut left = Vec::new();

@@ -1,7 +1,10 @@
 //! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit. The
 //! Editor may have adapters of its own on them; the methods by noise draw the target and do without.
 
-use super::roles::{Claim, Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict};
+use super::{
+    cycle::seed_of_drawing,
+    roles::{Claim, Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict},
+};
 use crate::{
     flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Watch},
     models::flux2::Flux2,
@@ -148,8 +151,8 @@ impl Editor for Painter {
                 source,
                 source_prompt: shown,
                 prompt: &job.target.prompt,
-                // Another edit of the same picture takes other noise.
-                seed: job.seed.wrapping_add(job.round as u64),
+                // Another edit of the same picture takes other noise, and none of a neighbouring seed's.
+                seed: seed_of_drawing(job.seed, job.round),
             })
             .collect();
         Ok(self.pictures(self.klein.change(&changes, method, &self.options())?))
@@ -178,6 +181,29 @@ fn joined(parts: impl Iterator<Item = String>, by: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{flow::Unwatched, models::Folder, rig::roles::Target};
+    use candle_core::{DType, Device};
+    use std::path::Path;
+
+    #[test]
+    fn neighbouring_seeds_share_no_noise_of_their_edits() {
+        let folder = Folder::from(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/klein"));
+        let klein = Arc::new(Klein::open(&folder, DType::F32, &Device::Cpu, Vec::new()).unwrap());
+        let target = Target { prompt: "a ball".into(), claims: Vec::new() };
+        for editing in [Editing::FlowEdit, Editing::Inversion(Inversion::RfInversion)] {
+            let (solver, guidance, size, batch) = (Solver::Euler, 1.0, (64, 64), 1);
+            let painting = Painting { steps: 4, solver, guidance, editing, size, batch };
+            let painter = Painter::new(klein.clone(), painting, Box::new(Unwatched));
+            let picture = Picture::from_latents(painter.noise(0).unwrap(), painter.decode.clone());
+            let edited = |seed, round| -> Vec<f32> {
+                let job = Edit { target: &target, picture: &picture, verdicts: &[], instruction: "", seed, round };
+                let edited = painter.edit(&[job]).unwrap().remove(0);
+                edited.latents().unwrap().flatten_all().unwrap().to_vec1().unwrap()
+            };
+            assert!(edited(7, 2) == edited(7, 2) && edited(7, 2) != edited(7, 1), "{editing:?}");
+            assert!(edited(7, 2) != edited(8, 1), "{editing:?}");
+        }
+    }
 
     #[test]
     fn the_source_is_described_by_what_holds() {

@@ -203,6 +203,16 @@ fn batches(sizes: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
     batches
 }
 
+/// The jobs that edits are asked for together, with the number of candidates of each and their temperature: those that are
+/// asked `again`, after an edit that did not help, and the others, in batches of at most `ROWS` candidates.
+fn together(again: &[bool]) -> Vec<(Vec<usize>, usize, f64)> {
+    let (again, first): (Vec<usize>, Vec<usize>) = (0..again.len()).partition(|job| again[*job]);
+    let batches = |jobs: &[usize], candidates: usize, temperature: f64| -> Vec<_> {
+        jobs.chunks(ROWS / candidates).map(|batch| (batch.to_vec(), candidates, temperature)).collect()
+    };
+    [batches(&first, 1, 0.0), batches(&again, CANDIDATES, TEMPERATURE)].concat()
+}
+
 impl Checker for Critic {
     fn check(&self, jobs: &[(&Picture, &Target)]) -> Result<Vec<Vec<Verdict>>> {
         let asked = (0..jobs.len()).filter(|job| !jobs[*job].1.claims.is_empty());
@@ -228,33 +238,33 @@ impl Actor for Critic {
             edit: String,
         }
         let schema = prompts::reflect_schema();
-        let mut edits = Vec::with_capacity(jobs.len());
-        let warm = |job: &Situation| !job.earlier.is_empty();
-        for batch in jobs.chunk_by(|a, b| warm(a) == warm(b)).flat_map(|same| same.chunks(ROWS / CANDIDATES)) {
-            let (candidates, temperature) = if warm(&batch[0]) { (CANDIDATES, TEMPERATURE) } else { (1, 0.0) };
+        let mut edits = vec![None; jobs.len()];
+        let again: Vec<bool> = jobs.iter().map(|job| !job.earlier.is_empty()).collect();
+        for (numbers, candidates, temperature) in together(&again) {
+            let batch: Vec<&Situation> = numbers.iter().map(|i| &jobs[*i]).collect();
             let pictures: Vec<&RgbImage> = batch.iter().map(|job| job.picture.pixels()).collect::<Result<_>>()?;
-            let text = |job: &Situation| prompts::reflect(&job.target.prompt, job.verdicts, job.earlier);
+            let text = |job: &&Situation| prompts::reflect(&job.target.prompt, job.verdicts, job.earlier);
             let texts: Vec<String> = batch.iter().map(text).collect();
             let all = || (0..batch.len()).flat_map(|i| (0..candidates).map(move |k| (i, k)));
             let questions: Vec<Question> = all().map(|(i, _)| Question { picture: Some(i), text: &texts[i] }).collect();
             let stream = |(i, k): (usize, usize)| {
-                let job: &Situation = &batch[i];
+                let job = batch[i];
                 Stream::new(job.seed, &format!("reflect {k}"), job.round as u64)
             };
             let streams: Vec<Stream> = all().map(stream).collect();
             let sampling = Sampling { temperature, max_tokens: EDIT };
             let looked = self.actor.look(&pictures)?;
             let written = self.actor.answer(&looked, &questions, &schema, sampling, &streams)?;
-            for (job, written) in batch.iter().zip(written.chunks(candidates)) {
+            for (i, written) in numbers.into_iter().zip(written.chunks(candidates)) {
                 let reflection = |answer: &decode::Answer| -> Result<Reflection> {
                     let Answer { reflection: thought, edit } = read(&self.actor.chat.decode(&answer.ids)?)?;
                     Ok(Reflection { thought, edit })
                 };
                 let written = written.iter().map(reflection).collect::<Result<Vec<_>>>()?;
-                edits.extend(most_wanted(written, job.earlier));
+                edits[i] = most_wanted(written, jobs[i].earlier);
             }
         }
-        Ok(edits)
+        Ok(edits.into_iter().flatten().collect())
     }
 }
 
@@ -382,6 +392,23 @@ mod tests {
     fn batches_are_full_but_not_overfull() {
         assert_eq!(batches([30, 30, 30, 100, 1].into_iter()), [0..2, 2..3, 3..4, 4..5]);
         assert_eq!(batches([0; 0].into_iter()), [0..0; 0]);
+    }
+
+    #[test]
+    fn edits_of_as_many_candidates_are_asked_for_together() {
+        assert!(together(&[]).is_empty());
+        let alternating: Vec<bool> = (0..140).map(|i| i % 2 == 1).collect();
+        let batches = together(&alternating);
+        let sizes = batches.iter().map(|(jobs, candidates, _)| (jobs.len(), *candidates)).collect::<Vec<_>>();
+        let again = std::iter::repeat_n((8, CANDIDATES), 8).chain([(6, CANDIDATES)]);
+        assert_eq!(sizes, [(64, 1), (6, 1)].into_iter().chain(again).collect::<Vec<_>>());
+        for (jobs, candidates, temperature) in &batches {
+            assert!(jobs.iter().all(|job| alternating[*job] == (*candidates > 1)));
+            assert_eq!(*temperature > 0.0, *candidates > 1);
+        }
+        let mut all: Vec<usize> = batches.into_iter().flat_map(|(jobs, ..)| jobs).collect();
+        all.sort_unstable();
+        assert_eq!(all, Vec::from_iter(0..140));
     }
 
     #[test]

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Characters of an object's phrase, and of a predicate, at most: every claim about it repeats them.
 pub const LONGEST: usize = 200;
+/// Objects, and relations, of a scene graph that is drawn at most: each is a question about every picture.
+pub const LARGEST: usize = 200;
 
 /// Whether a phrase or a predicate has more than [`LONGEST`] characters.
 pub fn is_too_long(text: &str) -> bool {

@@ -59,7 +59,8 @@ impl Lists {
     /// Only what the triples name.
     fn of_triples(&self) -> Self {
         let objects = self.triples.iter().flat_map(|t| [t.0.clone(), t.2.clone()]).collect();
-        Self { objects, ..self.clone() }
+        let predicates = self.triples.iter().map(|t| t.1.clone()).collect();
+        Self { triples: self.triples.clone(), objects, predicates }
     }
 }
 
@@ -139,6 +140,10 @@ mod tests {
         assert_eq!(derived(&lists(seen), &lists(wanted)).entities, 2.0 / 3.0);
         // {ball, ball, cube, star} against {ball, cube, ring}.
         assert_eq!(multiset(&lists(seen), &lists(wanted)).entities, 2.0 / 5.0);
+        // A predicate that a judge lists without a triple counts by the code, not by the paper.
+        let listed = Lists { predicates: vec!["above".into()], ..Lists::default() };
+        let asked = lists("a ball above a cube");
+        assert_eq!((strict(&listed, &asked).relations, derived(&listed, &asked).relations), (1.0, 0.0));
         // {red ball, green ball, blue cube, star} against {red ball, blue cube, yellow ring}.
         let phrases = |text| Lists::of(&parse(text).unwrap(), Object::phrase);
         assert_eq!(strict(&phrases(seen), &phrases(wanted)).entities, 2.0 / 5.0);

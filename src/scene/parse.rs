@@ -35,6 +35,8 @@ pub enum ParseError {
 
 /// More objects than any table holds.
 pub const MAX_OBJECTS: usize = 24;
+/// Characters of a prompt at most: a longer one is no prompt.
+pub const MAX_CHARS: usize = 4000;
 
 fn adjectives() -> impl Iterator<Item = &'static str> {
     Size::ALL.iter().map(|s| s.name()).chain(Colour::ALL.iter().map(|c| c.name()))

@@ -4,11 +4,13 @@ mod kernel;
 
 use super::cpu::{self, Shared};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
-use kernel::{LANES, Padded, View, correlate, pack, products, store};
+use kernel::{LANES, Padded, SEGMENTS, View, correlate, pack, products, store};
 use rayon::prelude::*;
 
 /// Floats of a task's buffer: what stays in the second-level cache.
 const BUFFER: usize = 64 * 1024;
+/// Tasks that the rows of few pictures are cut into, so that one alone does not run on one thread.
+const TASKS: usize = 8;
 
 /// Convolution with `weight` of `(out, in, k, k)` and `bias` of `(out)`. `padding` is (top and left, bottom and right),
 /// which differ where a stride-2 convolution pads one side only.
@@ -97,13 +99,21 @@ fn tile_rows(floats: usize, rows: usize) -> usize {
     (BUFFER / floats.max(1)).clamp(1, rows.max(1))
 }
 
+/// The same where results do not depend on how rows are cut: for a batch of few pictures fewer rows, but as many as fill a
+/// tile of registers.
+fn task_rows(floats: usize, (rows, columns): (usize, usize), batch: usize) -> usize {
+    let share = rows.div_ceil(TASKS / batch.clamp(1, TASKS));
+    let least = SEGMENTS.div_ceil(columns.div_ceil(LANES).max(1));
+    tile_rows(floats, rows).min(share.max(least))
+}
+
 fn forward(s: &Sizes, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let taps = s.kernel * s.kernel;
     let packed = pack(s.out, s.inner, taps, |o, i, t| weight[(o * s.inner + i) * taps + t]);
     let (oh, ow) = s.output;
     let mut y = vec![0f32; s.batch * s.output_len()];
     let shared = Shared::new(&mut y);
-    let tile = tile_rows(s.inner * s.input_buffer().row() * s.stride, oh);
+    let tile = task_rows(s.inner * s.input_buffer().row() * s.stride, s.output, s.batch);
     let tiles = oh.div_ceil(tile);
     (0..s.batch * tiles).into_par_iter().for_each_init(
         || s.input_buffer(),
@@ -157,7 +167,7 @@ fn backward_input(s: &Sizes, grad: &[f32], weight: &[f32]) -> Vec<f32> {
     // Rows and columns of the first parity, which has the most.
     let (rows, columns) = (h.div_ceil(s.stride), w.div_ceil(s.stride));
     let new_buffer = || Padded::new(1, columns.next_multiple_of(LANES) + (high - low) as usize);
-    let tile = tile_rows(s.out * new_buffer().row(), rows);
+    let tile = task_rows(s.out * new_buffer().row(), (rows, columns), s.batch);
     let tiles = rows.div_ceil(tile);
     (0..s.batch * tiles).into_par_iter().for_each_init(new_buffer, |buffer, task| {
         let (image, start) = (task / tiles, task % tiles * tile);
@@ -428,6 +438,45 @@ mod tests {
         assert!(conv(&[1, 3, 2, 8], &[2, 3, 3, 3]).is_err());
         assert!(conv(&[1, 4, 8, 8], &[2, 3, 3, 3]).is_err());
         assert!(conv(&[1, 3, 8, 8], &[4, 3, 3, 3]).is_err());
+    }
+
+    #[test]
+    fn a_picture_alone_gives_the_same_as_in_a_batch() {
+        let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (stride, padding) in [(1, (1, 1)), (2, (0, 1))] {
+            let (weight, bias) = (draw("weight", &[12, 8, 3, 3]), draw("bias", &[12]));
+            let run = |x: &Tensor| {
+                let x = Var::from_tensor(x).unwrap();
+                let y = conv2d(&x, &weight, &bias, stride, padding).unwrap();
+                let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                [numbers(&y), numbers(grads.get(&x).unwrap())]
+            };
+            let x = draw("x", &[9, 8, 40, 23]);
+            let together = run(&x);
+            for i in [0, 8] {
+                for (alone, together) in run(&x.narrow(0, i, 1).unwrap()).iter().zip(&together) {
+                    assert_eq!(*alone, together[i * alone.len()..][..alone.len()]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_pictures_are_cut_into_tasks() {
+        for (size, batch, want) in [
+            ((64, 64), 1, 8),
+            ((64, 64), 3, 32),
+            ((64, 64), 8, 64),
+            ((64, 64), 100, 64),
+            ((0, 0), 0, 1),
+            ((5, 64), 1, 1),
+        ] {
+            assert_eq!(task_rows(1, size, batch), want, "{size:?} in a batch of {batch}");
+        }
+        // A row of one vector does not fill the registers.
+        assert_eq!(task_rows(1, (64, 4), 4), 32);
+        assert_eq!(task_rows(1, (8, 8), 1), SEGMENTS);
+        assert_eq!(task_rows(BUFFER, (64, 64), 1), 1);
     }
 
     #[test]

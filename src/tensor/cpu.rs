@@ -154,8 +154,11 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
 pub fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
+    /// `1.5 * 2^23`, where numbers lie 1 apart: adding it rounds to whole numbers, ties to even, which are then the last bits.
+    const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let t = x * std::f32::consts::LOG2_E + ROUND;
+    let n = t - ROUND;
     let r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x));
     // The minimax polynomial of Cephes' expf.
     let p = fma(1.987_569_1e-4, r, 1.398_199_9e-3);
@@ -164,7 +167,7 @@ pub fn exp(x: f32) -> f32 {
     let p = fma(p, r, 0.166_666_66);
     let p = fma(p, r, 0.5);
     let p = fma(p * r, r, r + 1.0);
-    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    p * f32::from_bits(t.to_bits().wrapping_add(127) << 23)
 }
 
 /// `1 / (1 + e^-x)`.
@@ -173,32 +176,26 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// Adds up pairs of `x` and `y` with `add(sum, x, y)`: each lane by itself, then the lanes in their order.
 #[inline(always)]
-fn lanes(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub fn lanes(x: &[[f32; LANES]], y: &[[f32; LANES]], add: impl Fn(f32, f32, f32) -> f32) -> f32 {
     let mut sums = [0f32; LANES];
-    let whole = n - n % LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lane, sum) in sums.iter_mut().enumerate() {
-            *sum += f(start + lane);
+    for (x, y) in x.iter().zip(y) {
+        for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+            *sum = add(*sum, x, y);
         }
     }
-    let mut total = 0.0;
-    for sum in sums {
-        total += sum;
-    }
-    for i in whole..n {
-        total += f(i);
-    }
-    total
+    sums.iter().fold(0.0, |total, sum| total + sum)
 }
 
 pub fn sum(x: &[f32]) -> f32 {
-    lanes(x.len(), |i| x[i])
+    let (x, rest) = x.as_chunks();
+    rest.iter().fold(lanes(x, x, |sum, x, _| sum + x), |total, x| total + x)
 }
 
 pub fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let y = &y[..x.len()];
-    lanes(x.len(), |i| x[i] * y[i])
+    let ((x, rest_x), (y, rest_y)) = (x.as_chunks(), y[..x.len()].as_chunks());
+    rest_x.iter().zip(rest_y).fold(lanes(x, y, |sum, x, y| sum + x * y), |total, (x, y)| total + x * y)
 }
 
 /// `out += x`.
@@ -297,6 +294,31 @@ mod tests {
     }
 
     #[test]
+    fn exp_rounds_to_whole_numbers_as_the_standard_library_does() {
+        let by_rounding = |x: f32| {
+            let x = x.clamp(-87.0, 88.0);
+            let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+            let r = fma(n, 2.121_944_4e-4, fma(n, -0.693_359_4, x));
+            let p = fma(1.987_569_1e-4, r, 1.398_199_9e-3);
+            let p = fma(fma(fma(fma(p, r, 8.333_452e-3), r, 4.166_579_6e-2), r, 0.166_666_66), r, 0.5);
+            fma(p * r, r, r + 1.0) * f32::from_bits(((n as i32 + 127) as u32) << 23)
+        };
+        let same = |x: f32| assert_eq!(exp(x).to_bits(), by_rounding(x).to_bits(), "exp({x:e})");
+        // Every 997th number there is, of both signs, and where the rounding changes.
+        for bits in (0..=f32::INFINITY.to_bits()).step_by(997) {
+            same(f32::from_bits(bits));
+            same(-f32::from_bits(bits));
+        }
+        for half in -252..=254 {
+            let x = half as f32 / 2.0 / std::f32::consts::LOG2_E;
+            for x in [x.next_down().next_down(), x.next_down(), x, x.next_up(), x.next_up().next_up()] {
+                same(x);
+            }
+        }
+        [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY].into_iter().for_each(same);
+    }
+
+    #[test]
     fn sums_cover_every_element() {
         for n in [0, 1, 15, 16, 17, 100] {
             let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
@@ -305,6 +327,22 @@ mod tests {
             assert_eq!(dot(&x, &vec![1.0; n]), want);
             let by_rows = sum_rows(n, 1, 4, |row, out| out[0] += x[row]);
             assert_eq!(by_rows[0], want);
+        }
+    }
+
+    #[test]
+    fn sums_add_in_a_fixed_order() {
+        for n in [5, 16, 100, 1000] {
+            let mut rng = crate::tensor::rng::Stream::new(0, "lanes", n as u64);
+            let (x, y) = (rng.normals(n), rng.normals(n + 3));
+            let in_order = |f: &dyn Fn(usize) -> f32| {
+                let (mut sums, whole) = ([0f32; LANES], n - n % LANES);
+                (0..whole).for_each(|i| sums[i % LANES] += f(i));
+                let total = sums.iter().fold(0.0, |total, sum| total + sum);
+                (whole..n).fold(total, |total, i| total + f(i))
+            };
+            assert_eq!(sum(&x).to_bits(), in_order(&|i| x[i]).to_bits());
+            assert_eq!(dot(&x, &y).to_bits(), in_order(&|i| x[i] * y[i]).to_bits());
         }
     }
 }

@@ -49,22 +49,12 @@ impl GroupNorm {
     /// Mean and reciprocal deviation of one group.
     fn statistics(&self, x: &[f32]) -> (f32, f32) {
         let mean = cpu::sum(x) / x.len() as f32;
-        let var = lanes(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / x.len() as f32;
+        let (whole, rest) = x.as_chunks();
+        let square = |x: f32| (x - mean) * (x - mean);
+        let squares = cpu::lanes(whole, whole, |sum, x, _| sum + square(x));
+        let var = (squares + rest.iter().map(|x| square(*x)).sum::<f32>()) / x.len() as f32;
         (mean, (f64::from(var) + self.eps).sqrt().recip() as f32)
     }
-}
-
-/// A sum over fixed lanes, so that it vectorises and never depends on threads.
-#[inline(always)]
-fn lanes(n: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut sums = [0f32; 16];
-    let whole = n - n % 16;
-    for start in (0..whole).step_by(16) {
-        for (lane, sum) in sums.iter_mut().enumerate() {
-            *sum += f(start + lane);
-        }
-    }
-    sums.iter().sum::<f32>() + (whole..n).map(f).sum::<f32>()
 }
 
 impl CustomOp3 for GroupNorm {

@@ -35,7 +35,7 @@ pub use embedding::{embedding, select_rows};
 pub use group_norm::group_norm;
 pub use linear::{Precision, linear, linear_in};
 pub use loss::cross_entropy;
-pub use mlp::{gate_residual, gelu, gelu_tanh, silu, swiglu};
+pub use mlp::{gate_residual, gelu, gelu_tanh, silu, swiglu, swiglu_of};
 pub use norm::{layer_norm, layer_norm_modulate, rms_norm};
 pub use parallel_block::attention_swiglu;
 pub use rope::{Rotation, norm_rope, rope};

@@ -118,15 +118,10 @@ impl LayerNorm {
     fn moments(&self, x: &[f32]) -> (f32, f32) {
         let n = x.len() as f32;
         let mean = cpu::sum(x) / n;
-        let mut square = [0f32; 16];
-        let whole = x.len() - x.len() % 16;
-        for chunk in x[..whole].chunks_exact(16) {
-            for (s, &x) in square.iter_mut().zip(chunk) {
-                *s = cpu::fma(x - mean, x - mean, *s);
-            }
-        }
-        let rest: f32 = x[whole..].iter().map(|x| (x - mean) * (x - mean)).sum();
-        let variance = (square.iter().sum::<f32>() + rest) / n;
+        let (whole, rest) = x.as_chunks();
+        let squares = cpu::lanes(whole, whole, |sum, x, _| cpu::fma(x - mean, x - mean, sum));
+        let rest: f32 = rest.iter().map(|x| (x - mean) * (x - mean)).sum();
+        let variance = (squares + rest) / n;
         (mean, 1.0 / (variance + self.eps).sqrt())
     }
 }

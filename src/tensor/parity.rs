@@ -114,6 +114,8 @@ fn cases() -> Vec<Case> {
     add("gelu", false, std::slice::from_ref(&x), Box::new(|i| gelu(&i[0])));
     add("gelu tanh", false, std::slice::from_ref(&x), Box::new(|i| gelu_tanh(&i[0])));
     add("swiglu", false, std::slice::from_ref(&x), Box::new(|i| swiglu(&i[0])));
+    let two = [x.clone(), draw("up", &[3, 50, 40])];
+    add("swiglu of two", false, &two, Box::new(|i| swiglu_of(&i[0], &i[1])));
     let gated = [x.clone(), draw("gate", &[3, 40]), draw("y", &[3, 50, 40])];
     add("gated residual", false, &gated, Box::new(|i| gate_residual(&i[0], &i[1], &i[2])));
 

@@ -115,6 +115,8 @@ fn element_wise_operations_agree() {
     agrees("gelu", std::slice::from_ref(&x), |i| gelu(&i[0]));
     agrees("gelu tanh", std::slice::from_ref(&x), |i| gelu_tanh(&i[0]));
     let (gate, y) = (draw("gate", &[3, 34]), draw("y", &[3, 5, 34]));
+    agrees("swiglu of two", &[x.clone(), y.clone()], |i| swiglu_of(&i[0], &i[1]));
+    assert!(swiglu_of(&x, &gate).is_err());
     agrees("gate residual", &[x, gate, y], |i| gate_residual(&i[0], &i[1], &i[2]));
 }
 

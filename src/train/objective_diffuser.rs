@@ -318,7 +318,7 @@ impl Diffuser {
         sequence.extend(positions);
         let angles = self.klein.transformer.angles(&sequence, device)?;
         let given = flux2::Conditioning { text: &text, sigma: &sigma, guidance: None, angles: &angles };
-        let (predicted, hidden) = self.klein.transformer.forward_with_hidden(&x, &given)?;
+        let (predicted, hidden) = self.klein.transformer.forward_drawn(&x, &given, n)?;
         // A trained model is not to be bent towards a head that knows nothing yet.
         let young = self.config.init.is_some() && step < YOUNG;
         let hidden = if young { hidden.detach() } else { hidden };
@@ -327,7 +327,7 @@ impl Diffuser {
         let overlaps = Tensor::from_slice(&part.targets.overlaps, (b, n), device)?;
         let clear = ((1.0 - sigma.reshape((b, 1))?)? * (self.config.overlap - 1.0))?;
         let weights = (overlaps.broadcast_mul(&clear)? + 1.0)?;
-        let error = (predicted.narrow(1, 0, n)? - velocity)?.sqr()?;
+        let error = (predicted - velocity)?.sqr()?;
         let flow = ((error.sum(2)? * &weights)?.sum(1)? / (n * c) as f64)?;
         let layout = self.layout.losses(&hidden.narrow(1, 0, n)?.contiguous()?, &part.targets.labels)?;
         let mut layout = (layout * weights)?.mean(1)?;

@@ -196,6 +196,11 @@ impl Chat {
         self.pad
     }
 
+    /// The `tokenizer.json` it is from.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
@@ -203,7 +208,7 @@ impl Chat {
 
 /// What `work` with a tokenizer gives. The tokenizers crate trusts `tokenizer.json`, and panics where that makes no sense:
 /// here this is an error as any other.
-fn guarded<T>(file: &str, failure: &str, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+pub(super) fn guarded<T>(file: &str, failure: &str, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     let done = catch_unwind(AssertUnwindSafe(work)).map_err(|_| anyhow!("{file} {failure}: it makes no sense"))?;
     done.map_err(|e| anyhow!("{file} {failure}: {e}"))
 }

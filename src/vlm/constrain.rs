@@ -6,8 +6,8 @@
 //! language: a nondeterministic automaton over bytes, made deterministic as it is walked. For each state the allowed
 //! tokens are found by a walk through the trie of the vocabulary, once.
 
-use super::chat::Chat;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use super::chat::{Chat, guarded};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
     collections::{BTreeSet, HashMap},
@@ -18,6 +18,8 @@ use tokenizers::Tokenizer;
 /// The tokens of a byte-level vocabulary by their bytes; special tokens are not among them.
 pub struct Vocabulary {
     tokenizer: Tokenizer,
+    /// Its file, for messages.
+    file: String,
     /// Added tokens that are text: a tokenizer finds them, from the left and the longest first, before all else.
     phrases: HashMap<u32, String>,
     bytes: HashMap<u32, Vec<u8>>,
@@ -66,7 +68,7 @@ impl Vocabulary {
         let mut tokenizer = tokenizer.clone();
         // The words of a schema may be a data set's.
         tokenizer.set_encode_special_tokens(true);
-        Self { tokenizer, phrases, bytes, trie }
+        Self { tokenizer, file: chat.file().to_owned(), phrases, bytes, trie }
     }
 }
 
@@ -403,8 +405,11 @@ impl Grammar {
     /// which it might join with the end of the forced text, that end is left to the model.
     pub fn forced(&self, at: Progress) -> Result<(Vec<u32>, Progress)> {
         let encode = |text: &str| -> Result<Vec<u32>> {
-            let encoding = self.vocabulary.tokenizer.encode_fast(text, false);
-            Ok(encoding.map_err(|e| anyhow!("cannot tokenize {text:?}: {e}"))?.get_ids().to_vec())
+            if text.is_empty() {
+                return Ok(Vec::new());
+            }
+            let Vocabulary { tokenizer, file, .. } = &*self.vocabulary;
+            Ok(guarded(file, "cannot tokenize", || tokenizer.encode_fast(text, false))?.get_ids().to_vec())
         };
         let (text, joined) = self.forced_text(at);
         let settled = self.vocabulary.settled(&text);
@@ -538,6 +543,25 @@ mod tests {
                 assert!(accepts(&grammar, &text), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn a_tokenizer_that_makes_no_sense_is_an_error_that_names_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        vocabulary::train(["a small red ball"; 3], 300).unwrap().write(dir.path()).unwrap();
+        let folder = Folder::from(dir.path());
+        let mut tokenizer: Value = folder.json("tokenizer.json").unwrap();
+        tokenizer["pre_tokenizer"] = json!({ "type": "FixedLength", "length": 0 });
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let vocabulary = Arc::new(Vocabulary::new(&Chat::open(&folder).unwrap()));
+        let forced = |schema: &Value| {
+            let grammar = Grammar::new(schema, vocabulary.clone()).unwrap();
+            grammar.forced(grammar.begin()).map(|(tokens, _)| tokens)
+        };
+        let error = forced(&prompts::check_schema()).unwrap_err().to_string();
+        assert!(error.ends_with("tokenizer.json cannot tokenize: it makes no sense"), "{error}");
+        // Where nothing is forced, nothing is tokenized.
+        assert!(forced(&json!({ "type": "boolean" })).unwrap().is_empty());
     }
 
     #[test]

@@ -107,7 +107,7 @@ pub struct Sampling {
 pub struct Answer {
     pub ids: Vec<u32>,
     /// The log-probability of each token under the model's own distribution, without temperature or constraint; 0 where
-    /// the model had no choice.
+    /// the model had no choice, and in a greedy answer, of which it is not computed: it takes a sum over the vocabulary.
     pub logprobs: Vec<f32>,
     /// Whether each token was chosen among several; a constraint leaves no choice in many places.
     pub chosen: Vec<bool>,
@@ -157,6 +157,8 @@ pub fn answer(
     let mut answers = vec![Answer::default(); count];
     let mut progress = vec![constrained.map(|c| c.progress); count];
     let mut open: Vec<usize> = (0..count).collect();
+    let greedy = sampling.temperature <= 0.0;
+    let said = |logits: &[f32], token: u32| if greedy { 0.0 } else { log_probability(logits, token) };
     loop {
         let (mut tokens, mut kept) = (Vec::with_capacity(open.len()), Vec::with_capacity(open.len()));
         for (place, logits) in logits.to_vec2::<f32>()?.iter_mut().enumerate() {
@@ -172,7 +174,7 @@ pub fn answer(
                     let allowed = if full { grammar.closing(*at).into() } else { grammar.allowed(*at) };
                     let token = choose(logits, Some(&allowed), sampling.temperature, &mut streams[row])?;
                     answer.ids.push(token);
-                    answer.logprobs.push(log_probability(logits, token));
+                    answer.logprobs.push(said(logits, token));
                     answer.chosen.push(allowed.len() > 1);
                     *at = grammar.after(*at, token).context("a token that is not allowed was chosen")?;
                     let (forced, next) = grammar.forced(*at)?;
@@ -193,7 +195,7 @@ pub fn answer(
                     let end = ends.contains(&token);
                     if !end {
                         answer.ids.push(token);
-                        answer.logprobs.push(log_probability(logits, token));
+                        answer.logprobs.push(said(logits, token));
                         answer.chosen.push(true);
                     }
                     end || answer.ids.len() >= sampling.max_tokens
@@ -219,11 +221,13 @@ pub fn answer(
 /// every token that begins one counts for it.
 fn odds(logits: &[f32], grammar: &Grammar, at: Progress, words: [&str; 2]) -> Result<Option<f64>> {
     let allowed = grammar.allowed(at);
-    let mut mass = [0.0; 2];
+    // Nearly everywhere the first token already is none of these.
+    let begun = |token: &u32| words.iter().position(|word| grammar.begins(*token, word));
+    let Some(begun) = allowed.iter().map(begun).collect::<Option<Vec<usize>>>() else { return Ok(None) };
     let logit = |token: &u32| logits.get(*token as usize).copied().unwrap_or(f32::NEG_INFINITY);
     let best = allowed.iter().map(logit).fold(f32::NEG_INFINITY, f32::max);
-    for token in allowed.iter() {
-        let Some(word) = words.iter().position(|word| grammar.begins(*token, word)) else { return Ok(None) };
+    let mut mass = [0.0; 2];
+    for (token, word) in allowed.iter().zip(begun) {
         mass[word] += f64::from(logit(token) - best).exp();
     }
     let odds = mass[0] / (mass[0] + mass[1]);

@@ -12,7 +12,7 @@ pub const LANES: usize = 8;
 /// Output channels of one tile of [`correlate`].
 pub const BLOCK: usize = 4;
 /// Vectors of pixels of one tile of [`correlate`]: with [`BLOCK`] channels they fill most of the registers.
-const SEGMENTS: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "aarch64")) { 6 } else { 3 };
+pub const SEGMENTS: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "aarch64")) { 6 } else { 3 };
 /// Tile of [`products`]: output channels by (input channel, tap) pairs.
 const GRAD_BLOCK: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "aarch64")) { 3 } else { 2 };
 const GRAD_TAPS: usize = if cfg!(any(target_feature = "avx512vl", target_arch = "aarch64")) { 9 } else { 5 };
