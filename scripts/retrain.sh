@@ -54,13 +54,22 @@ train vae-touching
 train diffuser-touching
 train vlm-imperfect
 
-# What the binary carries.
+# What the binary carries. The VLM's last part learns from what these draw.
 for part in transformer text_encoder tokenizer scheduler; do
     cp "runs/diffuser-touching/model/$part/"* "weights/tabletop/$part/"
 done
 autoencoder vae-touching
 cp runs/vlm-imperfect/model/* weights/tabletop/vlm/
 cargo build --release
+draw drawn-first --split train --mode diffuser --limit 1056 --subset-seed 14
+draw drawn-depth --split train --mode loop --limit 512 --subset-seed 15 --relation behind "in front of" --rounds 3 \
+    --accept 0.97 --draws 1
+train vlm-melted
+
+cp runs/vlm-melted/model/* weights/tabletop/vlm/
+rm -f weights/tabletop/vlm/calibration.json
+cargo build --release
 draw looked-at --split val --mode loop --subset-seed 1 --limit 160
-"$rlrig" eval calibrate runs/looked-at --force --out weights/tabletop/vlm/calibration.json
+draw looked-at-once --split val --mode diffuser --subset-seed 3 --limit 400
+"$rlrig" eval calibrate runs/looked-at runs/looked-at-once --out weights/tabletop/vlm/calibration.json
 cargo build --release

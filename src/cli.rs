@@ -90,7 +90,7 @@ pub struct Generate {
     /// How a picture is inverted to noise, with --editor inversion [default: rf-inversion]
     #[arg(long, value_enum, value_name = "I", help_heading = "The loop")]
     pub inversion: Option<Inversion>,
-    /// Prompts that are worked on at once; the pictures do not depend on it
+    /// Prompts that are worked on at once; the pictures depend on it by rounding at most
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "The loop")]
     pub batch: usize,
 

@@ -411,12 +411,14 @@ fn what_the_checker_says_is_fitted_to_the_oracle() {
 }
 
 #[test]
-fn a_mode_with_an_adapter_that_is_not_on_is_refused() {
+fn what_cannot_be_evaluated_is_refused() {
     let rig = Rig::new();
     for mode in ["loop-actor", "loop-editor"] {
         rig.bad(2, "adapter", "eval", &["--mode", mode]);
     }
     rig.bad(2, "names a seed twice", "eval", &["--seed", "1", "1"]);
+    rig.bad(2, "too few scenes", "eval", &["--relation", "no such", "--limit", "1"]);
+    rig.bad(2, "by --limit", "eval", &["--dataset", "laion-sg", "--data", "x.json", "--subset-seed", "1"]);
 }
 
 #[test]
@@ -429,7 +431,7 @@ fn single_edits_are_measured_and_what_they_do_not_heed_is_refused() {
     let output = edits(&["--seed", "7", "--out", "run"]);
     let table = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && table.contains("| all | 3 |"), "{table}{}", rlrig::stderr(&output));
-    let results = document(&rig, "run/results.json");
+    let results = document(&rig, "run/edits.json");
     let settings = ["seed", "subset_seed", "limit"].map(|name| results["settings"][name].as_u64());
     assert_eq!(settings, [Some(7), Some(0), Some(3)]);
     for (expected, more) in [

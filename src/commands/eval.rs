@@ -110,7 +110,7 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
         predicates: args.relation.clone(),
         spatial_only: args.spatial_only,
         limit: args.limit,
-        subset: args.subset_seed.filter(|_| args.limit.is_some()),
+        subset: args.subset_seed,
         shard: shard(args.shard.as_deref())?,
     };
     if args.split.iter().collect::<HashSet<_>>().len() < args.split.len() {
@@ -118,6 +118,9 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
     }
     if args.seed.iter().collect::<HashSet<_>>().len() < args.seed.len() {
         usage!("--seed names a seed twice");
+    }
+    if args.dataset == Dataset::LaionSg && args.subset_seed.is_some() && args.limit.is_none() {
+        usage!("--subset-seed draws a subset of a file: say how many records by --limit");
     }
     let (mut samples, mut flaws, mut files) = (Vec::new(), Vec::new(), Vec::new());
     for split in &args.split {

@@ -5,8 +5,8 @@ use crate::{
     cli::EvalRun,
     eval::{
         dataset, play,
+        single_edits::{EditResults, edits},
         stats::Share,
-        tabletop::{EditResults, edits},
     },
     flow::Cancelled,
     rig::{
@@ -51,8 +51,8 @@ pub fn run(args: &EvalRun) -> Result<()> {
         "evaluations": klein.evaluations(),
     });
     if let Some(out) = out {
-        out.write("results.json", &serde_json::to_string_pretty(&document)?)?;
-        out.write("samples.jsonl", &lines)?;
+        out.write("edits.json", &serde_json::to_string_pretty(&document)?)?;
+        out.write("edits.jsonl", &lines)?;
     }
     if args.print.json {
         console.result(&document.to_string())?;

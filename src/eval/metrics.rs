@@ -13,7 +13,7 @@
 //! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture; whether all of it is right |
 //! | `render_distance` | how far the picture is from a render of what the oracle reads in it (root mean square; less is better) |
 //! | `position` | GenEval's: whether all directions (left, right, above, below) hold |
-//! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the directions: both objects are there, with label and colour; the relation holds; it holds given both (of prompts with one relation, as VISOR's are, the mean is VISOR's) |
+//! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the directions: both objects are there, with label and colour; the relation holds; it holds given both (of prompts with one relation, as VISOR's are, and one seed the mean is VISOR's) |
 //!
 //! The graph of a picture is what the judge lists of it in the words of the one that was asked for (as the authors' code has
 //! it; the default of LAION-SG), or what it confirms of that graph claim by claim (the default of the tabletop world, whose

@@ -20,6 +20,6 @@ pub mod record;
 pub mod records;
 pub mod report;
 pub mod results;
+pub mod single_edits;
 pub mod stats;
 pub mod table;
-pub mod tabletop;
