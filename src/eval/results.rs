@@ -160,7 +160,8 @@ fn distinct<'a>(lines: &[&'a Line]) -> Vec<&'a Line> {
 /// Checker against oracle and, where there is a judge apart, judge against oracle and Checker against judge.
 fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
     let pictures = distinct(lines);
-    let kinds: [(&str, fn(&Claim) -> bool); 4] = [
+    type OfKind = fn(&Claim) -> bool;
+    let kinds: [(&str, OfKind); 4] = [
         ("", |_| true),
         ("_objects", |claim| matches!(claim, Claim::Object(_))),
         ("_relations", |claim| matches!(claim, Claim::Relation { .. })),
