@@ -78,12 +78,16 @@ def picture(folder):
     assert difference <= 1, "rlrig and diffusers draw different pictures"
 
 
-def calibrated(p, kind):
+def calibrated(p, claim):
     """A probability as the calibration in the VLM's folder, if there is one, has it."""
     file = FOLDER / "vlm" / "calibration.json"
     if not file.exists():
         return p
-    scaling = json.loads(file.read_text())[kind]
+    calibration = json.loads(file.read_text())
+    if "object" in claim:
+        scaling = calibration["object"]
+    else:
+        scaling = calibration.get("predicates", {}).get(claim["relation"]["relation"], calibration["relation"])
     p = min(max(p, 1e-4), 1 - 1e-4)
     return 1 / (1 + np.exp(-(scaling["scale"] * np.log(p / (1 - p)) + scaling["bias"])))
 
@@ -126,12 +130,12 @@ def answers(image):
         answer = json.loads(tokenizer.decode(said, skip_special_tokens=True))
         word = max(i for i, token in enumerate(said) if token in (yes, no))
         p_yes = out.logits[word][0, [yes, no]].softmax(0)[0].item()
+        p_yes = calibrated(p_yes, claim)
         # A relation is at most as probable as its objects.
         if "object" in claim:
             objects[words] = p_yes
         else:
             p_yes = min(p_yes, *(objects[claim["relation"][end]] for end in ("subject", "object")))
-        p_yes = calibrated(p_yes, "object" if "object" in claim else "relation")
         print(f"{words}: {answer['reflection']}; P(yes) {p_yes:.4f} and {verdict['p_yes']:.4f} of rlrig")
         assert answer["reflection"] == verdict.get("reflection", ""), "rlrig and transformers see different things"
         assert abs(p_yes - verdict["p_yes"]) < 1e-3, "rlrig and transformers are not equally sure"
