@@ -9,8 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use golden::{Golden, assert_close, fixture};
 use image::RgbImage;
 use rlrig::{
+    error::Cancelled,
     flow::{
-        Cancelled, Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Unwatched, Velocity, Watch,
+        Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Unwatched, Velocity, Watch,
         field::pack,
         policy::{Policy, Taken, rollout},
     },

@@ -152,8 +152,8 @@ pub struct EvalRun {
     #[arg(
         long,
         conflicts_with_all = [
-            "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "rounds", "draws", "redraw",
-            "accept", "looks", "only", "vlm", "judge", "resume",
+            "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "rounds", "draws",
+            "redraw", "accept", "looks", "only", "vlm", "judge", "resume",
         ],
         help_heading = "Modes"
     )]

@@ -25,7 +25,8 @@ pub enum Who {
     Mender,
 }
 
-/// The adapters that are on.
+/// The adapters that are on; by default none.
+#[derive(Default)]
 pub struct Adapters {
     /// Those that no model has taken yet.
     left: Vec<(Who, Peft, f64)>,
@@ -45,8 +46,7 @@ impl Adapters {
 
     /// Those that `--adapter` names, with the folder of the built-in ones.
     fn named(texts: &[String], built_in: Option<Folder>) -> Result<Self> {
-        let mut this =
-            Self { left: Vec::new(), taken: Vec::new(), built_in, told: texts.to_vec(), revisions: Vec::new() };
+        let mut this = Self { built_in, told: texts.to_vec(), ..Self::default() };
         for text in texts {
             match text.as_str() {
                 NONE => this.built_in = None,
@@ -55,11 +55,6 @@ impl Adapters {
             }
         }
         Ok(this)
-    }
-
-    /// None at all.
-    pub fn none() -> Self {
-        Self { left: Vec::new(), taken: Vec::new(), built_in: None, told: Vec::new(), revisions: Vec::new() }
     }
 
     /// Takes those whose layers the model of `params` has.
@@ -162,6 +157,7 @@ mod tests {
             Linear::new(1, 1, &params.at("x")).unwrap();
             Linear::new(1, 1, &params.again(taken).at("x")).unwrap();
             adapters.finish().unwrap();
+            assert_eq!(adapters.revisions().len(), count);
             (count, adapters.told().join(" "))
         };
         let built_in = (1, built_in::NAME.to_owned());

@@ -3,7 +3,7 @@
 use super::show::printable;
 use crate::{
     cli::Asked,
-    io::read_file,
+    io::{read_file, read_whole},
     rig::{
         roles::{Claim, Target},
         vlm_roles::Critic,
@@ -16,9 +16,9 @@ use crate::{
     },
     usage,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, from_slice};
-use std::{io::Read, path::Path};
+use std::path::Path;
 
 const MAX_FILE: u64 = 64 << 20;
 
@@ -45,19 +45,11 @@ pub fn read(asked: &Asked, strict: bool) -> Result<Vec<Ask>> {
     }
     let (name, bytes) = match (&asked.prompt, &asked.prompt_file) {
         (Some(prompt), _) if prompt != "-" => return Ok(vec![understand(prompt, strict)?]),
-        (Some(_), _) => ("stdin".to_owned(), read_whole(std::io::stdin(), MAX_FILE).context("stdin")?),
+        (Some(_), _) => ("stdin".to_owned(), read_whole(std::io::stdin(), "stdin", MAX_FILE)?),
         (None, Some(path)) => (path.display().to_string(), read_file(path, MAX_FILE)?),
         (None, None) => usage!("say what to draw: --prompt, --prompt-file, --graph or --from"),
     };
     prompts(&name, bytes, strict)
-}
-
-/// All of `input`, which may have `limit` bytes.
-fn read_whole(input: impl Read, limit: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    input.take(limit + 1).read_to_end(&mut bytes).context("cannot read the prompts")?;
-    ensure!(bytes.len() as u64 <= limit, "there are more than the {limit} bytes that are read");
-    Ok(bytes)
 }
 
 /// The prompts of a text from `name`, one a line.
@@ -225,8 +217,8 @@ mod tests {
         let wrong = error(b"a red ball\n\na red giraffe left of a blue cube");
         assert!(wrong.starts_with("p.txt, line 3: unknown shape"), "{wrong}");
         assert!(error(b"\n").ends_with("in p.txt") && error(b"\xff").starts_with("p.txt is no UTF-8"));
-        assert_eq!(read_whole(&b"ball"[..], 4).unwrap(), b"ball");
-        assert!(read_whole(&b"balls"[..], 4).unwrap_err().to_string().contains("more than the 4 bytes"));
+        assert_eq!(read_whole(&b"ball"[..], "stdin", 4).unwrap(), b"ball");
+        assert!(read_whole(&b"balls"[..], "stdin", 4).unwrap_err().to_string().contains("more than the 4 bytes"));
     }
 
     #[test]

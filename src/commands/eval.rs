@@ -240,7 +240,7 @@ impl Models {
         told["device"] = open::device_name(&device).into();
         told["dtype"] = open::dtype_name(dtype).into();
         let judge = judge.map(|found| -> Result<Critic> {
-            let critic = open::checker(&found, at, &mut Adapters::none())?;
+            let critic = open::checker(&found, at, &mut Adapters::default())?;
             Ok(critic.with_looks(open::looks(args.cycle.looks, &found)))
         });
         let judge = judge.transpose()?;
@@ -297,7 +297,8 @@ impl Models {
         let mut config = json!({
             "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
             "data": files, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
-            "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation, "spatial_only": args.spatial_only,
+            "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation,
+            "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
             "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },

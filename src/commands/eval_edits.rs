@@ -3,12 +3,12 @@
 use super::{adapters::Adapters, eval::split_of, interrupt, open, output::Fresh, show::Console};
 use crate::{
     cli::EvalRun,
+    error::Cancelled,
     eval::{
         dataset, play,
         single_edits::{EditResults, edits},
         stats::Share,
     },
-    flow::Cancelled,
     rig::{
         klein::Painter,
         roles::{Edit, Editor, Picture, Target, expect_each},

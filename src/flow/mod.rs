@@ -21,4 +21,4 @@ pub use pipeline::{Klein, Parts, PromptEmbedding};
 pub use policy::{KlForm, Policy};
 pub use sampler::{Solver, Velocity, euler, fireflow, rf_solver};
 pub use schedule::{Schedule, empirical_mu};
-pub use watch::{Cancelled, Unwatched, Watch};
+pub use watch::{Unwatched, Watch};

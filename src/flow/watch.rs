@@ -1,7 +1,6 @@
 //! Progress of a run and its end before time.
 
-pub use crate::error::Cancelled;
-
+use crate::error::Cancelled;
 use anyhow::Result;
 use std::cell::Cell;
 

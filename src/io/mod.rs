@@ -11,7 +11,7 @@ use crate::usage;
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
-    io::{ErrorKind, Write},
+    io::{ErrorKind, Read, Write},
     path::Path,
 };
 
@@ -82,12 +82,16 @@ pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let shown = path.display();
     let size = fs::metadata(path).with_context(|| format!("cannot read {shown}"))?.len();
     anyhow::ensure!(size <= limit, "{shown} has {size} bytes, more than the {limit} that are read");
-    let mut bytes = Vec::new();
     let file = fs::File::open(path).with_context(|| format!("cannot read {shown}"))?;
-    // `take`, because what is no plain file tells no true size.
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, limit.saturating_add(1)), &mut bytes)
-        .with_context(|| format!("cannot read {shown}"))?;
-    anyhow::ensure!(bytes.len() as u64 <= limit, "{shown} has more than the {limit} bytes that are read");
+    // What is no plain file tells no true size.
+    read_whole(file, &shown.to_string(), limit)
+}
+
+/// Reads all of `input`, which messages call `name`: at most `limit` bytes.
+pub fn read_whole(input: impl Read, name: &str, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    input.take(limit.saturating_add(1)).read_to_end(&mut bytes).with_context(|| format!("cannot read {name}"))?;
+    anyhow::ensure!(bytes.len() as u64 <= limit, "{name} has more than the {limit} bytes that are read");
     Ok(bytes)
 }
 

@@ -3,6 +3,7 @@
 //! [`Vlm`] is a model folder opened for use: the model, its tokenizer and template, its image processor. Pictures are
 //! looked at once ([`Vlm::look`]) and then asked any number of questions ([`Vlm::answer`], [`Vlm::decide`]).
 
+mod automaton;
 pub mod chat;
 pub mod constrain;
 pub mod decode;
