@@ -211,9 +211,10 @@ pub struct CriticArgs {
 /// With which adapters, where and in which number format models are opened.
 #[derive(Args, Debug, Default)]
 pub struct ModelArgs {
-    /// A PEFT adapter folder for the Editor or the Actor, with its strength; for Diffuser and Checker too with `all=` in
-    /// front; `none` switches the built-in ones off. May be given several times [default: built in]
-    #[arg(long, value_name = "[all=]DIR[:SCALE]|none", help_heading = "Models")]
+    /// A PEFT adapter folder for the Editor or the Actor, with its strength; for the Diffuser with `diffuser=` in front, for
+    /// Diffuser or Checker too with `all=`; `none` switches the built-in ones off. May be given several times
+    /// [default: built in]
+    #[arg(long, value_name = "[all=|diffuser=]DIR[:SCALE]|none", help_heading = "Models")]
     pub adapter: Vec<String>,
     /// Where to compute
     #[arg(long, value_enum, value_name = "D", default_value_t, help_heading = "Models")]

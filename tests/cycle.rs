@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use rlrig::{
     error::Cancelled,
     rig::{
-        cycle::{Action, Cast, Ending, Event, Job, Options, Outcome, run},
+        cycle::{Action, Cast, Ending, Event, Job, Options, Outcome, Seconds, Turn, best, run},
         roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
     },
     tensor::rng::Stream,
@@ -167,6 +167,23 @@ fn edits_raise_the_share_of_accepted_pictures_and_the_result_is_right() {
     };
     let (one, two, eight) = (accepted(1), accepted(2), accepted(8));
     assert!(one < two && two < eight, "accepted {one} after one round, {two} after two, {eight} after eight");
+}
+
+#[test]
+fn the_best_picture_is_the_one_of_which_all_claims_are_the_most_probable() {
+    let turn = |p: &[f64]| {
+        let claim = || Claim::Object("red".to_owned());
+        let verdicts = p.iter().map(|p| Verdict { yes: *p >= 0.5, p_yes: *p, ..Verdict::denied(&claim()) }).collect();
+        let picture = Picture::from_pixels(RgbImage::new(1, 1));
+        Turn { action: Action::Draw, picture, verdicts, score: None, seconds: Seconds::default() }
+    };
+    let best_of = |turns: &[&[f64]]| best(&turns.iter().map(|p| turn(p)).collect::<Vec<_>>());
+    // By the mean it would be the first.
+    assert_eq!(best_of(&[&[0.99, 0.99, 0.1], &[0.6, 0.6, 0.4]]), Some(1));
+    assert_eq!(best_of(&[&[0.99, 0.99, 0.49], &[0.51, 0.51, 0.51]]), Some(1), "one that passes comes first");
+    assert_eq!(best_of(&[&[0.8, 0.7], &[0.7, 0.8]]), Some(0), "of equals the earliest");
+    assert_eq!(best_of(&[&[0.0, 0.0], &[0.0, 0.9]]), Some(1), "one claim that cannot hold hides no other");
+    assert_eq!((best_of(&[&[], &[]]), best_of(&[])), (Some(0), None));
 }
 
 #[test]

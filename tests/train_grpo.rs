@@ -39,7 +39,12 @@ group = { size = 2, rewards = { probability = 1.0, preserve = 1.0, oracle = 0.0 
 editor = { loss = 'LOSS', max_objects = 2, steps = 4, window = 1, guidance = 1.0, kl = 0.1, evaluation = 1, \
            evaluation_steps = 2 }
 ";
-
+const DIFFUSER: &str = "
+objective = 'diffuser'
+group = { size = 2, rewards = { probability = 1.0, oracle = 0.0 } }
+editor = { loss = 'diffusion-nft', min_objects = 2, steps = 4, window = 2, guidance = 2.0, kl = 0.1, evaluation = 2, \
+           evaluation_steps = 2 }
+";
 const JOINT: &str = "
 objective = 'joint'
 group = { size = 2, rewards = { gain = 1.0, kept = 0.5, format = 0.2, preserve = 0.1, oracle = 0.0 } }
@@ -325,10 +330,28 @@ fn without_a_rank_all_weights_are_trained() {
     assert!(error.is::<Usage>() && error.to_string().contains("in f32"), "{error:#}");
 }
 
+/// It draws prompts: what it makes is worth what it shows, and held-out pictures are compared with those of the Diffuser as
+/// it was, which at first are the same.
+#[test]
+fn two_steps_of_the_diffuser_resume_bit_for_bit() {
+    let (_dir, run, steps) = two_steps(DIFFUSER);
+    assert!(steps.iter().all(|m| (0.0..=1.0).contains(&m["rewards/probability/mean"]) && m["loss"].is_finite()));
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let evaluation = lines.lines().find(|line| line.contains("eval/oracle")).unwrap();
+    let metrics: HashMap<String, f64> = serde_json::from_str(evaluation).unwrap();
+    assert_eq!((metrics["step"], metrics["eval/preserve"]), (0.0, 1.0));
+    assert_eq!(metrics["eval/oracle"], metrics["eval/oracle_before"]);
+    // Its edits are none, so that there is nothing to preserve.
+    let error = request(run.parent().unwrap(), "preserves", &DIFFUSER.replace("oracle", "preserve"));
+    let error = error.prepare::<GrpoConfig>().err().unwrap();
+    assert!(error.is::<Usage>() && error.to_string().contains("no reward \"preserve\""), "{error:#}");
+}
+
 #[test]
 fn a_policy_that_is_not_the_one_that_drew_is_refused() {
     let whole = Batch { step: 0, rows: 0..1, size: 1, together: 0..1, update: 0, piece: 0 };
-    for (config, learner) in [(ACTOR, "actor"), (EDITOR.replace("LOSS", "grpo").as_str(), "editor"), (JOINT, "joint")] {
+    let by_steps = [&EDITOR.replace("LOSS", "grpo"), &DIFFUSER.replace("diffusion-nft", "grpo")];
+    for (config, learner) in [(ACTOR, "actor"), (by_steps[0], "editor"), (by_steps[1], "diffuser"), (JOINT, "joint")] {
         let config: GrpoConfig = toml::from_str(&format!("{config}{COMMON}")).unwrap();
         let objective = config.build(&Device::Cpu).unwrap();
         objective.collect(&whole).unwrap();
@@ -358,7 +381,7 @@ fn groups_of_one_and_unknown_rewards_are_refused() {
 
 #[test]
 fn the_configs_that_are_shipped_load() {
-    for name in ["grpo-actor", "grpo-editor", "grpo-joint"] {
+    for name in ["grpo-actor", "grpo-editor", "grpo-joint", "grpo-diffuser"] {
         let dir = tempfile::tempdir().unwrap();
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("configs/tabletop/{name}.toml"));
         let request = Request { config: Some(file), resume: None, out: Some(dir.path().join("run")), set: Vec::new() };

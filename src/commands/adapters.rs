@@ -1,7 +1,7 @@
 //! The adapters of `--adapter`, and the built-in ones that are on where the flag names none.
 //!
-//! One pair of models plays four roles, and what is trained is the two that mend pictures: an adapter is the Editor's or the
-//! Actor's, whichever its layers fit. The Diffuser draws and the Checker judges without it, unless `all=` says otherwise.
+//! One pair of models plays four roles: an adapter is the Editor's or the Actor's, who mend pictures, whichever its layers fit.
+//! The Diffuser draws and the Checker judges without it, unless `diffuser=` or `all=` says otherwise.
 
 use crate::{
     cli::ModelArgs,
@@ -13,6 +13,8 @@ use std::path::Path;
 
 /// Before a folder: for both roles of its model.
 const ALL: &str = "all=";
+/// Before a folder: for the Diffuser alone.
+const DIFFUSER: &str = "diffuser=";
 /// Instead of a folder: no built-in adapters.
 const NONE: &str = "none";
 
@@ -21,8 +23,16 @@ const NONE: &str = "none";
 pub enum Who {
     /// Both roles of a model: Diffuser and Editor, or Checker and Actor.
     Both,
+    Diffuser,
     /// Editor or Actor.
     Mender,
+}
+
+impl Who {
+    /// Whose role it is, by the name of its built-in adapter.
+    pub fn of(role: &str) -> Self {
+        if role == built_in::DIFFUSER { Self::Diffuser } else { Self::Mender }
+    }
 }
 
 /// The adapters that are on; by default none.
@@ -69,9 +79,9 @@ impl Adapters {
         taken
     }
 
-    /// Those of a built-in model's Editor or Actor, by the name of their folder: the given ones, or the built-in one.
+    /// Those of a built-in model's Diffuser, Editor or Actor, by the name of their folder: the given ones, or the built-in one.
     pub fn take_or_built_in(&mut self, role: &str, params: &Params) -> Result<Vec<Adapter>> {
-        let mut taken = self.take(Who::Mender, params);
+        let mut taken = self.take(Who::of(role), params);
         let built_in = self.built_in.as_ref().and_then(|folder| folder.sub(role));
         if let Some(folder) = built_in.filter(|_| taken.is_empty()) {
             let peft = Peft::open(&folder)?;
@@ -100,7 +110,10 @@ impl Adapters {
             // A tensor of its name is not yet a linear layer.
             None => self.taken.iter().try_for_each(Adapter::check),
             Some((who, Peft { name, layers, .. }, _)) => {
-                let hint = if *who == Who::Mender { " (all=DIR is for Diffuser and Checker too)" } else { "" };
+                let hint = match who {
+                    Who::Mender => " (all=DIR is for Diffuser and Checker too)",
+                    Who::Diffuser | Who::Both => "",
+                };
                 let layer = layers.first().map_or("", String::as_str);
                 bail!(
                     "the adapter {name} fits no model that is asked here: none has all its layers, such as {layer}{hint}"
@@ -110,12 +123,10 @@ impl Adapters {
     }
 }
 
-/// `[all=]DIR[:SCALE]`.
+/// `[all=|diffuser=]DIR[:SCALE]`.
 fn read(text: &str) -> Result<(Who, Peft, f64)> {
-    let (who, place) = match text.strip_prefix(ALL) {
-        Some(place) => (Who::Both, place),
-        None => (Who::Mender, text),
-    };
+    let of = |head: &str, who: Who| text.strip_prefix(head).map(|place| (who, place));
+    let (who, place) = of(ALL, Who::Both).or(of(DIFFUSER, Who::Diffuser)).unwrap_or((Who::Mender, text));
     let (path, strength) = match place.rsplit_once(':').map(|(path, s)| (path, s.parse::<f64>())) {
         Some((path, Ok(strength))) if strength.is_finite() => (path, strength),
         _ => (place, 1.0),
@@ -169,6 +180,18 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_is_for_whom_its_head_says() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "x");
+        for (head, who) in [("", Who::Mender), ("diffuser=", Who::Diffuser), ("all=", Who::Both)] {
+            let text = format!("{head}{}:0.5", dir.path().display());
+            let (read, _, strength) = read(&text).unwrap();
+            assert_eq!((read, strength), (who, 0.5));
+        }
+        assert!(read("diffuser=nowhere").err().unwrap().is::<crate::error::Usage>());
+    }
+
+    #[test]
     fn an_adapter_for_what_is_no_linear_layer_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "norm");
@@ -183,10 +206,13 @@ mod tests {
 
     #[test]
     fn built_in_adapters_fit_the_built_in_models() {
+        const PART: &str = "diffusion_pytorch_model";
         let folder = built_in::tabletop();
-        for (role, part, stem) in
-            [(built_in::ACTOR, "vlm", "model"), (built_in::EDITOR, "transformer", "diffusion_pytorch_model")]
-        {
+        for (role, part, stem) in [
+            (built_in::ACTOR, "vlm", "model"),
+            (built_in::EDITOR, "transformer", PART),
+            (built_in::DIFFUSER, "transformer", PART),
+        ] {
             let there = built_in::adapter(role).is_some();
             let params = Params::open(&folder.sub(part).unwrap(), stem, DType::F32, &Device::Cpu).unwrap();
             let mut adapters = Adapters::open(&ModelArgs::default()).unwrap();

@@ -43,11 +43,11 @@ pub fn run(args: &Edit) -> Result<()> {
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
     let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);
-    let painter = Painter::new(klein, painting, console.watch(stop)).with_editor(editor);
+    let painter = Painter::new(klein, painting, console.watch(stop)).with_adapted(adapted);
 
     if args.seed.is_none() {
         console.say(&format!("seed {seed}"));

@@ -190,7 +190,7 @@ enum Kept {
     Memory(Vec<Line>),
 }
 
-/// The models with the adapters of Editor and Actor, and without where that is another.
+/// The models with the adapters of their roles, and without where that is another.
 struct Models {
     klein: Arc<Klein>,
     painter: Painter,
@@ -212,13 +212,13 @@ impl Models {
         let mut adapters = Adapters::open(&args.models)?;
         let (pipeline, vlm) =
             (open::find_pipeline(&args.painter, args.print.quiet)?, open::find_vlm(&args.critic, args.print.quiet)?);
-        let (klein, editor) = open::pipeline(&pipeline, at, &mut adapters)?;
+        let (klein, adapted) = open::pipeline(&pipeline, at, &mut adapters)?;
         let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
         let critic = critic.with_looks(open::looks(args.cycle.looks, &vlm));
         adapters.finish()?;
         let painting = open::painting(&klein, &pipeline, &args.sampling, editing, args.batch);
         let painter = || Painter::new(klein.clone(), painting.clone(), console.watch(stop));
-        let bare_painter = editor.is_some().then(painter);
+        let bare_painter = (adapted.editor.is_some() || adapted.diffuser.is_some()).then(painter);
         let bare_critic = actor.is_some().then(|| critic.clone());
         let judge =
             args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge", args.print.quiet)).transpose()?;
@@ -248,7 +248,7 @@ impl Models {
         if let Some(judge) = &judge {
             told["judge_looks"] = judge.looks.into();
         }
-        let (painter, critic) = (painter().with_editor(editor), critic.with_actor(actor));
+        let (painter, critic) = (painter().with_adapted(adapted), critic.with_actor(actor));
         Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, options, told })
     }
 

@@ -32,7 +32,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let console = Console::new(args.print.quiet, limit);
     let mut adapters = Adapters::open(&args.models)?;
     let found = open::find_pipeline(&args.painter, args.print.quiet)?;
-    let (klein, editor) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, editing, args.batch);
     let settings = json!({
@@ -41,7 +41,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
         "model": found.source, "adapter": adapters.told(), "dtype": open::dtype_name(dtype),
         "rlrig": env!("CARGO_PKG_VERSION"),
     });
-    let painter = Painter::new(klein.clone(), painting, console.watch(stop)).with_editor(editor);
+    let painter = Painter::new(klein.clone(), painting, console.watch(stop)).with_adapted(adapted);
     let start = Instant::now();
     let samples = edits(split, subset_seed, limit, args.objects);
     let (results, lines) = edit_all(&samples, *seed, args.batch, &painter, &console)?;

@@ -170,7 +170,7 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
     let Plan { options, pipeline, vlm, .. } = plan;
     let at = (&plan.device, plan.dtype);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, editing) = open::pipeline(pipeline, at, &mut adapters)?;
+    let (klein, adapted) = open::pipeline(pipeline, at, &mut adapters)?;
     let (critic, actor) = open::critic(vlm, at, &mut adapters)?;
     let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;
@@ -196,7 +196,7 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
         init_noise: plan.noise.as_ref().map(|(_, hash)| hash.clone()),
         noise_row: None,
     };
-    let mut painter = Painter::new(klein, painting, watch).with_editor(editing);
+    let mut painter = Painter::new(klein, painting, watch).with_adapted(adapted);
     if let Some((noise, _)) = &plan.noise {
         painter = painter.with_noise(noise, plan.noise_row, &plan.seeds)?;
     }

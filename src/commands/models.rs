@@ -73,7 +73,9 @@ fn listing() -> Listing {
     let parts = ["transformer", "vae", "text_encoder", "vlm"].into_iter().filter_map(part);
     let cache = Hub::from_env().ok().map(|hub| Cache { folder: hub.cache.display().to_string(), models: hub.list() });
     Listing {
-        built_in: parts.chain([built_in::ACTOR, built_in::EDITOR].into_iter().filter_map(adapter)).collect(),
+        built_in: parts
+            .chain([built_in::ACTOR, built_in::EDITOR, built_in::DIFFUSER].into_iter().filter_map(adapter))
+            .collect(),
         missing: built_in::missing(built_in::PIPELINE).into_iter().chain(built_in::missing(built_in::VLM)).collect(),
         cache,
     }

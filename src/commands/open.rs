@@ -5,10 +5,10 @@ use crate::{
     cli::{CriticArgs, CycleArgs, DeviceKind, Dtype, EditorKind, ModelArgs, PainterArgs, Sampling},
     flow::{Inversion, Klein},
     io::hub::{Hub, Local},
-    models::{Adapter, Folder, Params, built_in, flux2::Flux2, qwen3_vl},
+    models::{Adapter, Folder, Params, built_in, qwen3_vl},
     rig::{
         cycle,
-        klein::{Editing, Painting},
+        klein::{Adapted, Editing, Painting},
         trajectory::Source,
         vlm_roles::{Critic, LOOKS},
     },
@@ -129,24 +129,22 @@ pub fn device_name(device: &Device) -> &'static str {
     }
 }
 
-/// Opens the pipeline: with the adapters that are for both its roles, and the transformer that edits if the Editor has
-/// more.
+/// Opens the pipeline: with the adapters that are for both its roles, and the transformers of those roles that have more.
 pub fn pipeline(
     found: &Found,
     (device, dtype): (&Device, DType),
     adapters: &mut Adapters,
-) -> Result<(Arc<Klein>, Option<Arc<Flux2>>)> {
+) -> Result<(Arc<Klein>, Adapted)> {
     let params = Params::open(&found.folder.require("transformer")?, "diffusion_pytorch_model", dtype, device)?;
     let both = adapters.take(Who::Both, &params);
-    let mut editor = menders(found, built_in::EDITOR, &params, adapters)?;
-    let others = if editor.is_empty() {
-        Vec::new()
-    } else {
-        editor.splice(..0, both.iter().cloned());
-        vec![editor]
-    };
-    let (klein, mut others) = Klein::open_with(&found.folder, dtype, device, both, others)?;
-    Ok((Arc::new(klein), others.pop().map(Arc::new)))
+    let of_roles = [built_in::DIFFUSER, built_in::EDITOR].map(|role| of_role(found, role, &params, adapters));
+    let of_roles = of_roles.into_iter().collect::<Result<Vec<_>>>()?;
+    let others = of_roles.iter().filter(|own| !own.is_empty()).map(|own| [&*both, &**own].concat()).collect();
+    let (klein, others) = Klein::open_with(&found.folder, dtype, device, both, others)?;
+    let mut others = others.into_iter().map(Arc::new);
+    let mut transformer = |role: usize| if of_roles[role].is_empty() { None } else { others.next() };
+    let (diffuser, editor) = (transformer(0), transformer(1));
+    Ok((Arc::new(klein), Adapted { diffuser, editor }))
 }
 
 /// Opens the VLM as Checker alone.
@@ -157,7 +155,7 @@ pub fn checker(found: &Found, at: (&Device, DType), adapters: &mut Adapters) -> 
 /// Opens the VLM as Checker and Actor; the one that is Checker alone, and the Actor if it has more adapters.
 pub fn critic(found: &Found, at: (&Device, DType), adapters: &mut Adapters) -> Result<(Critic, Option<Arc<Vlm>>)> {
     let (critic, params, both) = open_vlm(found, at, adapters)?;
-    let mut actor = menders(found, built_in::ACTOR, &params, adapters)?;
+    let mut actor = of_role(found, built_in::ACTOR, &params, adapters)?;
     if actor.is_empty() {
         return Ok((critic, None));
     }
@@ -181,11 +179,11 @@ fn open_vlm(
     Ok((Critic::of(Vlm::of(model, folder)?, folder)?, params, both))
 }
 
-/// The adapters of the Editor or the Actor alone.
-fn menders(found: &Found, role: &str, params: &Params, adapters: &mut Adapters) -> Result<Vec<Adapter>> {
+/// The adapters of one role alone.
+fn of_role(found: &Found, role: &str, params: &Params, adapters: &mut Adapters) -> Result<Vec<Adapter>> {
     match found.is_built_in() {
         true => adapters.take_or_built_in(role, params),
-        false => Ok(adapters.take(Who::Mender, params)),
+        false => Ok(adapters.take(Who::of(role), params)),
     }
 }
 

@@ -122,7 +122,7 @@ pub struct Made<'a> {
     pub rounds: usize,
     /// Network evaluations of each turn.
     pub evaluations: &'a [u64],
-    /// The judge's verdicts on each turn, where it is another than the Checker.
+    /// The judge's verdicts on each turn, where they are others than the Checker's, or more.
     pub judged: Option<&'a [Vec<Verdict>]>,
     /// What the judge lists of each turn's picture, where it is asked to.
     pub listed: Option<&'a [Lists]>,

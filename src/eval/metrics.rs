@@ -7,7 +7,7 @@
 //! | `.._derived`, `.._multiset` | the same as the paper's text has it; counting what occurs twice |
 //! | `.._attributes` | the strict IoU naming objects with their attributes, always of what the judge confirms: what it lists has none |
 //! | `judge_mean`, `judge_all` | VLM as a judge: the mean P(yes) of the triples, each at most that of its two objects; whether each has at least one half |
-//! | `judge_no_others` | its P(yes) of nothing else being in the picture, where that is asked for |
+//! | `judge_no_others` | its P(yes) of nothing else being in the picture |
 //! | `oracle_sg_iou`, .. | the strict IoU by the pixel oracle |
 //! | `oracle_mean`, `oracle_all` | the share of triples that hold by the oracle; whether all do |
 //! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture; whether all of it is right |

@@ -25,11 +25,11 @@ pub enum Mode {
     BestOfN,
     /// As best-of-n, and at its cost, of a prompt that says first what the Checker misses.
     Rewrite,
-    /// The loop without the adapters of Editor and Actor.
+    /// The loop without adapters.
     LoopUntrained,
     /// The loop with the Actor's adapters alone.
     LoopActor,
-    /// The loop with the Editor's adapters alone.
+    /// The loop with the Editor's and the Diffuser's adapters alone.
     LoopEditor,
     /// The loop as `rlrig generate` runs it.
     Loop,
@@ -58,7 +58,7 @@ impl Mode {
         }
     }
 
-    /// Whether the Editor's adapters are on, and the Actor's.
+    /// Whether the adapters of Editor and Diffuser are on, and the Actor's.
     pub fn adapters(self) -> (bool, bool) {
         (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
     }

@@ -84,10 +84,23 @@ impl Play<'_> {
         Ok(())
     }
 
+    /// The judge's verdicts on each turn, `None` where they are the Checker's. Whether there is anything else in a picture is
+    /// asked in any case; where the loop does not ask, nothing but the metrics hears of the answer.
     fn judge(&self, target: &Target, outcome: &Outcome) -> Result<Option<Vec<Vec<Verdict>>>> {
-        let Some(judge) = self.judge else { return Ok(None) };
-        let asked: Vec<(&Picture, &Target)> = outcome.turns.iter().map(|turn| (&turn.picture, target)).collect();
-        judge.check(&asked).map(Some)
+        let closed = if self.only { target.clone() } else { target.clone().and_nothing_else() };
+        let ask = |judge: &dyn Checker, target: &Target| {
+            judge.check(&outcome.turns.iter().map(|turn| (&turn.picture, target)).collect::<Vec<_>>())
+        };
+        match self.judge {
+            Some(judge) => ask(judge, &closed).map(Some),
+            None if self.only => Ok(None),
+            None => {
+                let others = Target { claims: closed.claims[target.claims.len()..].to_vec(), ..closed };
+                let others = ask(self.critic, &others)?;
+                let both = outcome.turns.iter().zip(others).map(|(turn, others)| [&*turn.verdicts, &others].concat());
+                Ok(Some(both.collect()))
+            }
+        }
     }
 }
 
@@ -199,6 +212,8 @@ mod tests {
         assert_eq!(line.extracted.triples[1], ("cube".into(), "left of".into(), "ball".into()));
         assert_eq!((line.metrics["sg_iou"], line.metrics["ent_iou"]), (0.5, 1.0));
         assert_eq!((&confirmed[0].extracted, confirmed[0].metrics["sg_iou"]), (&line.reference, 1.0));
+        // What else there is was no claim of the loop's.
+        assert!(line.claims.len() == 3 && line.metrics["judge_no_others"] == 1.0 && line.metrics["judge_mean"] == 1.0);
     }
 
     #[test]

@@ -41,6 +41,7 @@ pub fn revision() -> &'static str {
 /// The folders of trained adapters.
 pub const ACTOR: &str = "actor";
 pub const EDITOR: &str = "editor";
+pub const DIFFUSER: &str = "diffuser";
 
 /// The folder of trained adapters, one in a folder of each role that has one.
 pub fn adapters() -> Option<Folder> {

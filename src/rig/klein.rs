@@ -1,5 +1,5 @@
-//! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit. The
-//! Editor may have adapters of its own on them; the methods by noise draw the target and do without.
+//! Diffuser and Editor by one FLUX.2-klein: the same weights draw and, with the source picture as a reference, edit. Each may
+//! have adapters of its own on them; the methods by noise do without.
 
 use super::{
     cycle::seed_of_drawing,
@@ -41,11 +41,17 @@ pub struct Painting {
 /// FlowEdit's guidance under the source's prompt (its published value for FLUX).
 const FLOWEDIT_SOURCE_GUIDANCE: f64 = 1.5;
 
+/// The transformers of those roles that are not played by the pipeline's own: the same weights with adapters.
+#[derive(Clone, Default)]
+pub struct Adapted {
+    pub diffuser: Option<Arc<Flux2>>,
+    pub editor: Option<Arc<Flux2>>,
+}
+
 /// A FLUX.2-klein in the roles of Diffuser and Editor.
 pub struct Painter {
     klein: Arc<Klein>,
-    /// The transformer that edits, where it is another than the one that draws.
-    editor: Option<Arc<Flux2>>,
+    adapted: Adapted,
     painting: Painting,
     decode: Decode,
     watch: Box<dyn Watch>,
@@ -57,12 +63,12 @@ impl Painter {
     pub fn new(klein: Arc<Klein>, painting: Painting, watch: Box<dyn Watch>) -> Self {
         let decoder = klein.clone();
         let decode: Decode = Arc::new(move |latents: &[Tensor]| decoder.decode(latents));
-        Self { klein, editor: None, painting, decode, watch, given: HashMap::new() }
+        Self { klein, adapted: Adapted::default(), painting, decode, watch, given: HashMap::new() }
     }
 
-    /// Lets another transformer than the one that draws edit: the same weights with adapters.
-    pub fn with_editor(self, editor: Option<Arc<Flux2>>) -> Self {
-        Self { editor, ..self }
+    /// Lets these transformers play their roles.
+    pub fn with_adapted(self, adapted: Adapted) -> Self {
+        Self { adapted, ..self }
     }
 
     /// Lets pictures of these seeds begin with noise from a file: one for each, or one for all, which is that of `row`
@@ -118,7 +124,8 @@ impl Diffuser for Painter {
             .iter()
             .map(|job| Ok(Job { prompt: &job.target.prompt, noise: self.noise(job.seed)?, references: Vec::new() }))
             .collect::<Result<_>>()?;
-        Ok(self.pictures(self.klein.draw(&jobs, &self.options())?))
+        let diffuser = self.adapted.diffuser.as_deref().unwrap_or(&self.klein.transformer);
+        Ok(self.pictures(self.klein.draw_by(diffuser, &jobs, &self.options())?))
     }
 }
 
@@ -136,7 +143,7 @@ impl Editor for Painter {
                         Ok(Job { prompt: job.instruction, noise, references: vec![source] })
                     })
                     .collect::<Result<_>>()?;
-                let editor = self.editor.as_deref().unwrap_or(&self.klein.transformer);
+                let editor = self.adapted.editor.as_deref().unwrap_or(&self.klein.transformer);
                 return Ok(self.pictures(self.klein.draw_by(editor, &jobs, &self.options())?));
             }
             Editing::Inversion(inversion) => Method::Inversion(inversion),

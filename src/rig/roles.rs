@@ -81,6 +81,13 @@ pub struct Verdict {
     pub reflection: String,
 }
 
+impl Verdict {
+    /// That there is nothing of it.
+    pub fn denied(claim: &Claim) -> Self {
+        Self { claim: claim.clone(), yes: false, p_yes: 0.0, reflection: String::new() }
+    }
+}
+
 /// Lists what pictures show, in the words of a graph: its labels and predicates.
 pub trait Lister {
     /// What each of the pictures shows.
@@ -217,6 +224,15 @@ pub trait Editor {
 /// The Checker's score of a picture: the expected share of its claims that hold. `None` if there is nothing to check.
 pub fn score(verdicts: &[Verdict]) -> Option<f64> {
     (!verdicts.is_empty()).then(|| verdicts.iter().map(|v| v.p_yes).sum::<f64>() / verdicts.len() as f64)
+}
+
+/// How good a picture is by its verdicts: whether every claim is held to be true, and how probable it is that all of them
+/// are, as a logarithm. Of two pictures the better has more of the first, then of the second: a sum of probabilities, as
+/// [`score`] is, would let two claims that are surer than need be outweigh one that is doubtful.
+pub fn rank(verdicts: &[Verdict]) -> (bool, f64) {
+    /// No verdict is surer of a "no": one claim does not hide all others.
+    const SUREST: f64 = 1e-6;
+    (verdicts.iter().all(|v| v.yes), verdicts.iter().map(|v| v.p_yes.max(SUREST).ln()).sum())
 }
 
 /// Holds a role to its promise of one result for each job.

@@ -28,8 +28,9 @@ use super::{
     trained::Trained,
 };
 use crate::{
-    models::built_in,
+    models::{Adapter, built_in},
     rig::{
+        klein::Adapted,
         roles::{Edit, Editor, Picture, Target, Verdict},
         vlm_roles::EDIT,
     },
@@ -174,13 +175,16 @@ impl Actor {
         let scale = group.scale.or(Some(actor.loss.scale()));
         let at = (models.dtype.dtype(), device);
         let (critic, policy, trained) = rollout::actor(models, at, config.learned(built_in::ACTOR, TARGETS)?)?;
-        let editor = models.adapter(built_in::EDITOR)?.map(|peft| peft.adapter(1.0));
-        let (klein, mut editors) = rollout::pipeline(&models.pipeline()?, at, editor.as_slice())?;
+        let roles = [built_in::DIFFUSER, built_in::EDITOR];
+        let adapters = roles.map(|role| Ok(models.adapter(role)?.map(|peft| peft.adapter(1.0))));
+        let adapters: Vec<Option<Adapter>> = adapters.into_iter().collect::<Result<_>>()?;
+        let (klein, others) = rollout::pipeline(&models.pipeline()?, at, &adapters)?;
+        let [diffuser, editor] = <[_; 2]>::try_from(others).ok().context("a transformer for each role")?;
         Ok(Self {
             config: actor.clone(),
             group: GroupConfig { scale, ..group.clone() },
             seed: *seed,
-            poser: Poser::new((klein, editors.pop()), critic, actor.posing(), models)?,
+            poser: Poser::new((klein, Adapted { diffuser, editor }), critic, actor.posing(), models)?,
             judges: Judges::open(config, device)?,
             policy,
             trained,

@@ -1,4 +1,5 @@
-//! Reflection-GRPO, stage 2: the Editor learns to make the edits it is asked for, as the Checker sees them.
+//! Reflection-GRPO, stage 2: the Editor learns to make the edits it is asked for, as the Checker sees them; or, in the same
+//! way, the Diffuser to draw its prompts.
 //!
 //! For each source picture, instruction and graph of what the picture should show afterwards:
 //!
@@ -18,12 +19,13 @@
 //! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as the tabletop's oracle
 //! reads the picture and the words. Where the words cannot be read, or say nothing of this picture, one of the world's
 //! own edits stands in; where it sees nothing in the picture (as in those of other worlds), the whole prompt is asked.
+//! The Diffuser's are the world's prompts, with no picture to begin with.
 
 use super::{
     Batch, Metrics, Objective, Step, Work,
     flow_steps::{Carried, Edits, Learned, Pieces, carry_out, window_of},
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
-    grpo_config::{GroupConfig, GrpoConfig},
+    grpo_config::{GroupConfig, GrpoConfig, Learner},
     pixels::{preserved, tiled},
     pose::{self, Poser, Posing, Source, TOGETHER},
     replay::Writing,
@@ -36,8 +38,11 @@ use crate::{
         field::{pack, unpack},
         sampler::{Velocity, euler},
     },
-    models::built_in,
-    rig::roles::{Picture, Target, Verdict},
+    models::{built_in, flux2::Flux2},
+    rig::{
+        klein::Adapted,
+        roles::{Picture, Target, Verdict},
+    },
     scene::{
         graph::SceneGraph,
         tabletop::{oracle, render::render, split::Split, tasks},
@@ -137,9 +142,9 @@ const SHOWN: usize = 16;
 /// The seed of held-out edits.
 const HELD_OUT: u64 = 1;
 
-/// A picture, how it is to be edited, and what it should show in the end.
+/// A picture, how it is to be edited, and what it should show in the end; without a picture, what is to be drawn.
 struct Problem {
-    source: Picture,
+    source: Option<Picture>,
     instruction: String,
     target: Target,
     graph: SceneGraph,
@@ -162,6 +167,8 @@ enum Drawn {
 
 pub struct Editor {
     config: EditorConfig,
+    /// Whether it is the Diffuser: it draws prompts, and edits nothing.
+    draws: bool,
     group: GroupConfig,
     seed: u64,
     /// The frozen models: its transformer is the reference.
@@ -175,7 +182,8 @@ pub struct Editor {
     pieces: Pieces,
     frozen: usize,
     kept: Kept<Rollouts>,
-    held_out: Vec<Problem>,
+    /// Each with what it begins with, or, where that is nothing, what the untrained model draws.
+    held_out: Vec<(Problem, Picture)>,
 }
 
 impl EditorConfig {
@@ -212,7 +220,8 @@ impl EditorConfig {
 impl Editor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
         let GrpoConfig { editor, group, models, seed, .. } = config;
-        group.check(&["preserve"])?;
+        let draws = config.objective == Learner::Diffuser;
+        group.check(if draws { &[] } else { &["preserve"] })?;
         editor.check(*seed)?;
         let at = (models.dtype.dtype(), device);
         let actor = models.adapter(built_in::ACTOR)?.map(|peft| peft.adapter(1.0));
@@ -222,8 +231,12 @@ impl Editor {
         if nft && group.rows != 0 {
             usage!("group.rows is for the losses over stochastic steps, not for diffusion-nft");
         }
-        let adapter = || config.learned(built_in::EDITOR, TARGETS);
-        let (klein, both) = rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 })?;
+        let role = if draws { built_in::DIFFUSER } else { built_in::EDITOR };
+        let adapter = || config.learned(role, TARGETS);
+        let diffuser = if draws { None } else { models.adapter(built_in::DIFFUSER)? };
+        let diffuser = diffuser.map(|peft| peft.adapter(1.0));
+        let (klein, both, diffuser) =
+            rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 }, diffuser)?;
         if nft && klein.distilled {
             usage!("[editor] loss: diffusion-nft would undo this model's distillation; take grpo or grpo-guard");
         }
@@ -233,9 +246,10 @@ impl Editor {
         let follows = |(_, old): &(Learned, Trained)| old.vars().values().map(|v| 4 * v.elem_count()).sum::<usize>();
         Ok(Self {
             config: editor.clone(),
+            draws,
             group: group.clone(),
             seed: *seed,
-            poser: Poser::new((klein, None), critic, editor.posing(), models)?,
+            poser: Poser::new((klein, Adapted { diffuser, editor: None }), critic, editor.posing(), models)?,
             judges: Judges::open(config, device)?,
             learned,
             trained,
@@ -250,6 +264,9 @@ impl Editor {
 
     /// Problems by number.
     fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
+        if self.draws {
+            return Ok(indices.iter().map(|index| self.prompt(split, seed, *index)).collect());
+        }
         let drawn = |index: &u64| Stream::new(seed, "editor problems", *index).chance(self.config.drawn);
         let asked: Vec<u64> = indices.iter().copied().filter(drawn).collect();
         let mut asked = self.asked(split, seed, &asked)?.into_iter();
@@ -260,6 +277,15 @@ impl Editor {
         indices.iter().map(problem).collect()
     }
 
+    /// One of the world's prompts.
+    fn prompt(&self, split: Split, seed: u64, index: u64) -> Problem {
+        let EditorConfig { min_objects, max_objects, .. } = self.config;
+        let tasks::TextToImage { prompt, graph, .. } =
+            tasks::text_to_image(seed, split, index, min_objects, max_objects);
+        let target = Target::new(prompt.clone(), &graph).and_nothing_else();
+        Problem { source: None, instruction: prompt, target, graph }
+    }
+
     /// One of the world's own edits, on a render.
     fn given(&self, split: Split, seed: u64, index: u64) -> Result<Problem> {
         let EditorConfig { min_objects, max_objects, .. } = self.config;
@@ -267,7 +293,7 @@ impl Editor {
         let sample = tasks::edit(seed, split, index, min_objects, max_objects);
         let source = through_latents(klein, decode, &render(&sample.source), *size)?;
         let target = Target::new(sample.after.triple_text(), &sample.after).and_nothing_else();
-        Ok(Problem { source, instruction: sample.instruction, target, graph: sample.after })
+        Ok(Problem { source: Some(source), instruction: sample.instruction, target, graph: sample.after })
     }
 
     /// What the Actor asks for first on pictures that miss their prompts.
@@ -295,19 +321,19 @@ impl Editor {
                 None if shown.scene.items.is_empty() => (target, graph),
                 None => return self.given(split, seed, *index),
             };
-            Ok(Problem { source: picture, instruction, target, graph })
+            Ok(Problem { source: Some(picture), instruction, target, graph })
         };
         missed.into_iter().zip(edits).zip(indices).map(problem).collect()
     }
 
     /// `size` edits of each problem.
-    fn edits(&self, problems: &[Problem], size: usize) -> Result<Edits> {
-        let rows = problems.iter().flat_map(|problem| std::iter::repeat_n(problem, size));
-        let source = |p: &Problem| p.source.latents().cloned().context("a source without latents");
-        Ok(Edits {
-            instructions: rows.clone().map(|p| p.instruction.clone()).collect(),
-            sources: rows.map(source).collect::<Result<_>>()?,
-        })
+    fn edits<'a>(&self, problems: impl Iterator<Item = &'a Problem> + Clone, size: usize) -> Result<Edits> {
+        let rows = problems.flat_map(|problem| std::iter::repeat_n(problem, size));
+        let latents = |source: &Picture| source.latents().cloned().context("a source without latents");
+        let sources = rows.clone().map(|p| p.source.as_ref().map(latents).transpose()).collect::<Result<_>>()?;
+        let (width, height) = self.poser.size;
+        let size = self.poser.klein.tokens(width, height)?;
+        Ok(Edits { instructions: rows.map(|p| p.instruction.clone()).collect(), sources, size })
     }
 
     /// Pictures of final states `(B, h w, C)`.
@@ -322,15 +348,22 @@ impl Editor {
     fn judge(&self, problems: &[Problem], pictures: &[Picture]) -> Result<Judged> {
         let size = self.group.size;
         let target = |r: usize| &problems[r / size].target;
-        let sources: Vec<(&Picture, &Target)> = problems.iter().map(|p| (&p.source, &p.target)).collect();
-        let before = rollout::check(&self.poser.critic, &sources);
+        let sources: Vec<(&Picture, &Target)> =
+            problems.iter().filter_map(|p| Some((p.source.as_ref()?, &p.target))).collect();
+        // What begins with nothing shows nothing.
+        let before = match sources.is_empty() {
+            true => problems.iter().map(|p| p.target.claims.iter().map(Verdict::denied).collect()).collect(),
+            false => rollout::check(&self.poser.critic, &sources),
+        };
         let asked: Vec<(&Picture, &Target)> = pictures.iter().enumerate().map(|(r, p)| (p, target(r))).collect();
         let after = rollout::check(&self.poser.critic, &asked);
         let before: Vec<&[Verdict]> = (0..pictures.len()).map(|r| before[r / size].as_slice()).collect();
         let mut rewards: Vec<Reward> = rollout::by_verdicts(&self.group, &before, &after);
         if self.group.asks("preserve") {
-            let kept =
-                |(r, picture): (usize, &Picture)| Ok(preserved(problems[r / size].source.pixels()?, picture.pixels()?));
+            let kept = |(r, picture): (usize, &Picture)| {
+                let source = problems[r / size].source.as_ref().context("nothing to preserve")?;
+                Ok(preserved(source.pixels()?, picture.pixels()?))
+            };
             rewards.push(("preserve".to_owned(), pictures.iter().enumerate().map(kept).collect::<Result<_>>()?));
         }
         let judged: Vec<(&Picture, &Target, &SceneGraph)> =
@@ -350,7 +383,7 @@ impl Editor {
         let k = batch.piece;
         let EditorConfig { steps, beta, kl, guidance, .. } = self.config;
         let (old, _) = self.old.as_ref().context("DiffusionNFT has an old policy")?;
-        let (h, w) = edits.shape()?;
+        let (h, w) = edits.size;
         let sigmas = self.poser.klein.schedule.sigmas(steps, h * w);
         let mut order: Vec<usize> = (0..steps).collect();
         // Every update has levels and noise of its own.
@@ -358,11 +391,12 @@ impl Editor {
         Stream::new(self.seed, &format!("editor levels{update}"), batch.step).shuffle(&mut order);
         let index = *order.get(k).context("no such level")?;
         let t = sigmas[index];
-        let row = |r: u64| {
-            let mut stream = Stream::new(self.seed, &format!("editor level {k}{update}"), r);
-            stream.normals(x0.elem_count() / advantages.elem_count())
+        // A group shares its noise, of which nothing is left where its advantages, whose sum is 0, weigh it.
+        let of_group = |group: u64| {
+            let mut stream = Stream::new(self.seed, &format!("editor level {k}{update}"), group);
+            stream.normals(x0.elem_count() / advantages.elem_count()).repeat(self.group.size)
         };
-        let noise: Vec<f32> = self.rows(batch).flat_map(row).collect();
+        let noise: Vec<f32> = batch.indices().flat_map(of_group).collect();
         let noise = Tensor::from_vec(noise, x0.dims(), x0.device())?;
         let x_t = ((x0 * (1.0 - t))? + (noise * t)?)?;
         let Learned { policy, still } = &self.learned;
@@ -395,22 +429,31 @@ impl Editor {
         Ok(Tensor::stack(&noise.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
 
-    /// The first held-out problems' edits, without stochastic steps.
+    /// The first held-out problems' pictures.
     fn held_out(&mut self, count: usize) -> Result<Vec<Picture>> {
         if self.held_out.is_empty() {
             let indices: Vec<u64> = (0..self.config.evaluation as u64).collect();
-            self.held_out = self.problems(Split::Val, HELD_OUT, &indices)?;
+            let problems = self.problems(Split::Val, HELD_OUT, &indices)?;
+            let before = match problems.iter().map(|p| p.source.clone()).collect() {
+                Some(sources) => sources,
+                None => self.made(&problems.iter().collect::<Vec<_>>(), &self.poser.klein.transformer)?,
+            };
+            self.held_out = problems.into_iter().zip(before).collect();
         }
-        let problems = &self.held_out[..count.min(self.held_out.len())];
+        let problems: Vec<&Problem> = self.held_out.iter().take(count).map(|(problem, _)| problem).collect();
+        self.made(&problems, &self.learned.still)
+    }
+
+    /// What `transformer` makes of held-out problems, the first ones, without stochastic steps.
+    fn made(&self, problems: &[&Problem], transformer: &Flux2) -> Result<Vec<Picture>> {
         let mut pictures = Vec::with_capacity(problems.len());
         for (first, some) in (0..).step_by(TOGETHER).zip(problems.chunks(TOGETHER)) {
-            let edits = self.edits(some, 1)?;
-            let shape = edits.shape()?;
+            let edits = self.edits(some.iter().copied(), 1)?;
+            let shape = edits.size;
             let sigmas = self.poser.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
             let rows = (first..first + some.len() as u64).map(|i| pack(&self.poser.klein.noise(HELD_OUT, i, shape)?));
             let noise = Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-            let field = edits.field(&self.poser.klein, &self.learned.still, self.config.guidance)?;
-            let states = euler(&field, &noise, &sigmas)?;
+            let states = euler(&edits.field(&self.poser.klein, transformer, self.config.guidance)?, &noise, &sigmas)?;
             pictures.extend(self.pictures(&states, shape)?);
         }
         Ok(pictures)
@@ -433,8 +476,8 @@ impl Objective for Editor {
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
         let start = Instant::now();
         let problems = self.problems(Split::Train, self.seed, &batch.indices().collect::<Vec<_>>())?;
-        let edits = self.edits(&problems, self.group.size)?;
-        let shape = edits.shape()?;
+        let edits = self.edits(problems.iter(), self.group.size)?;
+        let shape = edits.size;
         let noise = self.noise(batch, shape)?;
         let (drawn, states) = match &self.old {
             None => {
@@ -504,12 +547,12 @@ impl Objective for Editor {
     fn evaluate(&mut self, _: u64) -> Result<Metrics> {
         let pictures = self.held_out(self.config.evaluation)?;
         let asked: Vec<(&Picture, &Target)> =
-            pictures.iter().zip(&self.held_out).map(|(p, h)| (p, &h.target)).collect();
+            pictures.iter().zip(&self.held_out).map(|(picture, (problem, _))| (picture, &problem.target)).collect();
         let verdicts = rollout::check(&self.poser.critic, &asked);
-        let pairs = pictures.par_iter().zip(&self.held_out).map(|(after, p)| (&p.source, after, &p.graph));
+        let pairs = pictures.par_iter().zip(&self.held_out).map(|(after, (p, before))| (before, after, &p.graph));
         let mut metrics = rollout::before_and_after(pairs)?;
-        let kept = |(picture, problem): (&Picture, &Problem)| {
-            anyhow::Ok(preserved(problem.source.pixels()?, picture.pixels()?))
+        let kept = |(picture, (_, before)): (&Picture, &(Problem, Picture))| {
+            anyhow::Ok(preserved(before.pixels()?, picture.pixels()?))
         };
         let kept: Vec<f64> = pictures.iter().zip(&self.held_out).map(kept).collect::<Result<_>>()?;
         let n = pictures.len().max(1) as f64;
@@ -523,8 +566,8 @@ impl Objective for Editor {
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
         let edited = self.held_out(SHOWN)?;
         let (mut pictures, mut words) = (Vec::new(), String::new());
-        for (problem, picture) in self.held_out.iter().zip(&edited) {
-            pictures.extend([problem.source.pixels()?.clone(), picture.pixels()?.clone()]);
+        for ((problem, before), picture) in self.held_out.iter().zip(&edited) {
+            pictures.extend([before.pixels()?.clone(), picture.pixels()?.clone()]);
             words += &format!("{}\n", problem.instruction);
         }
         tiled(&pictures, 8).save(folder.join("edits.png"))?;

@@ -19,33 +19,32 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use std::{ops::Range, sync::Arc};
 
-/// Edits to carry out: an instruction and the latents `(C, h, w)` of the picture it is about, for each row.
+/// Edits to carry out: an instruction and the latents `(C, h, w)` of the picture it is about, for each row; or, without
+/// sources, prompts to draw.
 pub struct Edits {
     pub instructions: Vec<String>,
-    pub sources: Vec<Tensor>,
+    /// All or none.
+    pub sources: Vec<Option<Tensor>>,
+    /// Of the pictures in tokens, `(h, w)`.
+    pub size: (usize, usize),
 }
 
 impl Edits {
-    /// The size of the pictures in tokens.
-    pub fn shape(&self) -> Result<(usize, usize)> {
-        let (_, h, w) = self.sources.first().context("nothing to edit")?.dims3()?;
-        Ok((h, w))
-    }
-
     /// Those of `heads`, of which each stands for `each` rows that are alike.
     fn of(&self, heads: Range<usize>, each: usize) -> Self {
         let rows = || heads.clone().map(|head| head * each);
         Self {
             instructions: rows().map(|row| self.instructions[row].clone()).collect(),
             sources: rows().map(|row| self.sources[row].clone()).collect(),
+            size: self.size,
         }
     }
 
     /// The velocity field of these edits by `transformer`.
     pub fn field<'a>(&self, klein: &'a Klein, transformer: &'a Flux2, guidance: f64) -> Result<Field<'a>> {
         let prompts: Vec<&str> = self.instructions.iter().map(String::as_str).collect();
-        let references: Vec<Vec<Tensor>> = self.sources.iter().map(|source| vec![source.clone()]).collect();
-        klein.field_of(transformer, &prompts, &references, self.shape()?, guidance)
+        let references: Vec<Vec<Tensor>> = self.sources.iter().map(|source| source.iter().cloned().collect()).collect();
+        klein.field_of(transformer, &prompts, &references, self.size, guidance)
     }
 }
 
@@ -58,7 +57,7 @@ pub struct Carried {
 
 /// The transformers of a policy: with gradients, and the same without.
 pub struct Learned {
-    pub policy: Flux2,
+    pub policy: Arc<Flux2>,
     pub still: Arc<Flux2>,
 }
 
@@ -75,7 +74,7 @@ pub fn carry_out(
     window: Range<usize>,
     (seed, purpose, numbers): (u64, &str, &[u64]),
 ) -> Result<Carried> {
-    let (h, w) = edits.shape()?;
+    let (h, w) = edits.size;
     let (heads, tokens, channels) = noise.dims3()?;
     let sigmas = klein.schedule.sigmas(config.steps, h * w);
     let fresh = |step: usize| {
@@ -254,7 +253,8 @@ mod tests {
     fn groups_that_begin_as_one_come_to_the_same_as_apart() -> Result<()> {
         let targets: Vec<String> = TARGETS.iter().map(|target| (*target).to_owned()).collect();
         let adapter = || Ok(Some(Adapter::fresh(4, 8.0, targets.clone(), 0)));
-        let (klein, mut both) = editors(&built_in::tabletop(), (DType::F32, &Device::Cpu), adapter, 1)?;
+        let at = (DType::F32, &Device::Cpu);
+        let (klein, mut both, _) = editors(&built_in::tabletop(), at, adapter, 1, None)?;
         let (learned, trained) = both.pop().context("an Editor")?;
         let vars = trained.vars();
         // It is not its reference, and all of it has a gradient.
@@ -264,11 +264,12 @@ mod tests {
         let channels = klein.transformer.config().in_channels;
         let normal = |name: &str, i: u64, shape: &[usize]| Stream::new(0, name, i).normal(shape, &Device::Cpu);
         let edits = || -> Result<Edits> {
-            let source = |row: u64| normal("source", row / 3, &[channels, 8, 8]);
+            let source = |row: u64| normal("source", row / 3, &[channels, 8, 8]).map(Some);
             let words = |row: usize| ["make the red ball blue", "remove the cube"][row / 3].to_owned();
             Ok(Edits {
                 instructions: (0..6).map(words).collect(),
                 sources: (0..6).map(source).collect::<candle_core::Result<_>>()?,
+                size: (8, 8),
             })
         };
         let advantages = Tensor::new(&[1f32, -0.5, 0.25, 2.0, 0.0, 0.5], &Device::Cpu)?;

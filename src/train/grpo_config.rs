@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Who learns; each has a section of the config by its name.
+/// Who learns; Actor, Editor and both have a section of the config by their names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Learner {
@@ -35,6 +35,8 @@ pub enum Learner {
     Actor,
     /// Stage 2: the flow transformer that carries them out.
     Editor,
+    /// The same transformer as it draws. The section `editor` counts.
+    Diffuser,
     /// Both, over whole trajectories; the other two sections count as well.
     Joint,
 }
@@ -74,6 +76,8 @@ pub struct ModelsConfig {
     pub actor: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub editor: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diffuser: Option<PathBuf>,
     /// Width and height of pictures in pixels; the pipeline's own if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<u32>,
@@ -160,6 +164,7 @@ impl Default for ModelsConfig {
             judge: None,
             actor: None,
             editor: None,
+            diffuser: None,
             size: None,
             dtype: Format::F32,
             looks: 1,
@@ -294,9 +299,14 @@ impl ModelsConfig {
         self.size.map_or_else(|| klein.default_size(), |side| (side, side))
     }
 
-    /// The adapter that the Actor or the Editor ([`built_in::ACTOR`], [`built_in::EDITOR`]) has before training.
+    /// The adapter that a role ([`built_in::ACTOR`], [`built_in::EDITOR`], [`built_in::DIFFUSER`]) has before training.
     pub fn adapter(&self, role: &str) -> Result<Option<Peft>> {
-        let Some(path) = (if role == built_in::ACTOR { &self.actor } else { &self.editor }) else { return Ok(None) };
+        let of_role = match role {
+            built_in::ACTOR => &self.actor,
+            built_in::EDITOR => &self.editor,
+            _ => &self.diffuser,
+        };
+        let Some(path) = of_role else { return Ok(None) };
         let folder = match path.to_str() {
             Some(built_in::NAME) => built_in::adapter(role),
             _ => path.is_dir().then(|| Folder::from(path.clone())),
@@ -376,7 +386,7 @@ impl RunConfig for GrpoConfig {
         self.check_updates()?;
         match self.objective {
             Learner::Actor => Ok(Box::new(Actor::new(self, device)?)),
-            Learner::Editor => Ok(Box::new(Editor::new(self, device)?)),
+            Learner::Editor | Learner::Diffuser => Ok(Box::new(Editor::new(self, device)?)),
             Learner::Joint => Ok(Box::new(Joint::new(self, device)?)),
         }
     }
@@ -384,7 +394,7 @@ impl RunConfig for GrpoConfig {
     fn unused(&self) -> Vec<&'static str> {
         match self.objective {
             Learner::Actor => vec!["editor", "joint"],
-            Learner::Editor => vec!["actor", "joint"],
+            Learner::Editor | Learner::Diffuser => vec!["actor", "joint"],
             Learner::Joint => Vec::new(),
         }
     }

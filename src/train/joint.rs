@@ -40,6 +40,7 @@ use crate::{
     models::built_in,
     rig::{
         cycle::{self, Cast},
+        klein::Adapted,
         roles::Target,
     },
     scene::{
@@ -140,11 +141,13 @@ impl Joint {
         let at = (models.dtype.dtype(), device);
         let (critic, policy, of_actor) = rollout::actor(models, at, config.learned(built_in::ACTOR, actor::TARGETS)?)?;
         let adapter = || config.learned(built_in::EDITOR, editor::TARGETS);
-        let (klein, mut flows) = rollout::editors(&models.pipeline()?, at, adapter, 1)?;
+        let diffuser = models.adapter(built_in::DIFFUSER)?.map(|peft| peft.adapter(1.0));
+        let (klein, mut flows, diffuser) = rollout::editors(&models.pipeline()?, at, adapter, 1, diffuser)?;
         let (learned, of_editor) = flows.pop().context("an Editor to be trained")?;
+        let adapted = Adapted { diffuser, editor: Some(learned.still.clone()) };
         Ok(Self {
             config: config.clone(),
-            poser: Poser::new((klein, None), critic, actor.posing(), models)?,
+            poser: Poser::new((klein, adapted), critic, actor.posing(), models)?,
             judges: Judges::open(config, device)?,
             actor: Arc::new(policy),
             editor: learned,
@@ -165,7 +168,7 @@ impl Joint {
             seed: i,
         };
         let jobs: Vec<cycle::Job> = (0..).zip(&samples).map(job).collect();
-        let painter = self.poser.painter(actor.evaluation_steps).with_editor(Some(self.editor.still.clone()));
+        let painter = self.poser.painter(actor.evaluation_steps);
         let critic = self.poser.critic.clone().with_actor(Some(self.actor.clone()));
         let cast = Cast { diffuser: &painter, checker: &critic, actor: &critic, editor: &painter };
         // What is trained are edits, so they come first, and one after the other.

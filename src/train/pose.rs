@@ -6,9 +6,8 @@ use super::{
 };
 use crate::{
     flow::{Klein, Solver, Unwatched},
-    models::flux2::Flux2,
     rig::{
-        klein::{Editing, Painter, Painting},
+        klein::{Adapted, Editing, Painter, Painting},
         prompts,
         roles::{Decode, Diffuser, Draw, Picture, Target, Verdict},
         vlm_roles::Critic,
@@ -74,8 +73,8 @@ impl Problem {
 /// Who poses problems: the frozen Diffuser and Checker.
 pub struct Poser {
     pub klein: Arc<Klein>,
-    /// The Editor, where it is another than the Diffuser.
-    pub editor: Option<Arc<Flux2>>,
+    /// Who draws and edits in place of the pipeline's own transformer.
+    adapted: Adapted,
     pub critic: Critic,
     pub decode: Decode,
     posing: Posing,
@@ -85,7 +84,7 @@ pub struct Poser {
 
 impl Poser {
     pub fn new(
-        (klein, editor): (Arc<Klein>, Option<Flux2>),
+        (klein, adapted): (Arc<Klein>, Adapted),
         critic: Critic,
         posing: Posing,
         models: &ModelsConfig,
@@ -98,8 +97,8 @@ impl Poser {
         if posing.steps == 0 {
             usage!("evaluation_steps is 1 or more");
         }
-        let (editor, decode, size) = (editor.map(Arc::new), decoder(&klein), models.size(&klein));
-        Ok(Self { klein, editor, critic, decode, posing, size })
+        let (decode, size) = (decoder(&klein), models.size(&klein));
+        Ok(Self { klein, adapted, critic, decode, posing, size })
     }
 
     /// Who draws and edits in so many steps.
@@ -107,7 +106,7 @@ impl Poser {
         let (guidance, size) = (self.posing.guidance, self.size);
         let painting =
             Painting { steps, solver: Solver::Euler, guidance, editing: Editing::Reference, size, batch: TOGETHER };
-        Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_editor(self.editor.clone())
+        Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_adapted(self.adapted.clone())
     }
 
     /// Problems by number. What the Checker finds nothing wrong with, or cannot tell, is replaced as long as [`ATTEMPTS`] last.

@@ -98,16 +98,17 @@ fn vlm(folder: &Folder, (dtype, device): (DType, &Device), adapter: Option<&Adap
     Ok((Critic::of(Vlm::of(frozen, folder)?, folder)?, adapted))
 }
 
-/// The frozen pipeline, and copies of its transformer on the same weights, each with an adapter.
+/// The frozen pipeline, and for each adapter that there is a copy of its transformer on the same weights.
 pub fn pipeline(
     folder: &Folder,
     (dtype, device): (DType, &Device),
-    adapters: &[Adapter],
-) -> Result<(Arc<Klein>, Vec<Flux2>)> {
-    let others = adapters.iter().map(|adapter| vec![adapter.clone()]).collect();
+    adapters: &[Option<Adapter>],
+) -> Result<(Arc<Klein>, Vec<Option<Arc<Flux2>>>)> {
+    let others = adapters.iter().flatten().map(|adapter| vec![adapter.clone()]).collect();
     let (klein, adapted) = Klein::open_with(folder, dtype, device, Vec::new(), others)?;
-    adapters.iter().try_for_each(Adapter::check)?;
-    Ok((Arc::new(klein), adapted))
+    adapters.iter().flatten().try_for_each(Adapter::check)?;
+    let mut adapted = adapted.into_iter().map(Arc::new);
+    Ok((Arc::new(klein), adapters.iter().map(|adapter| adapter.as_ref().and_then(|_| adapted.next())).collect()))
 }
 
 /// Checker and Actor as the config has them, both frozen, and the Actor that is trained: by the adapter, or, without one, in
@@ -129,17 +130,21 @@ pub fn actor(models: &ModelsConfig, at: (DType, &Device), adapter: Option<Adapte
 pub type Editors = Vec<(Learned, Trained)>;
 
 /// The frozen pipeline, and `count` policies that are trained: each by an adapter that `adapter` makes, or, if it makes none,
-/// in all weights of the transformer.
+/// in all weights of the transformer. And the Diffuser, if it has an adapter.
 pub fn editors(
     folder: &Folder,
     at: (DType, &Device),
     adapter: impl Fn() -> Result<Option<Adapter>>,
     count: usize,
-) -> Result<(Arc<Klein>, Editors)> {
+    diffuser: Option<Adapter>,
+) -> Result<(Arc<Klein>, Editors, Option<Arc<Flux2>>)> {
     let adapters = (0..count).map(|_| adapter()).collect::<Result<Vec<_>>>()?;
-    let both: Vec<Adapter> = adapters.iter().flatten().flat_map(|adapter| [adapter.clone(), adapter.still()]).collect();
-    let (klein, adapted) = pipeline(folder, at, &both)?;
-    let mut adapted = adapted.into_iter();
+    let both = |adapter: &Adapter| [Some(adapter.clone()), Some(adapter.still())];
+    let mut all: Vec<Option<Adapter>> = adapters.iter().flatten().flat_map(both).collect();
+    all.push(diffuser);
+    let (klein, mut adapted) = pipeline(folder, at, &all)?;
+    let diffuser = adapted.pop().flatten();
+    let mut adapted = adapted.into_iter().flatten();
     let learner = |adapter: Option<Adapter>| {
         let (policy, still, trained) = match adapter {
             Some(adapter) => {
@@ -150,14 +155,14 @@ pub fn editors(
                 let folder = folder.require("transformer")?;
                 let whole = Whole::open(&folder, "diffusion_pytorch_model", at.1)?;
                 let config = folder.json("config.json")?;
-                let policy = Flux2::new(&config, &whole.params)?;
-                (policy, Flux2::new(&config, &whole.still())?, Trained::Whole(whole))
+                let policy = Arc::new(Flux2::new(&config, &whole.params)?);
+                (policy, Arc::new(Flux2::new(&config, &whole.still())?), Trained::Whole(whole))
             }
         };
-        Ok((Learned { policy, still: Arc::new(still) }, trained))
+        Ok((Learned { policy, still }, trained))
     };
     let learners = adapters.into_iter().map(learner).collect::<Result<_>>()?;
-    Ok((klein, learners))
+    Ok((klein, learners, diffuser))
 }
 
 /// The metric of the share of rewards that are missing.
