@@ -394,7 +394,7 @@ fn the_configs_that_are_shipped_load() {
 #[test]
 fn the_configs_for_real_checkpoints_load_and_train_on_small_ones_of_their_kind() {
     let rig = small::Rig::new();
-    for name in ["grpo-actor", "grpo-editor", "grpo-joint"] {
+    for name in ["grpo-actor", "grpo-editor", "grpo-joint", "grpo-diffuser"] {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("configs/flux2-klein/{name}.toml"));
         let mut set: Vec<String> = [
             "models.size=64",
