@@ -350,7 +350,8 @@ pub enum Train {
     /// Train one of the shipped models from nothing: autoencoder, Diffuser or VLM
     #[command(after_help = PRETRAIN_EXAMPLES)]
     Pretrain(Run),
-    /// Reflection-GRPO: train the Actor (stage 1), the Editor (stage 2) or both by what the Checker says of their edits
+    /// Reflection-GRPO: train the Actor (stage 1), the Editor (stage 2) or both by what the Checker says of their edits, or the
+    /// Diffuser by what it says of its drawings
     #[command(after_help = GRPO_EXAMPLES)]
     Grpo(Run),
 }
@@ -370,6 +371,7 @@ Examples:
   rlrig train grpo --config configs/tabletop/grpo-joint.toml --set models.actor=runs/grpo-actor/best
   rlrig train grpo --resume runs/grpo-actor
   rlrig generate --adapter runs/grpo-actor/model --prompt \"...\"       use what was trained
+  rlrig generate --adapter diffuser=runs/grpo-diffuser/model --prompt \"...\"
 
 Keys of the configuration can be set in the environment too: RLRIG_CONFIG__GROUP__SIZE=16 is --set group.size=16.";
 

@@ -17,6 +17,21 @@ fn recipe(rig: &Rig, file: &str) -> Trajectory {
 }
 
 #[test]
+fn a_recipe_of_another_version_is_replayed_with_a_word_of_warning() {
+    let rig = Rig::new();
+    rig.good("generate", &["--prompt", PROMPT, "--seed", "7", "--rounds", "1", "--out", "a.png"]);
+    let older = Trajectory { rlrig: "0.0.1".to_owned(), ..recipe(&rig, "a.png") };
+    let texts = [(png::CHUNK.to_owned(), serde_json::to_string(&older).unwrap())];
+    png::write(&rig.path("older.png"), &png::read(&rig.path("a.png")).unwrap(), &texts, false).unwrap();
+    for (file, warned) in [("older.png", true), ("a.png", false)] {
+        let said = rig.run("generate", &["--from", file, "--out", "again.png", "--force"]);
+        assert!(said.status.success(), "{}", stderr(&said));
+        assert_eq!(stderr(&said).contains("the recipe is of rlrig 0.0.1"), warned, "{}", stderr(&said));
+        assert!(png::read(&rig.path("again.png")).unwrap() == png::read(&rig.path("a.png")).unwrap());
+    }
+}
+
+#[test]
 fn generate_writes_a_picture_with_its_recipe_that_replays_to_the_same_bytes() {
     let rig = Rig::new();
     let more = ["--only", "--accept", "1", "--looks", "2", "--out", "a.png"];
@@ -293,7 +308,7 @@ fn an_adapter_changes_the_picture_by_its_strength() {
 }
 
 #[test]
-fn adapters_change_editor_and_actor_but_not_diffuser_and_checker() {
+fn adapters_change_the_roles_that_they_are_for_and_no_others() {
     let rig = Rig::new();
     write_adapter(&rig.path("editor"), "transformer_blocks.0.attn.to_q", (32, 32));
     write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", (32, 24));
@@ -312,6 +327,16 @@ fn adapters_change_editor_and_actor_but_not_diffuser_and_checker() {
     let (edited, ..) = turns("c.png", &["--adapter", "none", "--adapter", "editor:40"]);
     assert_eq!((&edited[0]["verdicts"], &edited[1]["action"]), (&plain[0]["verdicts"], &plain[1]["action"]));
     assert_ne!(edited[1]["verdicts"], plain[1]["verdicts"]);
+
+    // The Diffuser's draws, and edits nothing; its recipe draws the same again.
+    let of_diffuser = ["--adapter", "diffuser=editor:40", "--adapter", "editor:40"];
+    let (drawn, _, picture) = turns("d.png", &of_diffuser);
+    assert_ne!(drawn[0]["verdicts"], plain[0]["verdicts"]);
+    rig.good("generate", &["--from", "d.png", "--out", "again.png"]);
+    assert!(png::read(&rig.path("again.png")).unwrap() == picture);
+    let alone =
+        ["--image", "a.png", "--instruction", "remove the ball", "--out", "e.png", "--adapter", "diffuser=editor"];
+    rig.bad(1, "fits no model that is asked here", "edit", &alone);
 
     // A command that asks only the Checker has no place for the Actor's.
     let check = |adapter: &str| ["--image", "a.png", "--prompt", PROMPT, "--adapter", adapter].map(str::to_owned);

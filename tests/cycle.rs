@@ -11,7 +11,9 @@ use rlrig::{
     error::Cancelled,
     rig::{
         cycle::{Action, Cast, Ending, Event, Job, Options, Outcome, Seconds, Turn, best, run},
-        roles::{Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
+        roles::{
+            Actor, Checker, Claim, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict, score,
+        },
     },
     tensor::rng::Stream,
 };
@@ -173,9 +175,10 @@ fn edits_raise_the_share_of_accepted_pictures_and_the_result_is_right() {
 fn the_best_picture_is_the_one_of_which_all_claims_are_the_most_probable() {
     let turn = |p: &[f64]| {
         let claim = || Claim::Object("red".to_owned());
-        let verdicts = p.iter().map(|p| Verdict { yes: *p >= 0.5, p_yes: *p, ..Verdict::denied(&claim()) }).collect();
+        let verdict = |p: &f64| Verdict { yes: *p >= 0.5, p_yes: *p, ..Verdict::denied(&claim()) };
+        let verdicts: Vec<Verdict> = p.iter().map(verdict).collect();
         let picture = Picture::from_pixels(RgbImage::new(1, 1));
-        Turn { action: Action::Draw, picture, verdicts, score: None, seconds: Seconds::default() }
+        Turn { action: Action::Draw, picture, score: score(&verdicts), verdicts, seconds: Seconds::default() }
     };
     let best_of = |turns: &[&[f64]]| best(&turns.iter().map(|p| turn(p)).collect::<Vec<_>>());
     // By the mean it would be the first.

@@ -122,6 +122,25 @@ fn each_loop_of_the_suite_has_the_adapters_of_its_roles() {
     }
 }
 
+/// It draws for the rivals of the loop too, so that what the loop gains is not what it draws.
+#[test]
+fn the_diffusers_adapter_is_on_in_all_modes_but_the_untrained_loop() {
+    let rig = Rig::new();
+    write_adapter(&rig.path("lora"), "transformer_blocks.0.attn.to_q", (32, 32));
+    let modes = ["--mode", "diffuser", "best-of-n", "loop", "loop-untrained"];
+    eval(&rig, "plain", &["--mode", "diffuser"]);
+    eval(&rig, "run", &[&modes[..], &["--adapter", "diffuser=lora:100"]].concat());
+    let first = |out: &str, mode: &str| -> Vec<Vec<u8>> {
+        let of_mode = |line: &&Value| line["mode"] == mode && line["round"] == 1;
+        let picture = |line: &Value| fs::read(rig.path(out).join(line["file"].as_str().unwrap())).unwrap();
+        lines(&rig, out).iter().filter(of_mode).map(picture).collect()
+    };
+    let (plain, drawn) = (first("plain", "diffuser"), first("run", "diffuser"));
+    assert!(plain != drawn && plain.len() == drawn.len());
+    assert!(drawn == first("run", "best-of-n") && drawn == first("run", "loop"));
+    assert!(plain == first("run", "loop-untrained"));
+}
+
 #[test]
 fn seeds_of_a_prompt_count_as_one_and_splits_are_told_apart() {
     let rig = Rig::new();

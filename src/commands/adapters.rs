@@ -180,18 +180,6 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_is_for_whom_its_head_says() {
-        let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), "x");
-        for (head, who) in [("", Who::Mender), ("diffuser=", Who::Diffuser), ("all=", Who::Both)] {
-            let text = format!("{head}{}:0.5", dir.path().display());
-            let (read, _, strength) = read(&text).unwrap();
-            assert_eq!((read, strength), (who, 0.5));
-        }
-        assert!(read("diffuser=nowhere").err().unwrap().is::<crate::error::Usage>());
-    }
-
-    #[test]
     fn an_adapter_for_what_is_no_linear_layer_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "norm");
@@ -236,6 +224,7 @@ mod tests {
             (format!("{path}"), (Who::Mender, 1.0)),
             (format!("{path}:0.5"), (Who::Mender, 0.5)),
             (format!("all={path}:-2"), (Who::Both, -2.0)),
+            (format!("diffuser={path}:2"), (Who::Diffuser, 2.0)),
         ] {
             let (who, _, strength) = read(&text).unwrap();
             assert_eq!((who, strength), expected, "{text}");

@@ -12,6 +12,7 @@ use crate::{
     cli::{Edit, EditorKind},
     error::Cancelled,
     io::png,
+    models::built_in,
     rig::{
         klein::Painter,
         roles::{self, Editor, Picture, Target},
@@ -43,7 +44,7 @@ pub fn run(args: &Edit) -> Result<()> {
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &[built_in::EDITOR], &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
     let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);

@@ -15,7 +15,13 @@ use crate::{
     },
     flow::Klein,
     io::hub::Hub,
-    rig::{cycle::Options, klein::Painter, trajectory::Source, vlm_roles::Critic},
+    models::built_in,
+    rig::{
+        cycle::Options,
+        klein::{Adapted, Painter, Painting},
+        trajectory::Source,
+        vlm_roles::Critic,
+    },
     scene::tabletop::split::Split,
     usage,
 };
@@ -62,7 +68,7 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     let (samples, flaws, files) = samples(args)?;
     flaws.iter().flat_map(Flaws::sentences).for_each(|flaw| console.say(&format!("the data has {flaw}")));
     let stop = interrupt()?;
-    let models = Models::open(args, options, &console, stop)?;
+    let models = Models::open(args, options, &console)?;
     let modes = models.modes(args, &console)?;
     let config = models.config(args, &modes, &files);
     let mut kept = match &args.out {
@@ -190,11 +196,11 @@ enum Kept {
     Memory(Vec<Line>),
 }
 
-/// The models with the adapters of their roles, and without where that is another.
+/// The models, with the adapters of their roles and without.
 struct Models {
     klein: Arc<Klein>,
-    painter: Painter,
-    bare_painter: Option<Painter>,
+    painting: Painting,
+    adapted: Adapted,
     critic: Critic,
     bare_critic: Option<Critic>,
     judge: Option<Critic>,
@@ -205,20 +211,18 @@ struct Models {
 }
 
 impl Models {
-    fn open(args: &EvalRun, options: Options, console: &Console, stop: &'static AtomicBool) -> Result<Self> {
+    fn open(args: &EvalRun, options: Options, console: &Console) -> Result<Self> {
         let editing = (args.editor, args.editor.inversion(args.inversion)?);
         let (device, dtype) = open::device(&args.models)?;
         let at = (&device, dtype);
         let mut adapters = Adapters::open(&args.models)?;
         let (pipeline, vlm) =
             (open::find_pipeline(&args.painter, args.print.quiet)?, open::find_vlm(&args.critic, args.print.quiet)?);
-        let (klein, adapted) = open::pipeline(&pipeline, at, &mut adapters)?;
+        let (klein, adapted) = open::pipeline(&pipeline, at, &[built_in::DIFFUSER, built_in::EDITOR], &mut adapters)?;
         let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
         let critic = critic.with_looks(open::looks(args.cycle.looks, &vlm));
         adapters.finish()?;
         let painting = open::painting(&klein, &pipeline, &args.sampling, editing, args.batch);
-        let painter = || Painter::new(klein.clone(), painting.clone(), console.watch(stop));
-        let bare_painter = (adapted.editor.is_some() || adapted.diffuser.is_some()).then(painter);
         let bare_critic = actor.is_some().then(|| critic.clone());
         let judge =
             args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge", args.print.quiet)).transpose()?;
@@ -248,14 +252,15 @@ impl Models {
         if let Some(judge) = &judge {
             told["judge_looks"] = judge.looks.into();
         }
-        let (painter, critic) = (painter().with_adapted(adapted), critic.with_actor(actor));
-        Ok(Self { klein, painter, bare_painter, critic, bare_critic, judge, options, told })
+        let critic = critic.with_actor(actor);
+        Ok(Self { klein, painting, adapted, critic, bare_critic, judge, options, told })
     }
 
     /// The modes that are asked for.
     fn modes(&self, args: &EvalRun, console: &Console) -> Result<Vec<Mode>> {
         let mut modes: Vec<Mode> = args.mode.clone();
-        let (editor, actor) = (self.bare_painter.is_some(), self.bare_critic.is_some());
+        let (editor, actor) = (self.adapted.editor.is_some(), self.bare_critic.is_some());
+        let any = editor || actor || self.adapted.diffuser.is_some();
         let lacks = |mode: &&Mode| match mode {
             Mode::LoopActor => !actor,
             Mode::LoopEditor => !editor,
@@ -268,11 +273,11 @@ impl Models {
             modes = Mode::ALL.to_vec();
             // A loop that is the same as another is not run twice.
             modes.retain(|mode| match mode {
-                Mode::LoopUntrained => editor || actor,
+                Mode::LoopUntrained => any,
                 Mode::LoopActor | Mode::LoopEditor => editor && actor,
                 _ => true,
             });
-            if !editor && !actor {
+            if !any {
                 console.say("no adapter is on: loop-untrained, loop-actor and loop-editor are the loop itself");
             }
         }
@@ -295,6 +300,8 @@ impl Models {
     fn config(&self, args: &EvalRun, modes: &[Mode], files: &[DataFile]) -> Value {
         let Options { rounds, draws, redraw, accept, .. } = self.options;
         let mut config = json!({
+            // Another version may choose and measure otherwise.
+            "rlrig": env!("CARGO_PKG_VERSION"),
             "dataset": match args.dataset { Dataset::Tabletop => "tabletop", Dataset::LaionSg => "laion-sg" },
             "data": files, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation,
@@ -326,11 +333,15 @@ impl Models {
         let key = |sample: &Sample| Key { mode, seed, split: sample.split.clone(), id: sample.id.clone() };
         let left: Vec<&Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).collect();
         let (editor, actor) = mode.adapters();
-        let painter = self.bare_painter.as_ref().filter(|_| !editor).unwrap_or(&self.painter);
+        let Adapted { diffuser: drawer, editor: mender } = self.adapted.clone();
+        let adapted =
+            Adapted { diffuser: drawer.filter(|_| mode != Mode::LoopUntrained), editor: mender.filter(|_| editor) };
+        let painter =
+            Painter::new(self.klein.clone(), self.painting.clone(), console.watch(stop)).with_adapted(adapted);
         let critic = self.bare_critic.as_ref().filter(|_| !actor).unwrap_or(&self.critic);
         let play = Play {
             mode,
-            painter,
+            painter: &painter,
             critic,
             judge: self.judge.as_ref().map(|judge| judge as _),
             lister: lists(args).then(|| self.judge.as_ref().unwrap_or(critic) as _),

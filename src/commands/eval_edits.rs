@@ -9,6 +9,7 @@ use crate::{
         single_edits::{EditResults, edits},
         stats::Share,
     },
+    models::built_in,
     rig::{
         klein::Painter,
         roles::{Edit, Editor, Picture, Target, expect_each},
@@ -32,7 +33,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let console = Console::new(args.print.quiet, limit);
     let mut adapters = Adapters::open(&args.models)?;
     let found = open::find_pipeline(&args.painter, args.print.quiet)?;
-    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &mut adapters)?;
+    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &[built_in::EDITOR], &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, editing, args.batch);
     let settings = json!({

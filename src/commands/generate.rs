@@ -41,6 +41,9 @@ pub fn run(args: Generate) -> Result<()> {
     let plan = Plan::new(&args, from.as_ref())?;
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, plan.asks.len() * plan.seeds.len());
+    if let Some(other) = from.as_ref().and_then(of_another_version) {
+        console.say(&other);
+    }
     let (painter, critic, recipe) = open_models(&args, &plan, console.watch(stop))?;
     if let Some(path) = &args.save_noise {
         save_noise(path, &painter, &plan.seeds, args.force)?;
@@ -170,7 +173,7 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
     let Plan { options, pipeline, vlm, .. } = plan;
     let at = (&plan.device, plan.dtype);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, adapted) = open::pipeline(pipeline, at, &mut adapters)?;
+    let (klein, adapted) = open::pipeline(pipeline, at, &[built_in::DIFFUSER, built_in::EDITOR], &mut adapters)?;
     let (critic, actor) = open::critic(vlm, at, &mut adapters)?;
     let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;
@@ -243,6 +246,13 @@ fn read_recipe(path: &Path) -> Result<Trajectory> {
         );
     }
     Trajectory::from_json(text).with_context(|| format!("the recipe in {}", path.display()))
+}
+
+/// What is to be said of a recipe by another version, which may draw or choose otherwise.
+fn of_another_version(from: &Trajectory) -> Option<String> {
+    const VERSION: &str = env!("CARGO_PKG_VERSION");
+    let other = (from.rlrig != VERSION).then_some(&from.rlrig);
+    other.map(|rlrig| format!("the recipe is of rlrig {rlrig}, this is {VERSION}: the picture may be another"))
 }
 
 /// The flags, and a recipe's values for those that were not given.

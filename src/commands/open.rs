@@ -129,22 +129,31 @@ pub fn device_name(device: &Device) -> &'static str {
     }
 }
 
-/// Opens the pipeline: with the adapters that are for both its roles, and the transformers of those roles that have more.
+/// Opens the pipeline: with the adapters that are for both its roles, and the transformers of those of `roles`,
+/// the Diffuser's and the Editor's, that have more.
 pub fn pipeline(
     found: &Found,
     (device, dtype): (&Device, DType),
+    roles: &[&str],
     adapters: &mut Adapters,
 ) -> Result<(Arc<Klein>, Adapted)> {
     let params = Params::open(&found.folder.require("transformer")?, "diffusion_pytorch_model", dtype, device)?;
     let both = adapters.take(Who::Both, &params);
-    let of_roles = [built_in::DIFFUSER, built_in::EDITOR].map(|role| of_role(found, role, &params, adapters));
-    let of_roles = of_roles.into_iter().collect::<Result<Vec<_>>>()?;
-    let others = of_roles.iter().filter(|own| !own.is_empty()).map(|own| [&*both, &**own].concat()).collect();
+    let mut own = Vec::new();
+    for role in roles {
+        let adapters = of_role(found, role, &params, adapters)?;
+        if !adapters.is_empty() {
+            own.push((*role, [&*both, &*adapters].concat()));
+        }
+    }
+    let (with_own, others): (Vec<&str>, _) = own.into_iter().unzip();
     let (klein, others) = Klein::open_with(&found.folder, dtype, device, both, others)?;
-    let mut others = others.into_iter().map(Arc::new);
-    let mut transformer = |role: usize| if of_roles[role].is_empty() { None } else { others.next() };
-    let (diffuser, editor) = (transformer(0), transformer(1));
-    Ok((Arc::new(klein), Adapted { diffuser, editor }))
+    let mut adapted = Adapted::default();
+    for (role, transformer) in with_own.into_iter().zip(others) {
+        let place = if role == built_in::DIFFUSER { &mut adapted.diffuser } else { &mut adapted.editor };
+        *place = Some(Arc::new(transformer));
+    }
+    Ok((Arc::new(klein), adapted))
 }
 
 /// Opens the VLM as Checker alone.

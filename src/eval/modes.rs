@@ -27,9 +27,9 @@ pub enum Mode {
     Rewrite,
     /// The loop without adapters.
     LoopUntrained,
-    /// The loop with the Actor's adapters alone.
+    /// The loop without the Editor's adapters.
     LoopActor,
-    /// The loop with the Editor's and the Diffuser's adapters alone.
+    /// The loop without the Actor's adapters.
     LoopEditor,
     /// The loop as `rlrig generate` runs it.
     Loop,
@@ -58,7 +58,8 @@ impl Mode {
         }
     }
 
-    /// Whether the adapters of Editor and Diffuser are on, and the Actor's.
+    /// Whether the Editor's adapters are on, and the Actor's. The Diffuser's are in all modes but the untrained loop: what the
+    /// loop gains over its rivals is what mending gains.
     pub fn adapters(self) -> (bool, bool) {
         (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
     }

@@ -146,11 +146,13 @@ fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
     with.into_iter().map(of).collect()
 }
 
-/// Each picture once: all modes draw the same ones, and what rewritten prompts draw counts as edited.
+/// Each picture once: modes draw the same ones, of which the Checker then says the same, unless one has an adapter that
+/// another lacks; and what rewritten prompts draw counts as edited.
 fn distinct<'a>(lines: &[&'a Line]) -> Vec<&'a Line> {
     let (mut drawn, mut pictures) = (BTreeSet::new(), Vec::new());
     for line in lines.iter().copied() {
-        if line.edit.is_some() || drawn.insert((&line.split, &line.id, line.seed, line.round)) {
+        let said: Vec<u64> = line.claims.iter().map(|answer| answer.checker.to_bits()).collect();
+        if line.edit.is_some() || drawn.insert((&line.split, &line.id, line.seed, line.round, said)) {
             pictures.push(line);
         }
     }

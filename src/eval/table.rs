@@ -7,12 +7,13 @@ use super::{
 };
 
 /// The columns of this table and of the report's: a metric and its heading.
-const METRICS: [(&str, &str); 10] = [
+const METRICS: [(&str, &str); 11] = [
     ("sg_iou", "SG-IoU"),
     ("ent_iou", "Ent-IoU"),
     ("rel_iou", "Rel-IoU"),
     ("judge_mean", "judge"),
     ("judge_all", "judge, all"),
+    ("judge_no_others", "judge, no others"),
     ("oracle_sg_iou", "SG-IoU, oracle"),
     ("oracle_mean", "triples"),
     ("no_others", "no others"),

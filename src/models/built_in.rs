@@ -48,7 +48,7 @@ pub fn adapters() -> Option<Folder> {
     tabletop().sub("adapters")
 }
 
-/// The trained adapter of the Actor or the Editor, if this binary has one.
+/// The trained adapter of a role, if this binary has one.
 pub fn adapter(role: &str) -> Option<Folder> {
     adapters()?.sub(role)
 }

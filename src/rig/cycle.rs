@@ -7,11 +7,10 @@
 //! and waiting prompts take their places.
 //!
 //! Two choices where the paper is silent: an edit starts from the best picture so far, so that a failed edit is not
-//! built upon, and the result is the best picture by the Checker's verdicts ([`rank`]), not the last.
+//! built upon, and the result is the best picture by the Checker's [`score`], not the last.
 
 use super::roles::{
-    Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict, expect_each, rank,
-    score,
+    Actor, Checker, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict, expect_each, score,
 };
 use crate::error::Cancelled;
 use anyhow::{Result, ensure};
@@ -130,9 +129,9 @@ impl Turn {
     }
 }
 
-/// The turn with the best picture by [`rank`]; of equals the earliest.
+/// The turn with the best picture: one that passes before one that does not, then by score, then the earliest.
 pub fn best(turns: &[Turn]) -> Option<usize> {
-    let rank = |i: usize| rank(&turns[i].verdicts);
+    let rank = |i: usize| (turns[i].passes(), turns[i].score);
     (0..turns.len()).reduce(|best, i| if rank(i) > rank(best) { i } else { best })
 }
 

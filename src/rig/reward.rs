@@ -3,7 +3,7 @@
 //! The paper's reward is `satisfied`, the share of the claims that hold after the edit. `kept` is its counterweight: an
 //! editor that is only paid for what was asked learns to repaint everything.
 
-use super::roles::{Verdict, score};
+use super::roles::{Verdict, mean_probability};
 
 /// What a reward looks at: the Checker's verdicts on a picture and on the one it was made from, claim by claim.
 #[derive(Clone, Copy, Debug)]
@@ -48,9 +48,11 @@ impl ByVerdicts {
         let of_those = |held: bool| before.iter().zip(after).filter(move |(v, _)| v.yes == held).map(|(_, v)| v.yes);
         match self {
             Self::Satisfied => share(after.iter().map(|v| v.yes)),
-            Self::Probability => score(after).unwrap_or(1.0),
+            Self::Probability => mean_probability(after).unwrap_or(1.0),
             Self::Passed => f64::from(u8::from(after.iter().all(|v| v.yes))),
-            Self::Gain => score(after).zip(score(before)).map_or(0.0, |(after, before)| after - before),
+            Self::Gain => {
+                mean_probability(after).zip(mean_probability(before)).map_or(0.0, |(after, before)| after - before)
+            }
             Self::Kept => share(of_those(true)),
             Self::Fixed => share(of_those(false)),
         }

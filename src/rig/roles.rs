@@ -221,18 +221,18 @@ pub trait Editor {
     fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>>;
 }
 
-/// The Checker's score of a picture: the expected share of its claims that hold. `None` if there is nothing to check.
+/// The Checker's score of a picture, by which it is better than another: the geometric mean of its claims' P(yes). By the
+/// arithmetic mean claims that are surer than need be would outweigh one that is doubtful. `None` if there is nothing to check.
 pub fn score(verdicts: &[Verdict]) -> Option<f64> {
-    (!verdicts.is_empty()).then(|| verdicts.iter().map(|v| v.p_yes).sum::<f64>() / verdicts.len() as f64)
+    /// A claim counts as no less probable: one that cannot hold does not hide all others.
+    const LEAST: f64 = 1e-6;
+    let logarithms = verdicts.iter().map(|v| if v.p_yes < LEAST { LEAST.ln() } else { v.p_yes.ln() });
+    (!verdicts.is_empty()).then(|| (logarithms.sum::<f64>() / verdicts.len() as f64).exp())
 }
 
-/// How good a picture is by its verdicts: whether every claim is held to be true, and how probable it is that all of them
-/// are, as a logarithm. Of two pictures the better has more of the first, then of the second: a sum of probabilities, as
-/// [`score`] is, would let two claims that are surer than need be outweigh one that is doubtful.
-pub fn rank(verdicts: &[Verdict]) -> (bool, f64) {
-    /// No verdict is surer of a "no": one claim does not hide all others.
-    const SUREST: f64 = 1e-6;
-    (verdicts.iter().all(|v| v.yes), verdicts.iter().map(|v| v.p_yes.max(SUREST).ln()).sum())
+/// The expected share of a picture's claims that hold. `None` if there is nothing to check.
+pub fn mean_probability(verdicts: &[Verdict]) -> Option<f64> {
+    (!verdicts.is_empty()).then(|| verdicts.iter().map(|v| v.p_yes).sum::<f64>() / verdicts.len() as f64)
 }
 
 /// Holds a role to its promise of one result for each job.

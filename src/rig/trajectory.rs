@@ -102,7 +102,7 @@ pub struct Turn {
     pub action: Action,
     /// For each claim of the target, in its order.
     pub verdicts: Vec<Verdict>,
-    /// The mean P(yes) of the claims; `None` if there was nothing to check.
+    /// The Checker's score, [`super::roles::score`]; `None` if there was nothing to check.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -28,7 +28,7 @@ use super::{
     trained::Trained,
 };
 use crate::{
-    models::{Adapter, built_in},
+    models::built_in,
     rig::{
         klein::Adapted,
         roles::{Edit, Editor, Picture, Target, Verdict},
@@ -175,9 +175,7 @@ impl Actor {
         let scale = group.scale.or(Some(actor.loss.scale()));
         let at = (models.dtype.dtype(), device);
         let (critic, policy, trained) = rollout::actor(models, at, config.learned(built_in::ACTOR, TARGETS)?)?;
-        let roles = [built_in::DIFFUSER, built_in::EDITOR];
-        let adapters = roles.map(|role| Ok(models.adapter(role)?.map(|peft| peft.adapter(1.0))));
-        let adapters: Vec<Option<Adapter>> = adapters.into_iter().collect::<Result<_>>()?;
+        let adapters = [models.frozen(built_in::DIFFUSER)?, models.frozen(built_in::EDITOR)?];
         let (klein, others) = rollout::pipeline(&models.pipeline()?, at, &adapters)?;
         let [diffuser, editor] = <[_; 2]>::try_from(others).ok().context("a transformer for each role")?;
         Ok(Self {

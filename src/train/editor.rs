@@ -222,9 +222,14 @@ impl Editor {
         let GrpoConfig { editor, group, models, seed, .. } = config;
         let draws = config.objective == Learner::Diffuser;
         group.check(if draws { &[] } else { &["preserve"] })?;
+        if draws && (editor.drawn != 0.0 || group.asks("kept") || models.actor.is_some() || models.editor.is_some()) {
+            usage!(
+                "the Diffuser edits nothing: [editor] drawn, the reward kept, models.actor and models.editor are of edits"
+            );
+        }
         editor.check(*seed)?;
         let at = (models.dtype.dtype(), device);
-        let actor = models.adapter(built_in::ACTOR)?.map(|peft| peft.adapter(1.0));
+        let actor = models.frozen(built_in::ACTOR)?;
         let (critic, adapted) = rollout::critic(models, at, actor.as_ref())?;
         let critic = critic.with_actor(adapted.map(Arc::new));
         let nft = editor.loss == LossKind::DiffusionNft;
@@ -233,8 +238,7 @@ impl Editor {
         }
         let role = if draws { built_in::DIFFUSER } else { built_in::EDITOR };
         let adapter = || config.learned(role, TARGETS);
-        let diffuser = if draws { None } else { models.adapter(built_in::DIFFUSER)? };
-        let diffuser = diffuser.map(|peft| peft.adapter(1.0));
+        let diffuser = if draws { None } else { models.frozen(built_in::DIFFUSER)? };
         let (klein, both, diffuser) =
             rollout::editors(&models.pipeline()?, at, adapter, if nft { 2 } else { 1 }, diffuser)?;
         if nft && klein.distilled {
@@ -391,7 +395,7 @@ impl Editor {
         Stream::new(self.seed, &format!("editor levels{update}"), batch.step).shuffle(&mut order);
         let index = *order.get(k).context("no such level")?;
         let t = sigmas[index];
-        // A group shares its noise, of which nothing is left where its advantages, whose sum is 0, weigh it.
+        // A group shares its noise, of which its advantages, whose sum is 0, leave little.
         let of_group = |group: u64| {
             let mut stream = Stream::new(self.seed, &format!("editor level {k}{update}"), group);
             stream.normals(x0.elem_count() / advantages.elem_count()).repeat(self.group.size)
@@ -501,7 +505,8 @@ impl Objective for Editor {
         let pictures = self.pictures(&states, shape)?;
         let rolled_out = start.elapsed().as_secs_f64();
         let mut judged = self.judge(&problems, &pictures)?;
-        let claims: usize = problems.iter().map(|p| p.target.claims.len() * (1 + self.group.size)).sum();
+        let looked_at = usize::from(!self.draws) + self.group.size;
+        let claims: usize = problems.iter().map(|p| p.target.claims.len() * looked_at).sum();
         // Claims of a row; the times are those of its whole micro-batch.
         let more = [
             ("claims", claims as f64 / problems.len().max(1) as f64),

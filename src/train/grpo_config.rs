@@ -1,4 +1,4 @@
-//! The config of Reflection-GRPO: which models, which of the two is trained, how groups are sampled and rewarded.
+//! The config of Reflection-GRPO: which models, whose role is trained, how groups are sampled and rewarded.
 
 use super::{
     Objective,
@@ -71,7 +71,7 @@ pub struct ModelsConfig {
     /// Another VLM, for the reward `judge`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub judge: Option<PathBuf>,
-    /// Folders of adapters, or `built-in`: what the learner goes on from, and what the other has on.
+    /// Folders of adapters, or `built-in`: what the learner goes on from, and what the others have on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub actor: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -313,6 +313,11 @@ impl ModelsConfig {
         };
         let Some(folder) = folder else { usage!("models.{role}: there is no adapter {}", path.display()) };
         Peft::open(&folder).map(Some)
+    }
+
+    /// The same as it is, for a role that is not trained.
+    pub fn frozen(&self, role: &str) -> Result<Option<Adapter>> {
+        Ok(self.adapter(role)?.map(|peft| peft.adapter(1.0)))
     }
 }
 

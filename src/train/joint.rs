@@ -141,7 +141,7 @@ impl Joint {
         let at = (models.dtype.dtype(), device);
         let (critic, policy, of_actor) = rollout::actor(models, at, config.learned(built_in::ACTOR, actor::TARGETS)?)?;
         let adapter = || config.learned(built_in::EDITOR, editor::TARGETS);
-        let diffuser = models.adapter(built_in::DIFFUSER)?.map(|peft| peft.adapter(1.0));
+        let diffuser = models.frozen(built_in::DIFFUSER)?;
         let (klein, mut flows, diffuser) = rollout::editors(&models.pipeline()?, at, adapter, 1, diffuser)?;
         let (learned, of_editor) = flows.pop().context("an Editor to be trained")?;
         let adapted = Adapted { diffuser, editor: Some(learned.still.clone()) };

@@ -16,7 +16,7 @@ use crate::{
     },
     rig::{
         reward::{ByVerdicts, Sample},
-        roles::{Checker, Claim, Decode, Picture, Target, Verdict, score},
+        roles::{Checker, Claim, Decode, Picture, Target, Verdict, mean_probability},
         vlm_roles::{Critic, LOOKS},
     },
     scene::{graph::SceneGraph, tabletop::oracle},
@@ -219,7 +219,7 @@ impl Judges {
         if let Some(judge) = self.judge.as_ref().filter(|_| group.asks("judge")) {
             let asked: Vec<(&Picture, &Target)> =
                 pictures.iter().map(|(picture, target, _)| (*picture, *target)).collect();
-            let of = |verdicts: &Vec<Verdict>| score(verdicts).unwrap_or(1.0);
+            let of = |verdicts: &Vec<Verdict>| mean_probability(verdicts).unwrap_or(1.0);
             rewards.push(("judge".to_owned(), check(judge, &asked).iter().map(of).collect()));
         }
         if group.asks("oracle") {
@@ -276,9 +276,10 @@ pub fn known(verdicts: &[Verdict]) -> bool {
     verdicts.iter().all(|verdict| verdict.p_yes.is_finite())
 }
 
-/// The mean score of the verdicts on some pictures, as far as they are known; not a number if none is.
+/// The mean over some pictures of the share of their claims that the Checker expects to hold, as far as it is known; not a
+/// number if none is.
 pub fn mean_score<'a>(verdicts: impl Iterator<Item = &'a [Verdict]>) -> f64 {
-    let scores: Vec<f64> = verdicts.filter_map(score).filter(|score| score.is_finite()).collect();
+    let scores: Vec<f64> = verdicts.filter_map(mean_probability).filter(|score| score.is_finite()).collect();
     scores.iter().sum::<f64>() / scores.len() as f64
 }
 

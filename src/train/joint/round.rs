@@ -16,7 +16,7 @@ use crate::{
     flow::field::{pack, unpack},
     rig::{
         prompts,
-        roles::{Picture, Target, Verdict, rank, score},
+        roles::{Picture, Target, Verdict, score},
     },
     scene::graph::SceneGraph,
     tensor::rng::Stream,
@@ -100,15 +100,15 @@ pub(super) struct State<'a> {
     pub(super) standing: Standing,
 }
 
-/// Whether every claim holds, and the score.
-fn worth(verdicts: &[Verdict]) -> (bool, f64) {
+/// Whether every claim holds, and the score: the better picture has more of the first, then of the second.
+fn rank(verdicts: &[Verdict]) -> (bool, f64) {
     (verdicts.iter().all(|v| v.yes), score(verdicts).unwrap_or(1.0))
 }
 
 impl<'a> State<'a> {
     pub(super) fn new(problem: &'a Problem) -> Self {
         let (best, verdicts) = (problem.picture.clone(), problem.verdicts.clone());
-        let (passes, score) = worth(&verdicts);
+        let (passes, score) = rank(&verdicts);
         let standing = Standing { score, passes, turns: 0, idle: 0, broken: 0.0 };
         Self { problem, best, verdicts, failed: Vec::new(), standing }
     }
@@ -120,9 +120,9 @@ impl<'a> State<'a> {
         let held = |verdicts: &[Verdict]| verdicts.iter().filter(|v| v.yes).count();
         let idle = held(&after) <= held(&self.verdicts) && still(self.best.pixels()?, picture.pixels()?);
         standing.idle += usize::from(idle);
-        let (passes, score) = worth(&after);
+        let (passes, score) = rank(&after);
         standing.broken += (standing.score - score).max(0.0);
-        if rank(&after) > rank(&self.verdicts) {
+        if (passes, score) > (standing.passes, standing.score) {
             (standing.passes, standing.score) = (passes, score);
             (self.best, self.verdicts) = (picture.clone(), after);
             self.failed.clear();
