@@ -92,6 +92,17 @@ def calibrated(p, claim):
     return 1 / (1 + np.exp(-(scaling["scale"] * np.log(p / (1 - p)) + scaling["bias"])))
 
 
+def capped(claims, odds):
+    """The probabilities, with no relation more probable than its objects."""
+    objects = {claim["object"]: p for claim, p in zip(claims, odds) if "object" in claim}
+
+    def ends(claim):
+        relation = claim.get("relation")
+        return [objects[relation["subject"]], objects[relation["object"]]] if relation else []
+
+    return [min([p, *ends(claim)]) for claim, p in zip(claims, odds)]
+
+
 def answers(image):
     """The greedy answers of transformers about a picture's claims, and their odds of "yes", beside those of rlrig."""
     folder = FOLDER / "vlm"
@@ -103,7 +114,7 @@ def answers(image):
     seen = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
     places = int(seen["image_grid_thw"].prod()) // processor.merge_size**2
     yes, no = (tokenizer(word).input_ids[0] for word in ("yes", "no"))
-    objects = {}
+    claims, odds, phrases = [], [], []
     for verdict in document["verdicts"]:
         claim = verdict["claim"]
         words = claim.get("object") or " ".join(claim["relation"][key] for key in ("subject", "relation", "object"))
@@ -129,15 +140,16 @@ def answers(image):
         said = out.sequences[0, ids.shape[1] :].tolist()
         answer = json.loads(tokenizer.decode(said, skip_special_tokens=True))
         word = max(i for i, token in enumerate(said) if token in (yes, no))
-        p_yes = out.logits[word][0, [yes, no]].softmax(0)[0].item()
-        p_yes = calibrated(p_yes, claim)
-        # A relation is at most as probable as its objects.
-        if "object" in claim:
-            objects[words] = p_yes
-        else:
-            p_yes = min(p_yes, *(objects[claim["relation"][end]] for end in ("subject", "object")))
-        print(f"{words}: {answer['reflection']}; P(yes) {p_yes:.4f} and {verdict['p_yes']:.4f} of rlrig")
+        claims.append(claim)
+        odds.append(out.logits[word][0, [yes, no]].softmax(0)[0].item())
+        phrases.append(words)
+        print(f"{words}: {answer['reflection']}")
         assert answer["reflection"] == verdict.get("reflection", ""), "rlrig and transformers see different things"
+    # In rlrig's order: what a look says is made consistent, then the mean of the looks (here there is one) is calibrated,
+    # which may undo that, and made consistent again.
+    odds = [calibrated(p, claim) for p, claim in zip(capped(claims, odds), claims)]
+    for words, p_yes, verdict in zip(phrases, capped(claims, odds), document["verdicts"]):
+        print(f"{words}: P(yes) {p_yes:.4f} and {verdict['p_yes']:.4f} of rlrig")
         assert abs(p_yes - verdict["p_yes"]) < 1e-3, "rlrig and transformers are not equally sure"
 
 

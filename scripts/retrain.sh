@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the built-in models again, from nothing, in the order in which they were trained; weights/tabletop/README.md says
 # how long each part took. Pictures that a part learns from are drawn before it, by the models so far. Every part is a run
-# folder of its own in runs/: what is there already is skipped, what was interrupted goes on.
+# folder of its own in runs/: what is finished is skipped, what was interrupted goes on.
 #   scripts/retrain.sh [DEVICE]     # cpu, cuda, metal or auto, the default
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,8 +10,8 @@ rlrig=target/release/rlrig
 
 train() {
     local run=runs/$1 what=(--config "configs/tabletop/$1.toml" --out "runs/$1")
-    [ ! -d "$run/model" ] || return 0
-    [ ! -d "$run/checkpoints" ] || what=(--resume "$run")
+    # Whether it has a model says nothing: that is written at every checkpoint. A finished run returns at once.
+    [ ! -e "$run/config.toml" ] || what=(--resume "$run")
     "$rlrig" train pretrain --device "$device" "${what[@]}"
 }
 
@@ -71,5 +71,7 @@ rm -f weights/tabletop/vlm/calibration.json
 cargo build --release
 draw looked-at --split val --mode loop --subset-seed 1 --limit 160
 draw looked-at-once --split val --mode diffuser --subset-seed 3 --limit 400
-"$rlrig" eval calibrate runs/looked-at runs/looked-at-once --out weights/tabletop/vlm/calibration.json
+draw looked-at-again --split val --mode loop --subset-seed 5 --limit 300
+"$rlrig" eval calibrate runs/looked-at runs/looked-at-once runs/looked-at-again \
+    --out weights/tabletop/vlm/calibration.json
 cargo build --release

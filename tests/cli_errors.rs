@@ -393,7 +393,7 @@ fn a_disk_without_room_leaves_nothing_half_written() {
 #[cfg(unix)]
 fn interrupted(rig: &Rig, steps: &str, when: &str) -> (Option<i32>, String) {
     let asked = ["generate", "--vlm", "vlm", "--prompt", PROMPT, "--seed", "1", "--rounds", "100", "--draws", "1"];
-    let more = ["--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns"];
+    let more = ["--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns", "--model", "klein"];
     interrupted_call(rig, &[&asked[..], &more].concat(), when)
 }
 
@@ -403,7 +403,6 @@ fn interrupted_call(rig: &Rig, args: &[&str], when: &str) -> (Option<i32>, Strin
     let mut child = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"))
         .current_dir(rig.dir.path())
         .args(args)
-        .args(["--model", "klein"])
         .stderr(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
@@ -448,10 +447,39 @@ fn ctrl_c_in_the_middle_of_a_single_edit_writes_nothing() {
     let rig = Rig::new();
     png::write(&rig.path("plain.png"), &image::RgbImage::new(64, 64), &[], false).unwrap();
     let args = ["edit", "--image", "plain.png", "--instruction", "x", "--steps", "1000", "--out", "e.png"];
-    let (code, said) = interrupted_call(&rig, &args, "seed ");
+    let (code, said) = interrupted_call(&rig, &[&args[..], &["--model", "klein"]].concat(), "seed ");
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("interrupted; nothing was written"), "{said}");
     assert_eq!(rig.names(), ["plain.png"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_in_the_middle_of_a_training_keeps_a_checkpoint_to_go_on_from() {
+    let rig = Rig::new();
+    let config = "objective = 'autoencoder'
+        train = { steps = 1000000, batch = 1, evaluate_every = 0, samples_every = 0 }
+        [autoencoder]
+        block_out_channels = [4, 8]
+        latent_channels = 2
+        norm_num_groups = 2
+        crop = 32
+        statistics = 2
+        held_out = 1";
+    fs::write(rig.path("small.toml"), config).unwrap();
+    let args = ["train", "pretrain", "--device", "cpu", "--config", "small.toml", "--out", "run"];
+    let (code, said) = interrupted_call(&rig, &args, "one step took");
+    assert_eq!(code, Some(1), "{said}");
+    let (_, told) = said.split_once("error: stopped after step ").unwrap();
+    let (step, told) = told.split_once("; ").unwrap();
+    assert!(told.starts_with("go on with: rlrig train pretrain --resume run\n"), "{said}");
+    let step: u64 = step.parse().unwrap();
+    assert!(rig.path(&format!("run/checkpoints/step-{step:08}.safetensors")).is_file());
+    let steps = format!("train.steps={}", step + 1);
+    let args = ["train", "pretrain", "--device", "cpu", "--resume", "run", "--set", &steps];
+    let resumed = rig.command(&args).output().unwrap();
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    assert_eq!(resumed.stdout, b"run/model\n");
 }
 
 #[cfg(unix)]

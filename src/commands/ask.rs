@@ -87,33 +87,36 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
 }
 
 /// The target, after the VLM has found the claims of what the grammar could not read; `say` hears which. With `only` nothing
-/// else may be in the picture.
+/// else may be in the picture. What contradicts itself is refused, whoever read it.
 pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Result<Target> {
     let mut target = match ask {
         Ask::Target(target) => target,
-        Ask::Words(prompt) => found(prompt, critic, say)?,
+        Ask::Words(prompt) => {
+            let (target, told) = found(&prompt, &critic.parse(&prompt)?)?;
+            say(&printable(&told));
+            target
+        }
     };
     // A recipe's may say it already.
     target.claims.retain(|claim| !matches!(claim, Claim::Only(_)));
     Ok(if only { target.and_nothing_else() } else { target })
 }
 
-fn found(prompt: String, critic: &Critic, say: &dyn Fn(&str)) -> Result<Target> {
-    let say = |text: &str| say(&printable(text));
-    let graph = critic.parse(&prompt)?;
-    if let Some(why) = contradictions(&graph).into_iter().next() {
-        say(&format!("as the VLM reads \"{prompt}\", no picture can show it: {why}"));
+/// The target by the graph that the VLM read in a prompt, and what to say of it.
+fn found(prompt: &str, graph: &SceneGraph) -> Result<(Target, String)> {
+    if let Some(why) = contradictions(graph).into_iter().next() {
+        usage!("as the VLM reads \"{prompt}\", no picture can show it: {why}");
     }
-    let target = Target::new(&prompt, &graph);
+    let target = Target::new(prompt, graph);
     let claims: Vec<String> = target.claims.iter().map(ToString::to_string).collect();
-    say(&match (target.claims.is_empty(), graph.relations.is_empty()) {
+    let told = match (target.claims.is_empty(), graph.relations.is_empty()) {
         (true, _) => format!("no object and no relation was found in \"{prompt}\": it is drawn, but not checked"),
         (_, true) => {
             format!("no relation was found in \"{prompt}\": only its objects are checked: {}", claims.join("; "))
         }
         _ => format!("the VLM reads \"{prompt}\" as: {}", claims.join("; ")),
-    });
-    Ok(target)
+    };
+    Ok((target, told))
 }
 
 /// LAION-SG's records, one or a list, or plain scene graphs likewise; a record may be an error of its own.
@@ -219,6 +222,30 @@ mod tests {
         assert!(error(b"\n").ends_with("in p.txt") && error(b"\xff").starts_with("p.txt is no UTF-8"));
         assert_eq!(read_whole(&b"ball"[..], "stdin", 4).unwrap(), b"ball");
         assert!(read_whole(&b"balls"[..], "stdin", 4).unwrap_err().to_string().contains("more than the 4 bytes"));
+    }
+
+    #[test]
+    fn what_the_vlm_read_is_told_and_refused_if_it_contradicts_itself() {
+        let found = |labels: &[&str], relations: &[(usize, &str, usize)]| {
+            let objects = labels.iter().map(|label| Object::new(*label, Vec::new())).collect();
+            let relation = |&(subject, predicate, object): &(usize, &str, usize)| Relation {
+                subject,
+                predicate: predicate.into(),
+                object,
+            };
+            found("so it is", &SceneGraph { objects, relations: relations.iter().map(relation).collect() })
+        };
+        let told = |labels, relations| found(labels, relations).unwrap().1;
+        let nothing = "no object and no relation was found in \"so it is\": it is drawn, but not checked";
+        assert_eq!(told(&[], &[]), nothing);
+        let objects = "no relation was found in \"so it is\": only its objects are checked: cat; dog";
+        assert_eq!(told(&["cat", "dog"], &[]), objects);
+        let (target, all) = found(&["cat", "dog"], &[(0, "left of", 1)]).unwrap();
+        assert_eq!(all, "the VLM reads \"so it is\" as: cat; dog; cat left of dog");
+        assert_eq!((target.prompt.as_str(), target.claims.len()), ("so it is", 3));
+        let error = found(&["cat", "dog"], &[(0, "left of", 1), (1, "left of", 0)]).unwrap_err();
+        assert!(error.is::<crate::error::Usage>(), "{error}");
+        assert!(error.to_string().starts_with("as the VLM reads \"so it is\", no picture can show it: "), "{error}");
     }
 
     #[test]

@@ -79,6 +79,12 @@ pub fn run(args: &Edit) -> Result<()> {
     });
     let pixels = edited[0].pixels()?;
     let (size, model) = (pixels.dimensions(), &found.source.name);
+    let given = picture.pixels()?.dimensions();
+    if size != given {
+        let ((w, h), (from_w, from_h)) = (size, given);
+        let why = "pictures are cut to whole tokens, large ones scaled down first";
+        console.say(&format!("the edited picture has {w}x{h} pixels, the given one {from_w}x{from_h}: {why}"));
+    }
     let parameters = Parameters { prompt: instruction, steps, solver, guidance, seed, size, model, rounds: None };
     let file = output.write_with(0, pixels, &parameters, &recipe.to_string())?;
     console.done();

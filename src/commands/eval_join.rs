@@ -60,8 +60,9 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     console.result("| A | B | metric | prompts | A | B | B - A | p |\n|---|---|---|---|---|---|---|---|")?;
     for Compared { a, b, metric, mean_a, mean_b, difference } in &compared {
         let (e, p) = (difference.estimate, difference.p);
+        let [mean_a, mean_b] = [mean_a, mean_b].map(|e| format!("{:.3} ({:.3} to {:.3})", e.mean, e.lo, e.hi));
         console.result(&format!(
-            "| {} | {} | {metric} | {} | {mean_a:.3} | {mean_b:.3} | {:+.3} ({:+.3} to {:+.3}) | {p:.4} |",
+            "| {} | {} | {metric} | {} | {mean_a} | {mean_b} | {:+.3} ({:+.3} to {:+.3}) | {p:.4} |",
             a.name(),
             b.name(),
             e.n,

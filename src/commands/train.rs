@@ -13,7 +13,7 @@ use crate::{
         run::{End, Event, Plan, Rehearsal},
     },
 };
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
 
@@ -50,9 +50,8 @@ fn train<C: RunConfig>(command: &str, args: &cli::Run) -> Result<()> {
             note!("ended after step {step}: train.patience is spent; the best is in {folder}/best");
             print(&format!("{folder}/best"))?;
         }
-        End::Stopped(step) => {
-            note!("stopped after step {step}; go on with: rlrig train {command} --resume {folder}");
-        }
+        // No success: a script must not take the run for a finished one.
+        End::Stopped(step) => bail!("stopped after step {step}; go on with: rlrig train {command} --resume {folder}"),
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Two runs on the same prompts: the paired difference of every metric, with its interval and p-value.
 
 use super::{
-    bootstrap::{Difference, difference},
+    bootstrap::{Difference, Estimate, Resamples, difference},
     line::Line,
     modes::Mode,
 };
@@ -15,9 +15,9 @@ pub struct Compared {
     pub a: Mode,
     pub b: Mode,
     pub metric: String,
-    /// Of the prompts that both have.
-    pub mean_a: f64,
-    pub mean_b: f64,
+    /// Over the prompts that both have.
+    pub mean_a: Estimate,
+    pub mean_b: Estimate,
     /// `b` less `a`.
     pub difference: Difference,
 }
@@ -37,9 +37,12 @@ pub fn compare((a, of_a): (Mode, &[Line]), (b, of_b): (Mode, &[Line])) -> Vec<Co
             (*sum_x, *sum_y, *n) = (*sum_x + x, *sum_y + y, *n + 1);
         }
         let pairs: Vec<(f64, f64)> = prompts.values().map(|(x, y, n)| (x / *n as f64, y / *n as f64)).collect();
-        let mean = |side: fn(&(f64, f64)) -> f64| pairs.iter().map(side).sum::<f64>() / pairs.len() as f64;
+        let resamples = Resamples::new(pairs.len());
+        let mean =
+            |side: fn(&(f64, f64)) -> f64| resamples.estimate(&pairs.iter().map(side).map(Some).collect::<Vec<_>>());
+        let (mean_a, mean_b) = (mean(|p| p.0)?, mean(|p| p.1)?);
         let difference = difference(&pairs.iter().map(|(x, y)| y - x).collect::<Vec<_>>())?;
-        Some(Compared { a, b, metric: (*metric).clone(), mean_a: mean(|p| p.0), mean_b: mean(|p| p.1), difference })
+        Some(Compared { a, b, metric: (*metric).clone(), mean_a, mean_b, difference })
     };
     metrics.iter().filter_map(compared).collect()
 }
@@ -73,7 +76,9 @@ mod tests {
         let found =
             |a: (Mode, &[Line]), b: (Mode, &[Line])| compare(a, b).into_iter().find(|c| c.metric == "ent_iou").unwrap();
         let better = found((Mode::Diffuser, &drawn), (Mode::Loop, &looped));
-        assert_eq!((better.mean_a, better.mean_b, better.difference.estimate.n), (0.0, 1.0, 20));
+        assert_eq!((better.mean_a.mean, better.mean_b.mean, better.difference.estimate.n), (0.0, 1.0, 20));
+        let a = found((Mode::Loop, &looped), (Mode::Loop, &looped)).mean_a;
+        assert!(a.lo <= a.mean && a.mean <= a.hi && a.n == 30, "{a:?}");
         assert!(better.difference.p < 0.001 && better.difference.estimate.lo == 1.0, "{better:?}");
         let same = found((Mode::Loop, &looped), (Mode::Loop, &looped)).difference;
         assert_eq!((same.p, same.estimate.mean, same.estimate.n), (1.0, 0.0, 30));

@@ -16,7 +16,12 @@ use crate::io::{
 };
 use anyhow::{Context, Result};
 use image::ImageFormat;
-use std::{collections::BTreeMap, io::Cursor, path::Path};
+use serde_json::Value;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Cursor,
+    path::Path,
+};
 
 /// Pictures of each gallery.
 const SHOWN: usize = 8;
@@ -78,6 +83,7 @@ pub fn page(results: &Results, lines: &[Line], folder: &Path) -> Result<String> 
     html += &plot(&by_cost(results, metric), "network evaluations of a prompt", name);
     html += "</div>\n";
     html += &edits(results);
+    html += &every_metric(results);
     html += &groups(results, metric);
     html += &agreement(results);
     // The loop is what the galleries are about, or else what comes last.
@@ -93,8 +99,10 @@ fn headline(results: &Results) -> (&'static str, &'static str) {
     if oracle { ("oracle_mean", "Share of right triples (oracle)") } else { ("sg_iou", "SG-IoU") }
 }
 
+/// The run's settings, but for the calibrations' many numbers.
 fn facts(results: &Results) -> String {
-    let config = results.config.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let tells = |(key, value): &(&String, &Value)| !value.is_null() && !key.ends_with("calibration");
+    let config = results.config.as_object().into_iter().flatten().filter(tells);
     let facts: Vec<String> = config.map(|(key, value)| format!("{key} {value}")).collect();
     format!("<p class=\"faint\">{}</p>\n", escape(&facts.join(" \u{b7} ")))
 }
@@ -112,6 +120,21 @@ fn table(results: &Results) -> String {
         html += "</tr>\n";
     }
     html + "</table></div>\n<p class=\"faint\">Means over prompts with their 95% bootstrap intervals.</p>\n"
+}
+
+/// All metrics there are, each as a row, folded up.
+fn every_metric(results: &Results) -> String {
+    let names: BTreeSet<&String> = results.modes.values().flat_map(|found| found.metrics.keys()).collect();
+    let heads: String = results.modes.keys().map(|mode| format!("<th>{}</th>", mode.name())).collect();
+    let row = |name: &&String| {
+        let cells: String = results.modes.values().map(|found| cell(&found.metrics, name, 3)).collect();
+        format!("<tr><td>{}</td>{cells}</tr>\n", escape(name))
+    };
+    let rows: String = names.iter().map(row).collect();
+    format!(
+        "<details>\n<summary>Every metric</summary>\n<div class=\"wide\"><table>\n<tr><th>metric</th>{heads}</tr>\n\
+         {rows}</table></div>\n</details>\n"
+    )
 }
 
 /// What became of the edits of pictures that were wrong, by mode.
@@ -320,7 +343,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             io::png::write(&path, &image::RgbImage::new(900, 600), &[], true).unwrap();
         }
-        let found = results(json!({ "seed": [0] }), json!({}), json!([]), &lines);
+        let found = results(json!({ "seed": [0], "calibration": { "a": 1 } }), json!({}), json!([]), &lines);
         let html = page(&found, &lines, dir.path()).unwrap();
         assert!(!html.contains("<script") && html.contains("&lt;script&gt;"));
         assert!(!html.contains("http:") && !html.contains("https:") && !html.contains("url("));
@@ -330,11 +353,14 @@ mod tests {
             "<h2>By relation</h2>",
             "<h2>By objects</h2>",
             "<th>SG-IoU, oracle</th>",
+            "<th>metric</th><th>diffuser</th><th>loop</th>",
+            "<td>visor_unconditional</td>",
             "<td>checker oracle relations</td>",
         ] {
             assert!(html.contains(part), "{part}");
         }
         assert!(!html.contains("<h2>By split</h2>"), "there is only one");
+        assert!(html.contains("seed [0]") && !html.contains("calibration"));
         // The beginning of a PNG of 320 x 213 pixels.
         let (_, data) = html.split_once("base64,").unwrap();
         assert!(data.starts_with("iVBORw0KGgoAAAANSUhEUgAAAUAAAADV"), "{}", &data[..40]);
