@@ -87,12 +87,12 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
 }
 
 /// The target, after the VLM has found the claims of what the grammar could not read; `say` hears which. With `only` nothing
-/// else may be in the picture. What contradicts itself is refused, whoever read it.
+/// else may be in the picture.
 pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Result<Target> {
     let mut target = match ask {
         Ask::Target(target) => target,
         Ask::Words(prompt) => {
-            let (target, told) = found(&prompt, &critic.parse(&prompt)?)?;
+            let (target, told) = found(&prompt, critic.parse(&prompt)?);
             say(&printable(&told));
             target
         }
@@ -102,21 +102,28 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
     Ok(if only { target.and_nothing_else() } else { target })
 }
 
-/// The target by the graph that the VLM read in a prompt, and what to say of it.
-fn found(prompt: &str, graph: &SceneGraph) -> Result<(Target, String)> {
-    if let Some(why) = contradictions(graph).into_iter().next() {
-        usage!("as the VLM reads \"{prompt}\", no picture can show it: {why}");
+/// The target by the graph that the VLM read in a prompt, and what to say of it. Relations that contradict each other are not
+/// asked for, as no round would end with them; the prompt is drawn all the same, as the VLM may have misread it.
+fn found(prompt: &str, mut graph: SceneGraph) -> (Target, String) {
+    let impossible = contradictions(&graph).into_iter().next();
+    if impossible.is_some() {
+        graph.relations.clear();
     }
-    let target = Target::new(prompt, graph);
+    let target = Target::new(prompt, &graph);
     let claims: Vec<String> = target.claims.iter().map(ToString::to_string).collect();
     let told = match (target.claims.is_empty(), graph.relations.is_empty()) {
+        (_, true) if impossible.is_some() => format!(
+            "as the VLM reads \"{prompt}\", no picture can show it: {}; only its objects are checked: {}",
+            impossible.unwrap_or_default(),
+            claims.join("; ")
+        ),
         (true, _) => format!("no object and no relation was found in \"{prompt}\": it is drawn, but not checked"),
         (_, true) => {
             format!("no relation was found in \"{prompt}\": only its objects are checked: {}", claims.join("; "))
         }
         _ => format!("the VLM reads \"{prompt}\" as: {}", claims.join("; ")),
     };
-    Ok((target, told))
+    (target, told)
 }
 
 /// LAION-SG's records, one or a list, or plain scene graphs likewise; a record may be an error of its own.
@@ -225,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_vlm_read_is_told_and_refused_if_it_contradicts_itself() {
+    fn what_the_vlm_read_is_told_and_relations_that_contradict_each_other_are_not_asked_for() {
         let found = |labels: &[&str], relations: &[(usize, &str, usize)]| {
             let objects = labels.iter().map(|label| Object::new(*label, Vec::new())).collect();
             let relation = |&(subject, predicate, object): &(usize, &str, usize)| Relation {
@@ -233,19 +240,19 @@ mod tests {
                 predicate: predicate.into(),
                 object,
             };
-            found("so it is", &SceneGraph { objects, relations: relations.iter().map(relation).collect() })
+            found("so it is", SceneGraph { objects, relations: relations.iter().map(relation).collect() })
         };
-        let told = |labels, relations| found(labels, relations).unwrap().1;
+        let told = |labels, relations| found(labels, relations).1;
         let nothing = "no object and no relation was found in \"so it is\": it is drawn, but not checked";
         assert_eq!(told(&[], &[]), nothing);
         let objects = "no relation was found in \"so it is\": only its objects are checked: cat; dog";
         assert_eq!(told(&["cat", "dog"], &[]), objects);
-        let (target, all) = found(&["cat", "dog"], &[(0, "left of", 1)]).unwrap();
+        let (target, all) = found(&["cat", "dog"], &[(0, "left of", 1)]);
         assert_eq!(all, "the VLM reads \"so it is\" as: cat; dog; cat left of dog");
         assert_eq!((target.prompt.as_str(), target.claims.len()), ("so it is", 3));
-        let error = found(&["cat", "dog"], &[(0, "left of", 1), (1, "left of", 0)]).unwrap_err();
-        assert!(error.is::<crate::error::Usage>(), "{error}");
-        assert!(error.to_string().starts_with("as the VLM reads \"so it is\", no picture can show it: "), "{error}");
+        let (target, told) = found(&["cat", "dog"], &[(0, "left of", 1), (1, "left of", 0)]);
+        assert!(told.starts_with("as the VLM reads \"so it is\", no picture can show it: "), "{told}");
+        assert!(told.ends_with("only its objects are checked: cat; dog") && target.claims.len() == 2, "{told}");
     }
 
     #[test]
