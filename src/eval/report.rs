@@ -360,7 +360,7 @@ mod tests {
             assert!(html.contains(part), "{part}");
         }
         assert!(!html.contains("<h2>By split</h2>"), "there is only one");
-        assert!(html.contains("seed [0]") && !html.contains("calibration"));
+        assert!(html.contains("seed [0]") && !html.contains("calibration {"));
         // The beginning of a PNG of 320 x 213 pixels.
         let (_, data) = html.split_once("base64,").unwrap();
         assert!(data.starts_with("iVBORw0KGgoAAAANSUhEUgAAAUAAAADV"), "{}", &data[..40]);
