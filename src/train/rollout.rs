@@ -98,12 +98,15 @@ fn vlm(folder: &Folder, (dtype, device): (DType, &Device), adapter: Option<&Adap
     Ok((Critic::of(Vlm::of(frozen, folder)?, folder)?, adapted))
 }
 
+/// Transformers with adapters, each where there is an adapter.
+pub type Transformers = Vec<Option<Arc<Flux2>>>;
+
 /// The frozen pipeline, and for each adapter that there is a copy of its transformer on the same weights.
 pub fn pipeline(
     folder: &Folder,
     (dtype, device): (DType, &Device),
     adapters: &[Option<Adapter>],
-) -> Result<(Arc<Klein>, Vec<Option<Arc<Flux2>>>)> {
+) -> Result<(Arc<Klein>, Transformers)> {
     let others = adapters.iter().flatten().map(|adapter| vec![adapter.clone()]).collect();
     let (klein, adapted) = Klein::open_with(folder, dtype, device, Vec::new(), others)?;
     adapters.iter().flatten().try_for_each(Adapter::check)?;
