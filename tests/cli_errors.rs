@@ -5,7 +5,7 @@
 
 mod rlrig;
 
-use self::rlrig::{PROMPT, Rig, refuses, stderr};
+use self::rlrig::{AUTOENCODER, PROMPT, Rig, refuses, stderr};
 use ::rlrig::{
     io::png,
     rig::{cycle::Ending, trajectory::Trajectory},
@@ -457,17 +457,9 @@ fn ctrl_c_in_the_middle_of_a_single_edit_writes_nothing() {
 #[test]
 fn ctrl_c_in_the_middle_of_a_training_keeps_a_checkpoint_to_go_on_from() {
     let rig = Rig::new();
-    let config = "objective = 'autoencoder'
-        train = { steps = 1000000, batch = 1, evaluate_every = 0, samples_every = 0 }
-        [autoencoder]
-        block_out_channels = [4, 8]
-        latent_channels = 2
-        norm_num_groups = 2
-        crop = 32
-        statistics = 2
-        held_out = 1";
-    fs::write(rig.path("small.toml"), config).unwrap();
-    let args = ["train", "pretrain", "--device", "cpu", "--config", "small.toml", "--out", "run"];
+    fs::write(rig.path("small.toml"), AUTOENCODER).unwrap();
+    let endless = ["--config", "small.toml", "--out", "run", "--set", "train.steps=1000000"];
+    let args = [&["train", "pretrain", "--device", "cpu"][..], &endless].concat();
     let (code, said) = interrupted_call(&rig, &args, "one step took");
     assert_eq!(code, Some(1), "{said}");
     let (_, told) = said.split_once("error: stopped after step ").unwrap();

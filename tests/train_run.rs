@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "rlrig/mod.rs"]
+mod small;
+
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use rlrig::{
@@ -314,16 +317,7 @@ fn a_torn_checkpoint_stops_the_resume() {
 #[test]
 fn a_dry_run_tells_the_time_of_the_steps_that_are_left() {
     let dir = tempfile::tempdir().unwrap();
-    let config = "objective = 'autoencoder'
-        train = { steps = 2, batch = 1, evaluate_every = 0, samples_every = 0 }
-        [autoencoder]
-        block_out_channels = [4, 8]
-        latent_channels = 2
-        norm_num_groups = 2
-        crop = 32
-        statistics = 2
-        held_out = 1";
-    fs::write(dir.path().join("small.toml"), config).unwrap();
+    fs::write(dir.path().join("small.toml"), small::AUTOENCODER).unwrap();
     let pretrain = |args: &[&str]| {
         let mut command = Command::new(assert_cmd::cargo::cargo_bin!("rlrig"));
         let output = command.current_dir(dir.path()).args(["train", "pretrain"]).args(args).output().unwrap();

@@ -332,13 +332,12 @@ impl Models {
         };
         let key = |sample: &Sample| Key { mode, seed, split: sample.split.clone(), id: sample.id.clone() };
         let left: Vec<&Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).collect();
-        let (editor, actor) = mode.adapters();
-        let Adapted { diffuser: drawer, editor: mender } = self.adapted.clone();
-        let adapted =
-            Adapted { diffuser: drawer.filter(|_| mode != Mode::LoopUntrained), editor: mender.filter(|_| editor) };
+        let on = mode.adapters();
+        let Adapted { diffuser, editor } = self.adapted.clone();
+        let adapted = Adapted { diffuser: diffuser.filter(|_| on.diffuser), editor: editor.filter(|_| on.editor) };
         let painter =
             Painter::new(self.klein.clone(), self.painting.clone(), console.watch(stop)).with_adapted(adapted);
-        let critic = self.bare_critic.as_ref().filter(|_| !actor).unwrap_or(&self.critic);
+        let critic = self.bare_critic.as_ref().filter(|_| !on.actor).unwrap_or(&self.critic);
         let play = Play {
             mode,
             painter: &painter,

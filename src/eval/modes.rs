@@ -35,6 +35,14 @@ pub enum Mode {
     Loop,
 }
 
+/// Which roles have the adapters that there are for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct On {
+    pub diffuser: bool,
+    pub editor: bool,
+    pub actor: bool,
+}
+
 impl Mode {
     pub const ALL: [Self; 7] = [
         Self::Diffuser,
@@ -58,10 +66,14 @@ impl Mode {
         }
     }
 
-    /// Whether the Editor's adapters are on, and the Actor's. The Diffuser's are in all modes but the untrained loop: what the
-    /// loop gains over its rivals is what mending gains.
-    pub fn adapters(self) -> (bool, bool) {
-        (matches!(self, Self::Loop | Self::LoopEditor), matches!(self, Self::Loop | Self::LoopActor))
+    /// Whose adapters are on. The Diffuser's are in all modes but the untrained loop: what the loop gains over its rivals is
+    /// what mending gains.
+    pub fn adapters(self) -> On {
+        On {
+            diffuser: self != Self::LoopUntrained,
+            editor: matches!(self, Self::Loop | Self::LoopEditor),
+            actor: matches!(self, Self::Loop | Self::LoopActor),
+        }
     }
 
     /// Whether the mode edits pictures; its rivals draw anew instead.
@@ -167,16 +179,17 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_has_the_adapters_of_its_name_and_its_rivals_have_none() {
-        let (editor, actor) = (true, true);
+    fn a_loop_has_the_adapters_of_its_name_and_its_rivals_those_that_draw() {
+        let none = On { diffuser: false, editor: false, actor: false };
+        let draws = On { diffuser: true, ..none };
         let table = [
-            (Mode::Diffuser, (false, false)),
-            (Mode::BestOfN, (false, false)),
-            (Mode::Rewrite, (false, false)),
-            (Mode::LoopUntrained, (false, false)),
-            (Mode::LoopActor, (false, actor)),
-            (Mode::LoopEditor, (editor, false)),
-            (Mode::Loop, (editor, actor)),
+            (Mode::Diffuser, draws),
+            (Mode::BestOfN, draws),
+            (Mode::Rewrite, draws),
+            (Mode::LoopUntrained, none),
+            (Mode::LoopActor, On { actor: true, ..draws }),
+            (Mode::LoopEditor, On { editor: true, ..draws }),
+            (Mode::Loop, On { diffuser: true, editor: true, actor: true }),
         ];
         assert_eq!(Mode::ALL.map(|mode| (mode, mode.adapters())), table);
     }

@@ -14,22 +14,18 @@
 //!
 //! Trained is a low-rank adapter on the transformer, or a whole copy of it; the reference of the divergence is the transformer
 //! as it was.
-//!
-//! The edits are the world's own, on renders, or, as in the loop, what the Actor asks for on pictures of the Diffuser that
-//! miss their prompts. What is asked of the Editor is the edit, be it the right one or not, as the tabletop's oracle
-//! reads the picture and the words. Where the words cannot be read, or say nothing of this picture, one of the world's
-//! own edits stands in; where it sees nothing in the picture (as in those of other worlds), the whole prompt is asked.
-//! The Diffuser's are the world's prompts, with no picture to begin with.
 
+mod problems;
+
+use self::problems::Problem;
 use super::{
     Batch, Metrics, Objective, Step, Work,
     flow_steps::{Carried, Edits, Learned, Pieces, carry_out, window_of},
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
     grpo_config::{GroupConfig, GrpoConfig, Learner},
     pixels::{preserved, tiled},
-    pose::{self, Poser, Posing, Source, TOGETHER},
-    replay::Writing,
-    rollout::{self, Judged, Judges, Kept, Reward, judge, through_latents},
+    pose::{Poser, Posing, Source, TOGETHER},
+    rollout::{self, Judged, Judges, Kept, Reward, judge},
     trained::Trained,
 };
 use crate::{
@@ -43,10 +39,7 @@ use crate::{
         klein::Adapted,
         roles::{Picture, Target, Verdict},
     },
-    scene::{
-        graph::SceneGraph,
-        tabletop::{oracle, render::render, split::Split, tasks},
-    },
+    scene::{graph::SceneGraph, tabletop::split::Split},
     tensor::rng::Stream,
     usage,
 };
@@ -141,14 +134,6 @@ pub const TARGETS: &[&str] = &[
 const SHOWN: usize = 16;
 /// The seed of held-out edits.
 const HELD_OUT: u64 = 1;
-
-/// A picture, how it is to be edited, and what it should show in the end; without a picture, what is to be drawn.
-struct Problem {
-    source: Option<Picture>,
-    instruction: String,
-    target: Target,
-    graph: SceneGraph,
-}
 
 /// What the updates of a step are computed from.
 struct Rollouts {
@@ -264,70 +249,6 @@ impl Editor {
             kept: Kept::default(),
             held_out: Vec::new(),
         })
-    }
-
-    /// Problems by number.
-    fn problems(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
-        if self.draws {
-            return Ok(indices.iter().map(|index| self.prompt(split, seed, *index)).collect());
-        }
-        let drawn = |index: &u64| Stream::new(seed, "editor problems", *index).chance(self.config.drawn);
-        let asked: Vec<u64> = indices.iter().copied().filter(drawn).collect();
-        let mut asked = self.asked(split, seed, &asked)?.into_iter();
-        let problem = |index: &u64| match drawn(index) {
-            true => asked.next().context("a problem for each number"),
-            false => self.given(split, seed, *index),
-        };
-        indices.iter().map(problem).collect()
-    }
-
-    /// One of the world's prompts.
-    fn prompt(&self, split: Split, seed: u64, index: u64) -> Problem {
-        let EditorConfig { min_objects, max_objects, .. } = self.config;
-        let tasks::TextToImage { prompt, graph, .. } =
-            tasks::text_to_image(seed, split, index, min_objects, max_objects);
-        let target = Target::new(prompt.clone(), &graph).and_nothing_else();
-        Problem { source: None, instruction: prompt, target, graph }
-    }
-
-    /// One of the world's own edits, on a render.
-    fn given(&self, split: Split, seed: u64, index: u64) -> Result<Problem> {
-        let EditorConfig { min_objects, max_objects, .. } = self.config;
-        let Poser { klein, decode, size, .. } = &self.poser;
-        let sample = tasks::edit(seed, split, index, min_objects, max_objects);
-        let source = through_latents(klein, decode, &render(&sample.source), *size)?;
-        let target = Target::new(sample.after.triple_text(), &sample.after).and_nothing_else();
-        Ok(Problem { source: Some(source), instruction: sample.instruction, target, graph: sample.after })
-    }
-
-    /// What the Actor asks for first on pictures that miss their prompts.
-    fn asked(&self, split: Split, seed: u64, indices: &[u64]) -> Result<Vec<Problem>> {
-        let missed = self.poser.problems(split, seed, indices)?;
-        let mut edits = Vec::with_capacity(missed.len());
-        for some in missed.chunks(TOGETHER) {
-            let pictures = some.iter().map(|p| p.picture.clone()).collect();
-            let questions = some.iter().map(pose::Problem::question).enumerate().collect();
-            let unused: Vec<Stream> = some.iter().map(|p| Stream::new(p.seed, "edit", 0)).collect();
-            let writing = Writing::draw(&self.poser.critic.actor, (pictures, questions), 0.0, &unused)?;
-            edits.extend(writing.written.into_iter().map(|written| written.edit));
-        }
-        let problem = |((missed, edit), index): ((pose::Problem, Option<String>), &u64)| {
-            // An answer that cannot be read costs its own problem alone.
-            let Some(instruction) = edit else { return self.given(split, seed, *index) };
-            let pose::Problem { picture, target, graph, .. } = missed;
-            let shown = oracle::read(picture.pixels()?);
-            let (target, graph) = match tasks::after(seed, *index, &shown.scene, &instruction) {
-                Some(after) => {
-                    let named = Target::new(after.triple_text(), &after);
-                    // What else an unclear picture shows is not known.
-                    (if shown.unclear == 0 { named.and_nothing_else() } else { named }, after)
-                }
-                None if shown.scene.items.is_empty() => (target, graph),
-                None => return self.given(split, seed, *index),
-            };
-            Ok(Problem { source: Some(picture), instruction, target, graph })
-        };
-        missed.into_iter().zip(edits).zip(indices).map(problem).collect()
     }
 
     /// `size` edits of each problem.

@@ -258,12 +258,7 @@ pub fn check(checker: &impl Checker, jobs: &[(&Picture, &Target)]) -> Vec<Vec<Ve
         (Ok(verdicts), _) => verdicts,
         (Err(error), [(_, target)]) => {
             tracing::warn!("the Checker fails on a picture: {error:#}");
-            let unknown = |claim: &Claim| Verdict {
-                claim: claim.clone(),
-                yes: false,
-                p_yes: f64::NAN,
-                reflection: String::new(),
-            };
+            let unknown = |claim: &Claim| Verdict { p_yes: f64::NAN, ..Verdict::denied(claim) };
             vec![target.claims.iter().map(unknown).collect()]
         }
         // The others are not to blame.

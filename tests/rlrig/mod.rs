@@ -18,6 +18,19 @@ use std::{
 };
 use tempfile::TempDir;
 
+/// Trains an autoencoder of a few numbers for two steps.
+pub const AUTOENCODER: &str = "
+objective = 'autoencoder'
+train = { steps = 2, batch = 1, evaluate_every = 0, samples_every = 0 }
+[autoencoder]
+block_out_channels = [4, 8]
+latent_channels = 2
+norm_num_groups = 2
+crop = 32
+statistics = 2
+held_out = 1
+";
+
 pub const PROMPT: &str = "a small red ball to the left of a large blue cube";
 
 /// A folder for one test, with a pipeline and a VLM in it.
