@@ -401,6 +401,8 @@ pub struct Run {
 pub enum World {
     /// Write scenes of a split as pictures and LAION-SG records
     Export(WorldExport),
+    /// Let the Diffuser draw over renders of scenes: imperfect pictures to train the Editor and the VLM on
+    Redraw(WorldRedraw),
     /// Read the objects and relations of a picture by its pixels alone
     Oracle(WorldOracle),
 }
@@ -420,6 +422,30 @@ pub struct WorldExport {
     /// A new or empty folder
     #[arg(short, long, value_name = "DIR")]
     pub out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  rlrig world redraw --count 4800 --seed 17 --out runs/redrawn")]
+pub struct WorldRedraw {
+    /// Which split
+    #[arg(long, value_name = "NAME", default_value = "train")]
+    pub split: String,
+    /// How many pictures
+    #[arg(long, value_name = "N", default_value_t = 480)]
+    pub count: usize,
+    /// The same seed gives the same pictures
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// A new or empty folder
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// No progress on stderr
+    #[arg(short, long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub painter: PainterArgs,
+    #[command(flatten)]
+    pub models: ModelArgs,
 }
 
 #[derive(Args, Debug)]

@@ -249,6 +249,23 @@ fn every_editor_edits() {
 }
 
 #[test]
+fn an_edit_says_when_it_cuts_the_picture() {
+    let rig = Rig::new();
+    // A token of this model is 16 pixels wide and high.
+    for (given, size) in [((70, 65), (64, 64)), ((80, 64), (80, 64))] {
+        let source = image::RgbImage::from_fn(given.0, given.1, |x, y| image::Rgb([200, (3 * x) as u8, (3 * y) as u8]));
+        png::write(&rig.path("a.png"), &source, &[], true).unwrap();
+        let args = ["--image", "a.png", "--instruction", "move the ball", "--seed", "1", "--out", "b.png", "--force"];
+        let output = rig.run("edit", &args);
+        let said = stderr(&output);
+        assert!(output.status.success(), "{said}");
+        assert_eq!(png::read(&rig.path("b.png")).unwrap().dimensions(), size);
+        let cut = "the edited picture has 64x64 pixels, the given one 70x65: pictures are cut to whole tokens";
+        assert_eq!((said.contains(cut), said.contains("cut to")), (size != given, size != given), "{said}");
+    }
+}
+
+#[test]
 fn check_gives_a_verdict_for_every_claim() {
     let rig = Rig::new();
     let stripes = image::RgbImage::from_fn(50, 40, |x, y| image::Rgb([200, (5 * x) as u8, (6 * y) as u8]));
@@ -337,6 +354,9 @@ fn adapters_change_the_roles_that_they_are_for_and_no_others() {
     let alone =
         ["--image", "a.png", "--instruction", "remove the ball", "--out", "e.png", "--adapter", "diffuser=editor"];
     rig.bad(1, "fits no model that is asked here", "edit", &alone);
+    // Nor has an Editor by noise one of its own.
+    let by_noise = ["--prompt", PROMPT, "--out", "f.png", "--editor", "flowedit", "--adapter", "editor"];
+    rig.bad(1, "flowedit take none for the Editor", "generate", &by_noise);
 
     // A command that asks only the Checker has no place for the Actor's.
     let check = |adapter: &str| ["--image", "a.png", "--prompt", PROMPT, "--adapter", adapter].map(str::to_owned);

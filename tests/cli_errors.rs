@@ -7,7 +7,7 @@ mod rlrig;
 
 use self::rlrig::{AUTOENCODER, PROMPT, Rig, refuses, stderr};
 use ::rlrig::{
-    io::png,
+    io::{self, png},
     rig::{cycle::Ending, trajectory::Trajectory},
 };
 use candle_core::{Device, Tensor};
@@ -369,32 +369,91 @@ fn noise_that_does_not_fit() {
     bad(2, "not finite");
 }
 
-/// A limit on the size of files stands in for a full disk: writes fail in the middle in the same way.
+/// Lets a call run out of room for `file`, which its error must name. A limit on the size of files, in blocks of 512
+/// bytes, stands in for a full disk: writes fail in the middle in the same way.
+#[cfg(unix)]
+fn no_room_for(rig: &Rig, file: &str, blocks: usize, args: &[&str]) {
+    let limited = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+    let mut call = vec!["-c", &limited, env!("CARGO_BIN_EXE_rlrig")];
+    call.extend(args);
+    let output = Command::new("sh").args(call).current_dir(rig.dir.path()).env("RLRIG_LOG", "error").output().unwrap();
+    refuses(&output, 1, &format!("cannot write {file}: "), file);
+    assert!(stderr(&output).contains("File too large"), "{}", stderr(&output));
+    let names = io::files_under(rig.dir.path()).unwrap();
+    let temporary = |name: &&String| name.contains(".rlrig-") || name.contains(".tmp");
+    assert_eq!(names.iter().find(temporary), None, "{file}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_disk_without_room_leaves_nothing_half_written() {
     let rig = Rig::new();
-    let full = |args: &[&str]| {
-        let mut call = vec!["-c", "trap '' XFSZ; ulimit -f 1; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_rlrig")];
-        call.extend(args);
-        Command::new("sh").args(call).current_dir(rig.dir.path()).env("RLRIG_LOG", "error").output().unwrap()
-    };
     let models = ["--model", "klein", "--vlm", "vlm", "--steps", "2", "--rounds", "1"];
-    let draw = |out: &[&str]| full(&[&["generate", "--prompt", PROMPT][..], &models, out].concat());
-    refuses(&draw(&["--out", "picture.png"]), 1, "picture.png", "a picture");
+    let draw = [&["generate", "--prompt", PROMPT, "--out", "picture.png"], &models[..]].concat();
+    no_room_for(&rig, "picture.png", 1, &draw);
     assert!(rig.names().is_empty(), "{:?}", rig.names());
-    let trajectory = draw(&["--out", "picture.png", "--trajectory", "turns"]);
-    assert_eq!(trajectory.status.code(), Some(1), "{}", stderr(&trajectory));
-    assert!(!rig.path("picture.png").exists());
-    refuses(&full(&["world", "export", "--split", "val", "--count", "1", "--out", "world"]), 1, "world", "an export");
+    // The picture has room, but not the sheet, which is larger.
+    no_room_for(&rig, "turns/sheet.png", 40, &[&draw[..], &["--trajectory", "turns"]].concat());
+    assert_eq!(rig.names(), ["picture.png", "turns"]);
+    assert_eq!(io::files_under(&rig.path("turns")).unwrap(), ["trajectory.json", "turn-1.png"]);
+    assert!(png::read(&rig.path("picture.png")).unwrap() == png::read(&rig.path("turns/turn-1.png")).unwrap());
+    let export = ["world", "export", "--split", "val", "--count", "1", "--out", "world"];
+    no_room_for(&rig, "world/images/000000.png", 1, &export);
+    assert!(io::files_under(&rig.path("world")).unwrap().is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_evaluation_without_room_goes_on_when_there_is_some() {
+    let rig = Rig::new();
+    let few = ["--limit", "12", "--rounds", "2", "--accept", "1", "--out", "run"];
+    let eval = [&["eval", "--model", "klein", "--vlm", "vlm", "--steps", "2"], &few[..]].concat();
+    let resume = [&eval[..], &["--resume"]].concat();
+    let whole_lines = || fs::read(rig.path("run/samples.jsonl")).unwrap().iter().filter(|byte| **byte == b'\n').count();
+    let documents = || {
+        let mut names = io::files_under(&rig.path("run")).unwrap();
+        names.retain(|name| !name.contains('/'));
+        names
+    };
+    // Pictures have room, but not so many lines. The file of lines grows, so its last one may be torn.
+    no_room_for(&rig, "run/samples.jsonl", 32, &eval);
+    assert!((1..24).contains(&whole_lines()));
+    assert_eq!(documents(), [".lock", "config.json", "samples.jsonl"]);
+    // All lines have room, but not the page with the pictures. The results would follow it.
+    no_room_for(&rig, "run/report.html", 300, &resume);
+    assert_eq!(whole_lines(), 24);
+    assert_eq!(documents(), [".lock", "config.json", "samples.jsonl", "table.md", "table.tex"]);
+    rig.good("eval", &[&few[..], &["--resume"]].concat());
+    assert_eq!(whole_lines(), 24);
+    assert!(documents().contains(&"results.json".to_owned()));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_training_without_room_goes_on_when_there_is_some() {
+    let rig = Rig::new();
+    fs::write(rig.path("small.toml"), AUTOENCODER).unwrap();
+    let begin = ["train", "pretrain", "--device", "cpu", "--config", "small.toml", "--out", "run"];
+    let begin = [&begin[..], &["--set", "train.checkpoint_every=1"]].concat();
+    let resume = ["train", "pretrain", "--device", "cpu", "--resume", "run"];
+    let checkpoints = || io::files_under(&rig.path("run/checkpoints")).unwrap();
+    no_room_for(&rig, "run/checkpoints/step-00000001.safetensors", 40, &begin);
+    assert!(checkpoints().is_empty() && !rig.path("run/model").exists());
+    // The checkpoint has room, but not the sample pictures of the last step.
+    no_room_for(&rig, "run/samples/00000002/reconstructions.png", 420, &resume);
+    assert_eq!(checkpoints(), ["step-00000001.safetensors"]);
+    let resumed = rig.command(&resume).output().unwrap();
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    assert_eq!(resumed.stdout, b"run/model\n");
 }
 
 /// Starts a loop of many rounds, interrupts it as soon as stderr says `when`, and gives its exit code and last words.
 #[cfg(unix)]
-fn interrupted(rig: &Rig, steps: &str, when: &str) -> (Option<i32>, String) {
-    let asked = ["generate", "--vlm", "vlm", "--prompt", PROMPT, "--seed", "1", "--rounds", "100", "--draws", "1"];
-    let more = ["--accept", "1", "--steps", steps, "--out", "a.png", "--trajectory", "turns", "--model", "klein"];
-    interrupted_call(rig, &[&asked[..], &more].concat(), when)
+fn interrupted(rig: &Rig, more: &[&str], when: &str) -> (Option<i32>, String) {
+    let asked =
+        ["generate", "--model", "klein", "--vlm", "vlm", "--prompt", PROMPT, "--rounds", "100", "--accept", "1"];
+    let args = [&asked[..], &["--out", "a.png", "--trajectory", "turns"], more].concat();
+    interrupted_call(rig, &args, when)
 }
 
 /// The same of any call.
@@ -421,7 +480,7 @@ fn interrupted_call(rig: &Rig, args: &[&str], when: &str) -> (Option<i32>, Strin
 #[test]
 fn ctrl_c_keeps_the_best_so_far() {
     let rig = Rig::new();
-    let (code, said) = interrupted(&rig, "2", "round 2");
+    let (code, said) = interrupted(&rig, &["--seed", "1", "--draws", "1", "--steps", "2"], "round 2");
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("interrupted; 1 of 1 pictures are kept"), "{said}");
     let texts = png::read_texts(&rig.path("a.png")).unwrap();
@@ -433,12 +492,30 @@ fn ctrl_c_keeps_the_best_so_far() {
 
 #[cfg(unix)]
 #[test]
-fn ctrl_c_in_the_middle_of_an_edit_keeps_the_rounds_before_it() {
-    let rig = Rig::new();
-    let (code, said) = interrupted(&rig, "1000", "edit: ");
-    assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("1 of 1 pictures are kept") && !said.contains("round 2"), "{said}");
-    assert!(png::read(&rig.path("a.png")).is_ok());
+fn ctrl_c_in_any_round_keeps_the_rounds_before_it() {
+    // Two rounds draw and the third edits; each of them takes far longer than the signal.
+    for (when, rounds) in [("seed ", 0), ("round 1: ", 1), ("edit: ", 2)] {
+        let rig = Rig::new();
+        bend(&rig, "klein/vae/config.json", |config| config["sample_size"] = 128.into());
+        let (code, said) = interrupted(&rig, &["--draws", "2", "--steps", "1000"], when);
+        assert_eq!(code, Some(1), "{said}");
+        let kept = usize::from(rounds > 0);
+        assert!(said.contains(&format!("interrupted; {kept} of 1 pictures are kept")), "{said}");
+        // No temporary file stays either.
+        let turns = io::files_under(&rig.path("turns")).unwrap();
+        if rounds == 0 {
+            assert!(rig.names() == ["turns"] && turns.is_empty(), "{:?} {turns:?}", rig.names());
+            continue;
+        }
+        assert_eq!(rig.names(), ["a.png", "turns"]);
+        let documents = ["index.html", "sheet.png", "trajectory.json"];
+        assert_eq!(turns, [&documents[..], &["turn-1.png", "turn-2.png"][..rounds]].concat());
+        let texts = png::read_texts(&rig.path("a.png")).unwrap();
+        let trajectory = Trajectory::from_json(&texts[1].1).unwrap();
+        assert_eq!((trajectory.ending, trajectory.turns.len()), (Ending::Cancelled, rounds), "{said}");
+        let best = png::read(&rig.path(&format!("turns/turn-{}.png", trajectory.best + 1))).unwrap();
+        assert!(png::read(&rig.path("a.png")).unwrap() == best);
+    }
 }
 
 #[cfg(unix)]

@@ -464,3 +464,68 @@ fn single_edits_are_measured_and_what_they_do_not_heed_is_refused() {
         rlrig::refuses(&edits(more), 2, expected, &format!("{more:?}"));
     }
 }
+
+#[test]
+fn verdicts_are_measured_by_themselves_and_what_they_do_not_heed_is_refused() {
+    let rig = Rig::new();
+    let verdicts = |more: &[&str]| {
+        let few = ["eval", "--verdicts", "--limit", "6", "--vlm", "vlm"];
+        rig.command(&[&few[..], more].concat()).output().unwrap()
+    };
+    let good = |more: &[&str]| {
+        let output = verdicts(more);
+        assert!(output.status.success(), "{more:?}: {}", rlrig::stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = good(&["--out", "run", "--split", "val", "--subset-seed", "7"]);
+    let row = |name: &str| table.lines().find(|line| line.starts_with(&format!("| {name} |")));
+    for name in ["all", "objects", "relations", "nothing else", "calibration error"] {
+        assert!(row(&format!("verdicts: {name}")).is_some(), "{name}: {table}");
+    }
+    for name in ["edits: well formed", "edits: about what fails", "edits: mend", "captions: read exactly"] {
+        assert!(row(name).is_some_and(|row| row.starts_with(&format!("| {name} | 6 |"))), "{name}: {table}");
+    }
+    let written = document(&rig, "run/verdicts.json");
+    let settings = ["subset_seed", "limit", "objects", "looks"].map(|name| written["settings"][name].as_u64());
+    assert_eq!(settings, [Some(7), Some(6), Some(1), Some(1)]);
+    let tasks = |out: &str, task: &str| -> Vec<Value> {
+        let text = fs::read_to_string(rig.path(out).join("verdicts.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter(|line| line["task"] == task).collect()
+    };
+    assert_eq!(["check", "act", "read"].map(|task| tasks("run", task).len()), [6; 3]);
+
+    // One document, and the same whatever is asked together.
+    let asked = ["--json", "--split", "val", "--subset-seed", "7", "--batch", "4"];
+    let printed: Value = serde_json::from_str(&good(&asked)).unwrap();
+    assert_eq!(printed["results"], written["results"]);
+    for of in ["verdicts", "edits", "captions"] {
+        for (name, share) in printed["results"][of].as_object().unwrap() {
+            let inside = |key: &str| (0.0..=1.0).contains(&share[key].as_f64().unwrap());
+            assert!(["share", "low", "high"].into_iter().all(inside), "{of}: {name} {share}");
+        }
+    }
+    assert!((0.0..=1.0).contains(&printed["results"]["calibration_error"].as_f64().unwrap()));
+
+    // The Actor's adapter is in its edits alone.
+    write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", (32, 24));
+    good(&["--out", "acted", "--split", "val", "--subset-seed", "7", "--adapter", "actor:100"]);
+    let same = ["check", "act", "read"].map(|task| tasks("acted", task) == tasks("run", task));
+    assert_eq!(same, [true, false, true]);
+
+    for (expected, more) in [
+        ("takes one --split", &["--split", "val", "test"][..]),
+        ("unknown split", &["--split", "no-such"]),
+        ("leave out --dataset", &["--dataset", "laion-sg"]),
+        ("--looks is 1 to 5", &["--looks", "6"]),
+        ("run is not empty", &["--out", "run"]),
+        ("cannot be used with '--edits", &["--edits"]),
+        ("cannot be used with '--judge", &["--judge", "vlm"]),
+        ("cannot be used with '--model", &["--model", "klein"]),
+        ("cannot be used with '--steps", &["--steps", "2"]),
+        ("cannot be used with '--seed", &["--seed", "1"]),
+        ("cannot be used with '--rounds", &["--rounds", "2"]),
+    ] {
+        rlrig::refuses(&verdicts(more), 2, expected, &format!("{more:?}"));
+    }
+}

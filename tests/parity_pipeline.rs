@@ -17,7 +17,13 @@ use rlrig::{
     },
     models::{Adapter, Folder},
 };
-use std::cell::{Cell, RefCell};
+use serde_json::json;
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::Path,
+};
 
 const PROMPTS: [&str; 2] = ["a small red ball to the left of a large blue cube", "a green ring above a cone"];
 /// The fixture's pictures are 96 x 64.
@@ -258,35 +264,131 @@ fn what_cannot_be_drawn_is_refused_in_words() {
     assert!(klein.draw(&[other], &options(1, 1.0)).is_err());
 }
 
+/// Opens a copy of the fixture's folder after a change to it.
+fn changed(change: &dyn Fn(&Path)) -> anyhow::Result<Klein> {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"] {
+        fs::create_dir(dir.path().join(entry)).unwrap();
+        for file in fs::read_dir(fixture("klein").join(entry)).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), dir.path().join(entry).join(file.file_name())).unwrap();
+        }
+    }
+    fs::copy(fixture("klein").join("model_index.json"), dir.path().join("model_index.json")).unwrap();
+    change(dir.path());
+    Klein::open(&Folder::from(dir.path()), DType::F32, &Device::Cpu, Vec::new())
+}
+
+/// The subfolder of a model and the stem of its file.
+type Part = (&'static str, &'static str);
+const TRANSFORMER: Part = ("transformer", "diffusion_pytorch_model");
+const TEXT_ENCODER: Part = ("text_encoder", "model");
+
+/// Casts the tensors of a part to one precision after the other.
+fn cast(folder: &Path, (sub, stem): Part, dtypes: &[DType]) {
+    let file = folder.join(sub).join(format!("{stem}.safetensors"));
+    let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    for tensor in tensors.values_mut() {
+        *tensor = dtypes.iter().fold(tensor.clone(), |tensor, dtype| tensor.to_dtype(*dtype).unwrap());
+    }
+    candle_core::safetensors::save(&tensors, file).unwrap();
+}
+
+/// Splits the file of a part into two shards and their index, as `save_pretrained` lays out large models.
+fn shard(folder: &Path, (sub, stem): Part) {
+    let folder = folder.join(sub);
+    let whole = folder.join(format!("{stem}.safetensors"));
+    let tensors = candle_core::safetensors::load(&whole, &Device::Cpu).unwrap();
+    let mut tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    fs::remove_file(whole).unwrap();
+    let mut map = BTreeMap::new();
+    for (number, part) in (1..).zip(tensors.chunks(tensors.len().div_ceil(2))) {
+        let name = format!("{stem}-0000{number}-of-00002.safetensors");
+        let part: HashMap<&String, Tensor> = part.iter().map(|(key, tensor)| (key, tensor.clone())).collect();
+        candle_core::safetensors::save(&part, folder.join(&name)).unwrap();
+        map.extend(part.into_keys().map(|key| (key, name.clone())));
+    }
+    let index = json!({ "metadata": { "total_size": 0 }, "weight_map": map });
+    fs::write(folder.join(format!("{stem}.safetensors.index.json")), index.to_string()).unwrap();
+}
+
+#[test]
+fn shards_change_nothing_and_half_precision_on_disk_rounds_the_weights() {
+    let drawn = |change: &dyn Fn(&Path)| {
+        let klein = changed(change).unwrap();
+        klein.draw(&[job(&klein, PROMPTS[0], 0, Vec::new())], &options(2, 2.0)).unwrap().remove(0)
+    };
+    let plain = drawn(&|_| ());
+    for parts in [&[TRANSFORMER][..], &[TRANSFORMER, TEXT_ENCODER]] {
+        let each = |change: &dyn Fn(Part)| parts.iter().for_each(|part| change(*part));
+        let sharded = drawn(&|folder| each(&|part| shard(folder, part)));
+        assert!(same(&sharded, &plain), "{parts:?}");
+        let rounded = drawn(&|folder| each(&|part| cast(folder, part, &[DType::BF16, DType::F32])));
+        assert!(!same(&rounded, &plain), "{parts:?}");
+        let half = drawn(&|folder| each(&|part| cast(folder, part, &[DType::BF16])));
+        assert!(same(&half, &rounded), "{parts:?}");
+        let both = drawn(&|folder| {
+            each(&|part| {
+                cast(folder, part, &[DType::BF16]);
+                shard(folder, part);
+            });
+        });
+        assert!(same(&both, &rounded), "{parts:?}");
+    }
+}
+
+#[test]
+fn what_a_model_in_shards_lacks_is_named() {
+    let refused = |change: &dyn Fn(&Path)| {
+        let opened = changed(&|folder| {
+            shard(folder, TRANSFORMER);
+            change(&folder.join("transformer"));
+        });
+        format!("{:#}", opened.err().unwrap())
+    };
+    let index = "diffusion_pytorch_model.safetensors.index.json";
+    let second = "diffusion_pytorch_model-00002-of-00002.safetensors";
+    let missing = refused(&|folder| fs::remove_file(folder.join(second)).unwrap());
+    assert!(missing.contains(second), "{missing}");
+    let cut = refused(&|folder| {
+        let bytes = fs::read(folder.join(second)).unwrap();
+        fs::write(folder.join(second), &bytes[..bytes.len() - 100]).unwrap();
+    });
+    assert!(cut.contains(second) && cut.contains("no whole safetensors file"), "{cut}");
+    let lacking = refused(&|folder| {
+        let mut tensors = candle_core::safetensors::load(folder.join(second), &Device::Cpu).unwrap();
+        assert!(tensors.remove("x_embedder.weight").is_some());
+        candle_core::safetensors::save(&tensors, folder.join(second)).unwrap();
+    });
+    assert!(lacking.contains("transformer/diffusion_pytorch_model"), "{lacking}");
+    assert!(lacking.contains("lacks the tensor x_embedder.weight"), "{lacking}");
+    // An index reaches no file outside its folder.
+    let outside = refused(&|folder| {
+        let text = fs::read_to_string(folder.join(index)).unwrap();
+        fs::write(folder.join(index), text.replace(second, &format!("../{second}"))).unwrap();
+    });
+    assert!(outside.contains(&format!("\"../{second}\", which is no file of the folder")), "{outside}");
+    let broken = refused(&|folder| fs::write(folder.join(index), "{}").unwrap());
+    assert!(broken.contains(index) && broken.contains("weight_map"), "{broken}");
+}
+
 #[test]
 fn a_folder_that_is_no_klein_is_refused_in_words() {
-    let copy = |change: &dyn Fn(&std::path::Path)| {
-        let dir = tempfile::tempdir().unwrap();
-        for entry in ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"] {
-            std::fs::create_dir(dir.path().join(entry)).unwrap();
-            for file in std::fs::read_dir(fixture("klein").join(entry)).unwrap() {
-                let file = file.unwrap();
-                std::fs::copy(file.path(), dir.path().join(entry).join(file.file_name())).unwrap();
-            }
-        }
-        std::fs::copy(fixture("klein").join("model_index.json"), dir.path().join("model_index.json")).unwrap();
-        change(dir.path());
-        Klein::open(&Folder::from(dir.path()), DType::F32, &Device::Cpu, Vec::new()).map(|_| ())
-    };
     let edit = |file: &'static str, from: &'static str, to: &'static str| {
-        let result = copy(&|path| {
-            let text = std::fs::read_to_string(path.join(file)).unwrap();
+        let result = changed(&|path| {
+            let text = fs::read_to_string(path.join(file)).unwrap();
             assert!(text.contains(from), "{file} has {from}");
-            std::fs::write(path.join(file), text.replace(from, to)).unwrap();
+            fs::write(path.join(file), text.replace(from, to)).unwrap();
         });
-        format!("{:#}", result.unwrap_err())
+        format!("{:#}", result.err().unwrap())
     };
-    assert!(copy(&|_| ()).is_ok());
+    assert!(changed(&|_| ()).is_ok());
     assert!(edit("model_index.json", "Flux2KleinPipeline", "FluxPipeline").contains("FluxPipeline"));
     let shrunk = edit("text_encoder/config.json", "\"max_length\": 40", "\"max_length\": 0");
     assert!(shrunk.contains("max_length: 0"), "{shrunk}");
     let fewer = edit("text_encoder/config.json", "      1,\n", "");
     assert!(fewer.contains("joint_attention_dim"), "{fewer}");
-    let missing = copy(&|path| std::fs::remove_dir_all(path.join("vae")).unwrap()).unwrap_err().to_string();
+    let missing = changed(&|path| fs::remove_dir_all(path.join("vae")).unwrap()).err().unwrap().to_string();
     assert!(missing.contains("no folder vae/"), "{missing}");
 }

@@ -49,14 +49,19 @@ fn sizes_of_which_nothing_can_be_made_are_mistakes_of_the_config() {
     }
 }
 
-/// Twenty pictures of other prompts than theirs, as a Diffuser might have drawn them.
-fn draw(folder: &Path) {
+/// Twenty pictures of other prompts than theirs, as a Diffuser might have drawn them; at `known` ones it is told what they
+/// should show.
+fn draw(folder: &Path, known: bool) {
+    fs::create_dir(folder).unwrap();
     let mut lines = String::new();
     for index in 0..20 {
         let [sample, other] = [0, 1].map(|seed| tasks::text_to_image(seed, Split::Train, index, 2, 3));
         let (id, file) = (format!("train-{index:02}"), format!("{index}.png"));
         render(&other.scene).save(folder.join(&file)).unwrap();
-        let line = json!({ "id": id, "dataset": "tabletop", "prompt": sample.prompt, "file": file });
+        let mut line = json!({ "id": id, "dataset": "tabletop", "prompt": sample.prompt, "file": file });
+        if known {
+            line["scene"] = json!(sample.scene);
+        }
         lines += &format!("{line}\n");
     }
     fs::write(folder.join("samples.jsonl"), lines).unwrap();
@@ -103,8 +108,7 @@ fn weights(folder: &str) -> PathBuf {
 fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (drawn, init) = (dir.path().join("drawn"), weights("vlm"));
-    fs::create_dir(&drawn).unwrap();
-    draw(&drawn);
+    draw(&drawn, false);
     let config = format!(
         "objective = 'vlm'
          train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1, samples_every = 2 }}
@@ -122,8 +126,7 @@ fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
 fn a_diffuser_learns_to_draw_and_edit_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (drawn, vae) = (dir.path().join("drawn"), weights("vae"));
-    fs::create_dir(&drawn).unwrap();
-    draw(&drawn);
+    draw(&drawn, false);
     // The head that tells what lies where is part of the state, not of the model: a third step shows whether it came back.
     let config = format!(
         "objective = 'diffuser'
@@ -150,7 +153,8 @@ fn a_diffuser_learns_to_draw_and_edit_and_resumes() {
 #[test]
 fn an_adapter_for_the_editor_is_trained_on_edits_alone_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
-    let (vae, init) = (weights("vae"), weights(""));
+    let (vae, init, redrawn) = (weights("vae"), weights(""), dir.path().join("redrawn"));
+    draw(&redrawn, true);
     let config = format!(
         "objective = 'diffuser'
          train = {{ steps = 3, batch = 4, micro_batch = 2, evaluate_every = 3, checkpoint_every = 1, samples_every = 3 }}
@@ -158,12 +162,14 @@ fn an_adapter_for_the_editor_is_trained_on_edits_alone_and_resumes() {
          [diffuser]
          autoencoder = {vae:?}
          init = {init:?}
+         drawn = [{redrawn:?}]
          adapter = {{ rank = 2, alpha = 4.0 }}
          evaluation = {{ prompts = 1, steps = 2, guidance = 3.0 }}
          stages = [{{ steps = 0, min_objects = 2, max_objects = 3, edits = 1.0, moves = 0.5 }}]"
     );
     let measured = resumes_exactly(dir.path(), &config, &["adapter_model.safetensors", "adapter_config.json"]);
-    assert!(measured.contains_key("eval/edit_perfect") && !measured.contains_key("eval/perfect"));
+    assert!(["eval/edit_perfect", "eval/mended"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
+    assert!(!measured.contains_key("eval/perfect") && !measured.contains_key("eval/drawn_edit_perfect"));
     let samples = fs::read_dir(dir.path().join("straight/samples")).unwrap().next().unwrap().unwrap().path();
     assert!(samples.join("edit.png").is_file() && !samples.join("draw.png").exists());
 

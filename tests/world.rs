@@ -9,7 +9,11 @@ use rlrig::{
         flaws::Flaws,
     },
     io::png,
-    scene::{laion_sg::Record, parse::parse, tabletop::oracle},
+    scene::{
+        laion_sg::Record,
+        parse::parse,
+        tabletop::{oracle, render::render, world::Scene},
+    },
 };
 use std::{process::Stdio, time::Duration};
 
@@ -103,6 +107,45 @@ fn an_export_that_is_interrupted_leaves_whole_pictures() {
         assert!(!file.file_name().unwrap().to_string_lossy().starts_with('.'), "{}", file.display());
         png::read(&file).unwrap();
     }
+}
+
+#[test]
+fn what_is_drawn_over_comes_with_the_scene_that_it_should_show() {
+    let folder = tempfile::tempdir().unwrap();
+    let redraw = |name: &str, more: &[&str]| {
+        let args = ["world", "redraw", "--count", "3", "--seed", "5", "--quiet", "--out"];
+        rlrig().args(args).arg(folder.path().join(name)).args(more).assert()
+    };
+    redraw("redrawn", &[]).success();
+    let out = folder.path().join("redrawn");
+    let lines = std::fs::read_to_string(out.join("samples.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 3);
+    for line in &lines {
+        let scene: Scene = serde_json::from_value(line["scene"].clone()).unwrap();
+        let graph = parse(line["prompt"].as_str().unwrap()).unwrap();
+        assert!(oracle::judge(&render(&scene), &graph).objects.iter().all(|there| *there));
+        // Noised and drawn anew, it is another picture, of the same things mostly in the same places.
+        let picture = png::read(&out.join(line["file"].as_str().unwrap())).unwrap();
+        assert!((0.001..0.2).contains(&distance(&picture, &render(&scene))));
+    }
+    // The same seed draws the same bytes; a folder in use is left alone, and a count of none and an unknown split are refused.
+    redraw("again", &[]).success();
+    for name in ["samples.jsonl", lines[2]["file"].as_str().unwrap()] {
+        assert_eq!(
+            std::fs::read(out.join(name)).unwrap(),
+            std::fs::read(folder.path().join("again").join(name)).unwrap()
+        );
+    }
+    redraw("redrawn", &[]).code(2);
+    redraw("none", &["--split", "none"]).code(2);
+    assert!(!folder.path().join("none").exists());
+}
+
+/// The root mean square of the difference of two pictures' pixels, in 0..=1.
+fn distance(a: &image::RgbImage, b: &image::RgbImage) -> f64 {
+    let squares = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
+    (squares.sum::<f64>() / a.as_raw().len() as f64).sqrt() / 255.0
 }
 
 #[test]

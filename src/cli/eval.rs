@@ -12,7 +12,8 @@ Examples:
   rlrig eval --suite --limit 500 --out eval-tabletop/ --resume   go on after a kill
   rlrig eval --dataset laion-sg --data LAION-SG_test.json --min-relations 5 --limit 300 --out eval-compsgen/
   rlrig eval compare eval-tabletop:diffuser eval-tabletop:loop
-  rlrig eval --edits --limit 500";
+  rlrig eval --edits --limit 500                                 the Editor by itself
+  rlrig eval --verdicts --limit 500                              the Checker and the Actor by themselves";
 
 #[derive(Args, Debug)]
 #[command(after_help = EVAL_EXAMPLES, args_conflicts_with_subcommands = true)]
@@ -111,7 +112,7 @@ pub struct EvalRun {
     /// Which splits
     #[arg(long, value_name = "NAME", num_args = 1.., default_value = "test", help_heading = "Data")]
     pub split: Vec<String>,
-    /// How many prompts of each split, or edits [default: 500 of the tabletop world, all of a file]
+    /// How many prompts of each split, edits or pictures [default: 500 of the tabletop world, all of a file]
     #[arg(long, visible_alias = "count", value_name = "N", help_heading = "Data")]
     pub limit: Option<usize>,
     /// Which scenes of the world; of a file a random subset instead of the first prompts
@@ -158,6 +159,18 @@ pub struct EvalRun {
         help_heading = "Modes"
     )]
     pub edits: bool,
+    /// Verdicts on the world's renders, what is to mend them, and the reading of captions, instead of prompts
+    // It looks at pictures and makes none.
+    #[arg(
+        long,
+        conflicts_with_all = [
+            "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "edits",
+            "seed", "rounds", "draws", "redraw", "accept", "editor", "inversion", "only", "model", "judge", "steps",
+            "solver", "guidance", "resume",
+        ],
+        help_heading = "Modes"
+    )]
+    pub verdicts: bool,
     /// Seeds of the noise, one picture of each prompt for each; --edits takes one
     #[arg(long, value_name = "N", num_args = 1.., default_value = "0", help_heading = "Modes")]
     pub seed: Vec<u64>,

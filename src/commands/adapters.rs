@@ -111,7 +111,9 @@ impl Adapters {
             None => self.taken.iter().try_for_each(Adapter::check),
             Some((who, Peft { name, layers, .. }, _)) => {
                 let hint = match who {
-                    Who::Mender => " (all=DIR is for Diffuser and Checker too)",
+                    Who::Mender => {
+                        " (all=DIR is for Diffuser and Checker too; --editor inversion and flowedit take none for the Editor)"
+                    }
                     Who::Diffuser | Who::Both => "",
                 };
                 let layer = layers.first().map_or("", String::as_str);

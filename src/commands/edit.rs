@@ -44,7 +44,8 @@ pub fn run(args: &Edit) -> Result<()> {
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &[built_in::EDITOR], &mut adapters)?;
+    let roles = open::adapted(&[built_in::EDITOR], args.editor);
+    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &roles, &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
     let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);

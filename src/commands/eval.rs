@@ -1,6 +1,6 @@
 //! `rlrig eval`: the loop and its rivals on one set of prompts, with a table in Markdown on stdout and a run's folder.
 
-use super::{adapters::Adapters, eval_edits, eval_join, interrupt, open, show::Console};
+use super::{adapters::Adapters, eval_edits, eval_join, eval_verdicts, interrupt, open, show::Console};
 use crate::{
     cli::{self, Dataset, EditorKind, Eval, EvalCommand, EvalRun},
     eval::{
@@ -54,11 +54,12 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     if let Some(limit) = args.limit.filter(|limit| args.dataset == Dataset::Tabletop && *limit > dataset::MOST) {
         usage!("--limit {limit}: at most {} of the tabletop world are evaluated", dataset::MOST);
     }
-    if args.edits {
+    if args.edits || args.verdicts {
         if args.dataset != Dataset::Tabletop {
-            usage!("--edits is of the tabletop world, whose edits are known; leave out --dataset");
+            let flag = if args.edits { "--edits" } else { "--verdicts" };
+            usage!("{flag} is of the tabletop world, whose truth is known; leave out --dataset");
         }
-        return eval_edits::run(args);
+        return if args.edits { eval_edits::run(args) } else { eval_verdicts::run(args) };
     }
     let console = Console::new(args.print.quiet, 0);
     // Before data or models are fetched.
@@ -218,7 +219,8 @@ impl Models {
         let mut adapters = Adapters::open(&args.models)?;
         let (pipeline, vlm) =
             (open::find_pipeline(&args.painter, args.print.quiet)?, open::find_vlm(&args.critic, args.print.quiet)?);
-        let (klein, adapted) = open::pipeline(&pipeline, at, &[built_in::DIFFUSER, built_in::EDITOR], &mut adapters)?;
+        let roles = open::adapted(&[built_in::DIFFUSER, built_in::EDITOR], args.editor);
+        let (klein, adapted) = open::pipeline(&pipeline, at, &roles, &mut adapters)?;
         let (critic, actor) = open::critic(&vlm, at, &mut adapters)?;
         let critic = critic.with_looks(open::looks(args.cycle.looks, &vlm));
         adapters.finish()?;

@@ -33,7 +33,8 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let console = Console::new(args.print.quiet, limit);
     let mut adapters = Adapters::open(&args.models)?;
     let found = open::find_pipeline(&args.painter, args.print.quiet)?;
-    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &[built_in::EDITOR], &mut adapters)?;
+    let roles = open::adapted(&[built_in::EDITOR], args.editor);
+    let (klein, adapted) = open::pipeline(&found, (&device, dtype), &roles, &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, editing, args.batch);
     let settings = json!({
@@ -63,7 +64,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
     console.result("|---|---|---|---|---|")?;
     for (name, edited) in results.rows() {
         let cells = [edited.done, edited.kept, edited.success];
-        console.result(&format!("| {name} | {} | {} |", edited.done.all, cells.map(cell).join(" | ")))?;
+        console.result(&format!("| {name} | {} | {} |", edited.done.all, cells.map(Share::cell).join(" | ")))?;
     }
     Ok(())
 }
@@ -108,10 +109,4 @@ fn edit_all(
         console.say(&format!("{} of {}", start + batch.len(), samples.len()));
     }
     Ok((results, lines))
-}
-
-/// A share in percent with its 95% interval.
-fn cell(share: Share) -> String {
-    let (low, high) = share.interval();
-    format!("{:.1} ({:.1} to {:.1})", 100.0 * share.value(), 100.0 * low, 100.0 * high)
 }

@@ -173,7 +173,8 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
     let Plan { options, pipeline, vlm, .. } = plan;
     let at = (&plan.device, plan.dtype);
     let mut adapters = Adapters::open(&args.models)?;
-    let (klein, adapted) = open::pipeline(pipeline, at, &[built_in::DIFFUSER, built_in::EDITOR], &mut adapters)?;
+    let roles = open::adapted(&[built_in::DIFFUSER, built_in::EDITOR], plan.editing.0);
+    let (klein, adapted) = open::pipeline(pipeline, at, &roles, &mut adapters)?;
     let (critic, actor) = open::critic(vlm, at, &mut adapters)?;
     let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;

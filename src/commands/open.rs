@@ -129,6 +129,12 @@ pub fn device_name(device: &Device) -> &'static str {
     }
 }
 
+/// Those of `roles` that may have adapters of their own: an Editor by noise is the pipeline's transformer as it is.
+pub fn adapted(roles: &[&'static str], editor: EditorKind) -> Vec<&'static str> {
+    let may = |role: &&str| *role != built_in::EDITOR || editor == EditorKind::Reference;
+    roles.iter().copied().filter(may).collect()
+}
+
 /// Opens the pipeline: with the adapters that are for both its roles, and the transformers of those of `roles`,
 /// the Diffuser's and the Editor's, that have more.
 pub fn pipeline(

@@ -1,6 +1,6 @@
 //! `rlrig world`: the tabletop world as a data set, and its pixel oracle.
 
-use super::{eval::split_of, interrupt, print};
+use super::{eval::split_of, interrupt, print, redraw};
 use crate::{
     cli::{World, WorldExport, WorldOracle},
     io::{expect_empty, png, write_file},
@@ -11,12 +11,14 @@ use crate::{
     usage,
 };
 use anyhow::{Context, Result, ensure};
+use image::RgbImage;
 use rayon::prelude::*;
-use std::sync::atomic::Ordering;
+use std::{path::Path, sync::atomic::Ordering};
 
 pub fn run(command: &World) -> Result<()> {
     match command {
         World::Export(args) => export(args),
+        World::Redraw(args) => redraw::run(args),
         World::Oracle(args) => oracle(args),
     }
 }
@@ -38,16 +40,7 @@ fn export(args: &WorldExport) -> Result<()> {
             ensure!(!stop.load(Ordering::Relaxed), "interrupted; {} holds a part of the pictures", images.display());
             let sample = tasks::text_to_image(args.seed, split, index, fewest, most);
             let name = format!("{index:06}.png");
-            let (path, partial) = (images.join(&name), images.join(format!(".{name}")));
-            let png = png::encode(&render::render(&sample.scene), &[])?;
-            // Too many to sync each; but none has its name before it is whole.
-            std::fs::write(&partial, png)
-                .and_then(|()| std::fs::rename(&partial, &path))
-                .inspect_err(|_| {
-                    // There may be nothing to remove; what went wrong is the first error.
-                    let _ = std::fs::remove_file(&partial);
-                })
-                .with_context(|| format!("cannot write {}", path.display()))?;
+            write_picture(&images, &name, &render::render(&sample.scene))?;
             Ok((name, sample))
         })
         .collect::<Result<_>>()?;
@@ -60,6 +53,18 @@ fn export(args: &WorldExport) -> Result<()> {
     let text = serde_json::to_string_pretty(&records)?;
     write_file(&list, text.as_bytes(), true)?;
     print(&list.display().to_string())
+}
+
+/// Writes one of many pictures: too many to sync each, but none has its name before it is whole.
+pub(super) fn write_picture(folder: &Path, name: &str, picture: &RgbImage) -> Result<()> {
+    let (path, partial) = (folder.join(name), folder.join(format!(".{name}")));
+    std::fs::write(&partial, png::encode(picture, &[])?)
+        .and_then(|()| std::fs::rename(&partial, &path))
+        .inspect_err(|_| {
+            // There may be nothing to remove; what went wrong is the first error.
+            let _ = std::fs::remove_file(&partial);
+        })
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Prints what the oracle reads: as JSON, or as sentences.

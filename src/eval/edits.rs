@@ -50,7 +50,8 @@ pub fn review(
     })
 }
 
-fn is_about(edit: &Edit, claim: &Claim) -> bool {
+/// Whether an edit names something of what a claim is about, or removes what is too much.
+pub(super) fn is_about(edit: &Edit, claim: &Claim) -> bool {
     // The last word of a phrase is its label.
     let names = |phrase: &str| edit.named().iter().any(|named| phrase.split(' ').next_back() == Some(&named.label));
     match claim {

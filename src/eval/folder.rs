@@ -177,8 +177,10 @@ impl Folder {
             text += &(serde_json::to_string(line)? + "\n");
         }
         let path = self.path.join(SAMPLES);
-        let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
-        file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
+        let append = || -> std::io::Result<()> {
+            OpenOptions::new().create(true).append(true).open(&path)?.write_all(text.as_bytes())
+        };
+        append().with_context(|| format!("cannot write {}", path.display()))?;
         self.lines.extend(lines);
         Ok(())
     }

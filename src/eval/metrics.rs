@@ -7,10 +7,10 @@
 //! | `.._derived`, `.._multiset` | the same as the paper's text has it; counting what occurs twice |
 //! | `.._attributes` | the strict IoU naming objects with their attributes, always of what the judge confirms: what it lists has none |
 //! | `judge_mean`, `judge_all` | VLM as a judge: the mean P(yes) of the triples, each at most that of its two objects; whether each has at least one half |
-//! | `judge_no_others` | its P(yes) of nothing else being in the picture |
+//! | `judge_no_others` | whether it finds nothing else in the picture, nor anything broken |
 //! | `oracle_sg_iou`, .. | the strict IoU by the pixel oracle |
 //! | `oracle_mean`, `oracle_all` | the share of triples that hold by the oracle; whether all do |
-//! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture; whether all of it is right |
+//! | `oracle_objects`, `no_others`, `oracle_perfect` | the share of objects; whether nothing else is in the picture, nor anything broken; whether all of it is right |
 //! | `render_distance` | how far the picture is from a render of what the oracle reads in it (root mean square; less is better) |
 //! | `position` | GenEval's: whether all directions (left, right, above, below) hold |
 //! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the directions: both objects are there, with label and colour; the relation holds; it holds given both (of prompts with one relation, as VISOR's are, and one seed the mean is VISOR's) |

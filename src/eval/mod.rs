@@ -21,5 +21,6 @@ pub mod records;
 pub mod report;
 pub mod results;
 pub mod single_edits;
+pub mod single_verdicts;
 pub mod stats;
 pub mod table;

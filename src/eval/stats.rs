@@ -39,6 +39,12 @@ impl Share {
         let half = z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
         ((middle - half).max(0.0), (middle + half).min(1.0))
     }
+
+    /// In percent with the interval, for a table.
+    pub fn cell(self) -> String {
+        let (low, high) = self.interval();
+        format!("{:.1} ({:.1} to {:.1})", 100.0 * self.value(), 100.0 * low, 100.0 * high)
+    }
 }
 
 impl Serialize for Share {
@@ -56,6 +62,7 @@ mod tests {
     fn wilsons_interval_is_that_of_the_textbook() {
         let (low, high) = Share { good: 8, all: 10 }.interval();
         assert!((low - 0.4902).abs() < 1e-3 && (high - 0.9433).abs() < 1e-3, "{low} {high}");
+        assert_eq!(Share { good: 8, all: 10 }.cell(), "80.0 (49.0 to 94.3)");
         assert_eq!(Share::default().interval(), (0.0, 1.0));
         assert!(Share { good: 5, all: 5 }.interval().0 < 0.6);
     }

@@ -58,6 +58,15 @@ pub struct Change<'a> {
     pub seed: u64,
 }
 
+/// A picture to draw over.
+#[derive(Clone)]
+pub struct Over<'a> {
+    pub prompt: &'a str,
+    /// Latents `(C, h, w)`, and noise of their size.
+    pub source: Tensor,
+    pub noise: Tensor,
+}
+
 /// The method of a [`Change`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Method {
@@ -85,6 +94,25 @@ impl Klein {
             let sigmas = self.schedule.sigmas(options.steps, h * w);
             let field = self.field_of(transformer, &prompts, &references, (h, w), options.guidance)?;
             progress.finish(options.solver.solve(&field.watched(progress), &noise, &sigmas))
+        })
+    }
+
+    /// Draws over pictures (SDEdit, arXiv 2108.01073): each is mixed with noise up to `level`, and drawn from there in even
+    /// steps; the latents of each, in the order of `jobs`.
+    pub fn draw_over(&self, transformer: &Flux2, jobs: &[Over], level: f64, options: &Options) -> Result<Vec<Tensor>> {
+        options.check()?;
+        ensure!((0.0..=1.0).contains(&level), "a noise level is 0 to 1, not {level}");
+        let steps = options.steps;
+        let levels: Vec<f64> = (0..=steps).map(|i| level * (steps - i) as f64 / steps as f64).collect();
+        let shape = |job: &Over| vec![job.source.dims().to_vec()];
+        self.in_batches(jobs, options, options.solver.evaluations(steps), shape, |progress, batch| {
+            let (_, h, w) = batch[0].source.dims3()?;
+            let prompts: Vec<&str> = batch.iter().map(|j| j.prompt).collect();
+            let (source, noise) = (stack(batch.iter().map(|j| &j.source))?, stack(batch.iter().map(|j| &j.noise))?);
+            let x = ((source * (1.0 - level))? + (noise * level)?)?;
+            let none = vec![Vec::new(); batch.len()];
+            let field = self.field_of(transformer, &prompts, &none, (h, w), options.guidance)?;
+            progress.finish(options.solver.solve(&field.watched(progress), &x, &levels))
         })
     }
 
@@ -178,4 +206,31 @@ impl Klein {
 /// `(C, h, w)` latents of one size as tokens `(B, h w, C)`.
 fn stack<'a>(latents: impl Iterator<Item = &'a Tensor>) -> candle_core::Result<Tensor> {
     Tensor::stack(&latents.map(pack).collect::<candle_core::Result<Vec<_>>>()?, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{flow::Unwatched, models::Folder};
+    use candle_core::{DType, Device};
+    use std::path::Path;
+
+    #[test]
+    fn what_is_drawn_over_is_kept_without_noise_and_forgotten_at_full_noise() {
+        let folder = Folder::from(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/klein"));
+        let klein = Klein::open(&folder, DType::F32, &Device::Cpu, Vec::new()).unwrap();
+        let tensor = |index: u64| klein.noise(0, index, (4, 4)).unwrap();
+        let over = |source: u64, level: f64| {
+            let job = Over { prompt: "a ball", source: tensor(source), noise: tensor(0) };
+            let options = Options { steps: 2, solver: Solver::Euler, guidance: 3.0, batch: 1, watch: &Unwatched };
+            klein.draw_over(&klein.transformer, &[job], level, &options).map(|mut drawn| drawn.remove(0))
+        };
+        let gap =
+            |a: &Tensor, b: &Tensor| (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let of = |source, level| over(source, level).unwrap();
+        assert_eq!(gap(&of(1, 0.0), &tensor(1)), 0.0);
+        assert_eq!(gap(&of(1, 1.0), &of(2, 1.0)), 0.0);
+        assert!(gap(&of(1, 0.5), &of(2, 0.5)) > 0.01 && gap(&of(1, 0.5), &tensor(1)) > 0.01);
+        assert!(over(1, 1.5).unwrap_err().to_string().contains("noise level"));
+    }
 }

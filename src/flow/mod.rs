@@ -14,7 +14,7 @@ pub mod sampler;
 pub mod schedule;
 pub mod watch;
 
-pub use draw::{Change, Job, Method, Options};
+pub use draw::{Change, Job, Method, Options, Over};
 pub use field::Field;
 pub use inversion::{FlowEdit, Inversion, RfInversion};
 pub use pipeline::{Klein, Parts, PromptEmbedding};

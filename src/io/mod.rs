@@ -10,6 +10,8 @@ pub mod tensorboard;
 use crate::usage;
 use anyhow::{Context, Result, ensure};
 use std::{
+    collections::HashMap,
+    fmt::Display,
     fs,
     io::{ErrorKind, Read, Write},
     path::Path,
@@ -48,6 +50,36 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
         }
         _ => anyhow::Error::new(error).context(format!("cannot write {}", path.display())),
     })
+}
+
+/// Writes a safetensors file, as a whole or not at all, that whoever may read other new files may read. It is not held in
+/// memory.
+pub fn write_safetensors<S, V>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (S, V)>,
+    metadata: HashMap<String, String>,
+) -> Result<()>
+where
+    S: AsRef<str> + Ord + Display,
+    V: safetensors::View,
+{
+    let temporary = path.with_extension("tmp");
+    let write = || -> Result<()> {
+        // The library makes files for their owner alone.
+        let permissions = fs::File::create(&temporary)?.metadata()?.permissions();
+        safetensors::serialize_to_file(tensors, Some(metadata), &temporary)?;
+        fs::set_permissions(&temporary, permissions)?;
+        fs::File::open(&temporary)?.sync_all()?;
+        fs::rename(&temporary, path)?;
+        // The new name is on the disk only once the folder is.
+        if let Some(folder) = path.parent() {
+            fs::File::open(folder)?.sync_all()?;
+        }
+        Ok(())
+    };
+    write()
+        .inspect_err(|_| drop(fs::remove_file(&temporary)))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The lock of a run's folder, which is held for as long as a process `works` in it: "trains", "evaluates".
@@ -121,6 +153,19 @@ pub fn files_under(folder: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn others_may_read_tensors_as_they_may_read_other_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let [tensors, text] = ["a.safetensors", "a.txt"].map(|name| folder.path().join(name));
+        let values = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1], &[7]).unwrap();
+        write_safetensors(&tensors, [("x", values)], HashMap::new()).unwrap();
+        fs::write(&text, "").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions();
+        assert_eq!(mode(&tensors), mode(&text));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary file stays");
+    }
 
     #[test]
     fn a_file_is_written_whole_and_never_over_another_by_accident() {

@@ -7,12 +7,16 @@ use anyhow::{Context, Result, ensure};
 use std::{
     fs::{File, OpenOptions},
     io::Write,
-    path::Path,
+    path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 /// An event file that grows by appending.
-pub struct EventWriter(File);
+pub struct EventWriter {
+    file: File,
+    /// Where it is, for messages.
+    path: PathBuf,
+}
 
 impl EventWriter {
     /// Creates a new event file in `folder`. Of older files, TensorBoard then forgets what lies at or after `step`: a
@@ -23,7 +27,8 @@ impl EventWriter {
         let name = format!("events.out.tfevents.{:010}.{}.{step}", now as u64, std::process::id());
         let path = folder.join(name);
         let file = OpenOptions::new().create_new(true).write(true).open(&path);
-        let mut writer = Self(file.with_context(|| format!("cannot create {}", path.display()))?);
+        let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+        let mut writer = Self { file, path };
         writer.event(&Message::default().double(1, now).bytes(3, b"brain.Event:2"))?;
         let start = Message::default().int(1, 1);
         writer.event(&Message::default().double(1, now).int(2, step).bytes(7, &start.0))?;
@@ -60,7 +65,7 @@ impl EventWriter {
         record.extend(&event.0);
         record.extend(masked_crc(&event.0).to_le_bytes());
         // One write for each record: a reader never sees half of one for long.
-        self.0.write_all(&record).context("cannot write the event file")
+        self.file.write_all(&record).with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 

@@ -87,6 +87,9 @@ impl Params {
             if let Some(bad) = shards.iter().find(|s| s.contains(['/', '\\'])) {
                 bail!("{}: the index names {bad:?}, which is no file of the folder", folder.name());
             }
+            if let Some(missing) = shards.iter().find(|shard| !folder.has(shard)) {
+                bail!("{} is missing, a part of the weights (interrupted download?)", folder.file(missing));
+            }
             shards.into_iter().collect()
         } else {
             bail!("{} has neither {single} nor {index}", folder.name());

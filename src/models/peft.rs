@@ -2,6 +2,7 @@
 //! (`base_model.model.<layer>.lora_A.weight`) or of diffusers (`transformer.<layer>.lora_A.weight`).
 
 use super::{Adapter, Folder, folder::revision};
+use crate::io::write_safetensors;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
@@ -139,8 +140,7 @@ pub fn write(adapter: &Adapter, folder: &Path, dtype: DType) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))?;
     let path = folder.join("adapter_model.safetensors");
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(&tensors, Some(metadata), &path)
-        .with_context(|| format!("cannot write {}", path.display()))
+    write_safetensors(&path, &tensors, metadata)
 }
 
 #[cfg(test)]

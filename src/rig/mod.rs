@@ -9,4 +9,5 @@ pub mod prompts;
 pub mod reward;
 pub mod roles;
 pub mod trajectory;
+pub mod truth;
 pub mod vlm_roles;

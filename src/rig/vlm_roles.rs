@@ -83,14 +83,23 @@ impl Critic {
 
     /// The scene graph of a text, as the model reads it.
     pub fn parse(&self, text: &str) -> Result<SceneGraph> {
-        let question = prompts::parse(text);
-        let asked = [Question { picture: None, text: &question }];
-        let sampling = Sampling { temperature: 0.0, max_tokens: GRAPH };
-        let unused = [Stream::new(0, "parse", 0)];
-        let answers =
-            self.checker.answer(&self.checker.look(&[])?, &asked, &prompts::parse_schema(), sampling, &unused)?;
-        let answer = answers.first().context("the VLM gave no answer")?;
-        Ok(read::<Read>(&self.checker.chat.decode(&answer.ids)?)?.graph())
+        self.parse_each(&[text])?.pop().context("the VLM gave no answer")
+    }
+
+    /// The scene graphs of some texts.
+    pub fn parse_each(&self, texts: &[&str]) -> Result<Vec<SceneGraph>> {
+        let (schema, sampling) = (prompts::parse_schema(), Sampling { temperature: 0.0, max_tokens: GRAPH });
+        let looked = self.checker.look(&[])?;
+        let mut graphs = Vec::with_capacity(texts.len());
+        for batch in texts.chunks(ROWS) {
+            let asked: Vec<String> = batch.iter().map(|text| prompts::parse(text)).collect();
+            let questions: Vec<Question> = asked.iter().map(|text| Question { picture: None, text }).collect();
+            let unused: Vec<Stream> = (0..batch.len()).map(|i| Stream::new(0, "parse", i as u64)).collect();
+            for answer in self.checker.answer(&looked, &questions, &schema, sampling, &unused)? {
+                graphs.push(read::<Read>(&self.checker.chat.decode(&answer.ids)?)?.graph());
+            }
+        }
+        Ok(graphs)
     }
 
     /// Verdicts by one look at each of some pictures, whose claims fit into one batch.

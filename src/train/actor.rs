@@ -20,7 +20,7 @@ use super::{
     Batch, Metrics, Objective, Step, Work,
     grpo::{TokenLoss, TokenLossKind},
     grpo_config::{GroupConfig, GrpoConfig},
-    pixels::tiled,
+    pixels::write_sheet,
     pose::{Poser, Posing, Problem, RENDERED_SHARE, Source, TOGETHER, rendered_share},
     replay::{Rollouts, Writing, Written, well_formed},
     rollout::{self, Judges, Kept, Reward, judge},
@@ -45,7 +45,6 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -386,8 +385,7 @@ impl Objective for Actor {
             pictures.extend([problem.picture.pixels()?.clone(), outcome.picture.pixels()?.clone()]);
             words += &format!("{} | {edit}\n", problem.target.prompt);
         }
-        tiled(&pictures, 8).save(folder.join("edits.png"))?;
-        Ok(fs::write(folder.join("edits.txt"), words)?)
+        write_sheet(folder, "edits", &pictures, &words)
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {

@@ -3,6 +3,7 @@
 //! The file's metadata holds the JSON part and a digest of the tensors. It is written to a temporary name, synced and
 //! renamed, so a file with a checkpoint's name is whole; one that is not (a bad disk, a stray file) is refused by name.
 
+use crate::io::write_safetensors;
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device, Tensor};
 use safetensors::{SafeTensors, View};
@@ -10,7 +11,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -116,33 +117,11 @@ pub fn prune(folder: &Path, keep: usize, best: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// Writes a safetensors file so that it is either there as a whole or not at all.
-pub fn write_safetensors(
-    path: &Path,
-    tensors: &BTreeMap<String, Tensor>,
-    metadata: HashMap<String, String>,
-) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    let write = || -> Result<()> {
-        safetensors::serialize_to_file(tensors, Some(metadata), &temporary)?;
-        File::open(&temporary)?.sync_all()?;
-        fs::rename(&temporary, path)?;
-        // The new name is on the disk only once the folder is.
-        if let Some(folder) = path.parent() {
-            File::open(folder)?.sync_all()?;
-        }
-        Ok(())
-    };
-    write()
-        .inspect_err(|_| drop(fs::remove_file(&temporary)))
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
 /// Writes a model's tensors in `dtype` as transformers and diffusers expect them.
 pub fn write_model(path: &Path, tensors: &BTreeMap<String, Tensor>, dtype: DType) -> Result<()> {
     let cast = tensors.iter().map(|(name, tensor)| Ok((name.clone(), tensor.detach().to_dtype(dtype)?)));
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    write_safetensors(path, &cast.collect::<Result<_>>()?, metadata)
+    write_safetensors(path, &cast.collect::<Result<BTreeMap<_, _>>>()?, metadata)
 }
 
 fn digest<'a, V: View + 'a>(tensors: impl Iterator<Item = (&'a str, V)>) -> String {

@@ -1,5 +1,6 @@
 //! Pictures of a run of `rlrig eval`: drawn and edited, right and wrong, and read by the pixel oracle. The Checker and the
-//! Actor meet such pictures in use, and renders alone do not prepare them for a shape that is not quite one.
+//! Actor meet such pictures in use, and renders alone do not prepare them for a shape that is not quite one. Those of `rlrig
+//! world redraw` are such, too, and what they should show is known to the pixel: an Editor learns from them to mend.
 //!
 //! There are few of them, and they are learned by heart, unless they are shown a little otherwise each time
 //! ([`Drawn::varied`]): since the oracle reads any picture, what is taught stays true.
@@ -15,7 +16,7 @@ use crate::{
             oracle::{self, Reading},
             sample,
             split::Split,
-            world::SIDE,
+            world::{SIDE, Scene},
         },
     },
     tensor::rng::Stream,
@@ -38,6 +39,8 @@ struct Line {
     dataset: String,
     prompt: String,
     file: String,
+    #[serde(default)]
+    scene: Option<Scene>,
 }
 
 pub struct Drawn {
@@ -45,6 +48,8 @@ pub struct Drawn {
     pub prompt: String,
     pub graph: SceneGraph,
     pub reading: Reading,
+    /// What it should show, and where, if it was drawn over a render of that (`rlrig world redraw`).
+    pub scene: Option<Scene>,
 }
 
 /// Pixels by which a picture is moved at most, along either side.
@@ -67,7 +72,7 @@ impl Drawn {
             graph = mirrored;
         }
         let reading = oracle::read(&picture);
-        Self { picture, prompt, graph, reading }
+        Self { picture, prompt, graph, reading, scene: None }
     }
 }
 
@@ -118,7 +123,7 @@ fn pictures(path: &Path) -> Result<Vec<(bool, Drawn)>> {
             let graph = parse(&line.prompt).map_err(|error| anyhow::anyhow!("{}: {error}", line.prompt))?;
             let held_out = ids.binary_search(&line.id.as_str()).is_ok_and(|place| place % 10 == 9);
             let reading = oracle::read(&picture);
-            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading }))
+            Ok((held_out, Drawn { picture, prompt: line.prompt.clone(), graph, reading, scene: line.scene.clone() }))
         })
         .collect()
 }
@@ -136,7 +141,7 @@ mod tests {
             let sample = tasks::text_to_image(0, Split::Train, i, 2, 3);
             let picture = render(&sample.scene);
             let reading = oracle::read(&picture);
-            let drawn = Drawn { picture, prompt: sample.prompt, graph: sample.graph, reading };
+            let drawn = Drawn { picture, prompt: sample.prompt, graph: sample.graph, reading, scene: None };
             let varied = drawn.varied(&mut Stream::new(0, "varied", i));
             assert_eq!(parse(&varied.prompt).unwrap().canonical(), varied.graph.canonical());
             assert!(sample::admissible(Split::Train, &varied.graph));

@@ -23,7 +23,7 @@ use super::{
     flow_steps::{Carried, Edits, Learned, Pieces, carry_out, window_of},
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
     grpo_config::{GroupConfig, GrpoConfig, Learner},
-    pixels::{preserved, tiled},
+    pixels::{preserved, write_sheet},
     pose::{Poser, Posing, Source, TOGETHER},
     rollout::{self, Judged, Judges, Kept, Reward, judge},
     trained::Trained,
@@ -49,7 +49,6 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
     ops::Range,
     path::Path,
     sync::Arc,
@@ -496,8 +495,7 @@ impl Objective for Editor {
             pictures.extend([before.pixels()?.clone(), picture.pixels()?.clone()]);
             words += &format!("{}\n", problem.instruction);
         }
-        tiled(&pictures, 8).save(folder.join("edits.png"))?;
-        Ok(fs::write(folder.join("edits.txt"), words)?)
+        write_sheet(folder, "edits", &pictures, &words)
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {

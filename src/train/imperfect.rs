@@ -46,7 +46,7 @@ pub fn imperfect(seed: u64, index: u64, objects: usize) -> Drawn {
         picture = bent(rng, &picture);
     }
     let (prompt, reading) = (caption(rng, &graph, Style::Natural), oracle::read(&picture));
-    Drawn { picture, prompt, graph, reading }
+    Drawn { picture, prompt, graph, reading, scene: None }
 }
 
 /// Moves and scales things with no regard to what is clear.

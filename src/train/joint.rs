@@ -29,7 +29,7 @@ use super::{
     grpo_config::{GroupConfig, GrpoConfig},
     means::Means,
     optim,
-    pixels::tiled,
+    pixels::write_sheet,
     pose::{Poser, RENDERED_SHARE, TOGETHER, rendered_share},
     replay::Rollouts,
     rollout::{self, Judged, Judges, Kept},
@@ -353,8 +353,7 @@ impl Objective for Joint {
             }
             words.push('\n');
         }
-        tiled(&pictures, 8).save(folder.join("loops.png"))?;
-        Ok(fs::write(folder.join("loops.txt"), words)?)
+        write_sheet(folder, "loops", &pictures, &words)
     }
 
     /// Both, each in a folder of its role.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use std::{
     fs::{self, File, OpenOptions},
     io::Write,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 pub const METRICS: &str = "metrics.jsonl";
@@ -15,6 +15,8 @@ pub const METRICS: &str = "metrics.jsonl";
 /// Writes both logs of one run folder.
 pub struct Log {
     metrics: File,
+    /// Where they are, for messages.
+    path: PathBuf,
     events: EventWriter,
 }
 
@@ -26,14 +28,14 @@ impl Log {
         truncate(&path, step).with_context(|| format!("cannot cut {} back", path.display()))?;
         let metrics = OpenOptions::new().create(true).append(true).open(&path);
         let metrics = metrics.with_context(|| format!("cannot open {}", path.display()))?;
-        Ok(Self { metrics, events: EventWriter::create(folder, step.map_or(0, |step| step + 1))? })
+        Ok(Self { metrics, path, events: EventWriter::create(folder, step.map_or(0, |step| step + 1))? })
     }
 
     /// Appends one line to `metrics.jsonl` and its numbers to the event file. JSON has no NaN: such a value is `null`.
     pub fn metrics(&mut self, step: u64, metrics: &Metrics) -> Result<()> {
         let mut line = Map::from_iter([("step".to_owned(), Value::from(step))]);
         line.extend(metrics.iter().map(|(name, value)| (name.clone(), Value::from(*value))));
-        writeln!(self.metrics, "{}", Value::Object(line)).context("cannot write metrics.jsonl")?;
+        writeln!(self.metrics, "{}", Value::Object(line)).with_context(|| cannot_write(&self.path))?;
         self.events.scalars(step, metrics.iter().map(|(name, value)| (name.as_str(), *value)))
     }
 
@@ -50,8 +52,12 @@ impl Log {
 
     /// Puts `metrics.jsonl` on the disk, so that a checkpoint never knows steps that the log lost.
     pub fn sync(&self) -> Result<()> {
-        self.metrics.sync_all().context("cannot write metrics.jsonl")
+        self.metrics.sync_all().with_context(|| cannot_write(&self.path))
     }
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
 }
 
 /// Keeps the whole lines of steps up to `step`, or none. What comes after them may be torn; between them nothing may.

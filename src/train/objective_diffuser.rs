@@ -17,7 +17,7 @@ use super::{
     diffuser_config::{DiffuserConfig, Stage, TextConfig},
     drawn, editor,
     layout::{Labels, LayoutHead},
-    pixels::tiled,
+    pixels::write_sheet,
 };
 use crate::{
     flow::{
@@ -102,6 +102,8 @@ pub struct Diffuser {
     ahead: Ahead<Vec<Part>>,
 }
 
+/// How often the edit of a picture which misses what it should show asks for that, instead of for another edit.
+const MENDED: f64 = 0.7;
 /// Texts that the tokenizer learns from.
 const TOKENIZER_TEXTS: u64 = 10_000;
 
@@ -214,15 +216,20 @@ impl Diffuser {
     }
 
     /// An edit of a drawn picture, if it is the turn of one: what it shows, as the oracle reads it, is to be kept, and what
-    /// is broken in it is to be mended.
+    /// is broken in it is to be mended. Where it is known what it should show, it is to show that, whichever of its faults is
+    /// named.
     fn edit_of_drawn(&self, rng: &mut Stream, index: u64) -> Option<Example> {
         if self.drawn.is_empty() || !rng.chance(self.config.drawn_share) {
             return None;
         }
         let place = rng.below(self.drawn.len());
         let drawn = &self.drawn[place];
-        let scene = &drawn.reading.scene;
-        let (prompt, target) = tasks::edit_of(self.seed, index, scene, &drawn.graph)?;
+        let scene = drawn.scene.as_ref().unwrap_or(&drawn.reading.scene);
+        let mended = drawn.scene.as_ref().and_then(|scene| {
+            let named = rng.chance(MENDED).then(|| tasks::mending(self.seed, index, &drawn.reading.view, &drawn.graph));
+            Some((named??, scene.clone()))
+        });
+        let (prompt, target) = mended.or_else(|| tasks::edit_of(self.seed, index, scene, &drawn.graph))?;
         Some(Example { prompt, target, source: Some(Source { scene: scene.clone(), drawn: Some(place) }) })
     }
 
@@ -456,7 +463,12 @@ impl Objective for Diffuser {
 
     fn samples(&mut self, _: u64, folder: &Path) -> Result<()> {
         let made = self.held_out(SHOWN)?;
-        for (name, kind) in [("draw", Kind::Prompt), ("edit", Kind::Edit), ("edit_of_drawn", Kind::EditOfDrawn)] {
+        for (name, kind) in [
+            ("draw", Kind::Prompt),
+            ("edit", Kind::Edit),
+            ("edit_of_drawn", Kind::EditOfDrawn),
+            ("mended", Kind::Mending),
+        ] {
             let (mut pictures, mut asked) = (Vec::new(), String::new());
             for made in made.iter().filter(|made| made.kind == kind) {
                 asked += &format!("{}\n", made.asked);
@@ -464,8 +476,7 @@ impl Objective for Diffuser {
                 pictures.push(made.picture.clone());
             }
             if !pictures.is_empty() {
-                tiled(&pictures, 8).save(folder.join(format!("{name}.png")))?;
-                fs::write(folder.join(format!("{name}.txt")), asked)?;
+                write_sheet(folder, name, &pictures, &asked)?;
             }
         }
         Ok(())

@@ -12,6 +12,7 @@
 
 use super::{Batch, Group, Metrics, Objective, Rule, Step, optim, pixels::tiled};
 use crate::{
+    io,
     models::{
         Folder, Params,
         autoencoder::{Autoencoder, Config},
@@ -327,8 +328,7 @@ impl Objective for VaeObjective {
             let y = self.model.decode(&self.model.encode(&x)?.0)?;
             pictures.extend([to_pictures(&x)?, to_pictures(&y)?].concat());
         }
-        let path = folder.join("reconstructions.png");
-        tiled(&pictures, SAMPLES as usize).save(&path).with_context(|| format!("cannot write {}", path.display()))
+        io::png::write(&folder.join("reconstructions.png"), &tiled(&pictures, SAMPLES as usize), &[], true)
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
@@ -348,8 +348,8 @@ impl Objective for VaeObjective {
         // The reference counts the batches that its statistics come from, and reads the count nowhere.
         let batches = self.config.statistics.div_ceil(CHUNK) as i64;
         tensors.insert("bn.num_batches_tracked".into(), Tensor::new(batches, &Device::Cpu)?);
-        let path = folder.join("diffusion_pytorch_model.safetensors");
-        candle_core::safetensors::save(&tensors, &path).with_context(|| format!("cannot write {}", path.display()))?;
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        io::write_safetensors(&folder.join("diffusion_pytorch_model.safetensors"), &tensors, metadata)?;
         let path = folder.join("config.json");
         let json = serde_json::to_string_pretty(&self.model.config)? + "\n";
         std::fs::write(&path, json).with_context(|| format!("cannot write {}", path.display()))

@@ -1,6 +1,15 @@
 //! Sheets of pictures, and what an edit did to a picture's pixels.
 
+use crate::io;
+use anyhow::Result;
 use image::RgbImage;
+use std::path::Path;
+
+/// Writes `NAME.png`, pictures in rows of eight, and `NAME.txt`, what is said of them.
+pub fn write_sheet(folder: &Path, name: &str, pictures: &[RgbImage], words: &str) -> Result<()> {
+    io::png::write(&folder.join(format!("{name}.png")), &tiled(pictures, 8), &[], true)?;
+    io::write_file(&folder.join(format!("{name}.txt")), words.as_bytes(), true)
+}
 
 /// Pictures of one size in rows of `columns`.
 pub fn tiled(pictures: &[RgbImage], columns: usize) -> RgbImage {

@@ -16,12 +16,13 @@ use crate::{
     rig::{
         prompts,
         roles::{Claim, Verdict},
+        truth::{drawn_verdicts, inventory, stated, verdicts},
     },
     scene::{
         graph::{Object, Relation, SceneGraph},
         relation::Spatial,
         tabletop::{
-            caption::{Style, caption},
+            caption::caption,
             edit::Edit,
             oracle::Reading,
             plan,
@@ -30,7 +31,7 @@ use crate::{
             split::{self, Split},
             tasks,
             view::{Seen, View},
-            world::{Colour, SIDE, Scene, Shape},
+            world::{Colour, Scene, Shape},
         },
     },
     tensor::rng::Stream,
@@ -106,85 +107,6 @@ pub fn phrases() -> Vec<String> {
 /// JSON as the prompts write it: a blank behind commas and colons. No text of the tabletop world holds either.
 fn spaced(value: &Value) -> String {
     value.to_string().replace(':', ": ").replace(',', ", ")
-}
-
-fn claim(claim: &tasks::Claim) -> Claim {
-    match claim {
-        tasks::Claim::Object(object) => Claim::Object(object.phrase()),
-        tasks::Claim::Relation { subject, predicate, object } => {
-            Claim::Relation { subject: subject.phrase(), relation: predicate.clone(), object: object.phrase() }
-        }
-    }
-}
-
-/// An object in full, and its centre in percent of the picture, to 5.
-fn place(seen: &Seen) -> String {
-    let percent = |x: f32| ((x * 20.0 / SIDE as f32).round() * 5.0).clamp(0.0, 95.0);
-    let (x, y) = seen.bounds.centre();
-    format!("{} {} {}", seen.object().phrase(), percent(x), percent(y))
-}
-
-/// What is seen of an object: the one meant, or what comes nearest, by shape before colour.
-fn evidence(view: &View, object: &Object, meant: Option<usize>) -> String {
-    let by = |fits: &dyn Fn(&Seen) -> bool| {
-        let left = |a: &&Seen, b: &&Seen| a.bounds.centre().0.total_cmp(&b.bounds.centre().0);
-        view.objects.iter().filter(|o| fits(o)).min_by(left)
-    };
-    let colour = object.attributes.iter().find_map(|a| Colour::from_name(a));
-    let seen = meant
-        .map(|i| &view.objects[i])
-        .or_else(|| by(&|o| o.shape.name() == object.label))
-        .or_else(|| by(&|o| Some(o.colour) == colour));
-    seen.map_or_else(|| NOTHING.to_owned(), place)
-}
-
-const NOTHING: &str = "nothing";
-
-/// What is no shape of the world.
-const UNCLEAR: &str = "unclear";
-
-/// Objects that are told of a picture at most.
-const TOLD: usize = 6;
-
-/// What is in a picture and where, from left to right.
-fn inventory(view: &View) -> Vec<String> {
-    view.left_to_right().into_iter().take(TOLD).map(|i| place(&view.objects[i])).collect()
-}
-
-fn verdict(claim: Claim, yes: bool, reflection: String) -> Verdict {
-    Verdict { claim, yes, p_yes: f64::from(u8::from(yes)), reflection }
-}
-
-/// The verdicts on all claims of a graph about what is seen, and on there being nothing else, each with what is seen of it.
-pub fn verdicts(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
-    let mut verdicts = stated(view, graph);
-    if !graph.objects.is_empty() {
-        let only = Claim::Only(graph.objects.iter().map(Object::phrase).collect());
-        let seen = if view.objects.is_empty() { NOTHING.to_owned() } else { inventory(view).join(", ") };
-        verdicts.push(verdict(only, view.judge(graph).extra == 0, seen));
-    }
-    verdicts
-}
-
-/// Those on what the graph states.
-fn stated(view: &View, graph: &SceneGraph) -> Vec<Verdict> {
-    let matching = view.matching(graph);
-    let truth = view.judge(graph);
-    let seen = |i: usize| evidence(view, &graph.objects[i], matching[i]);
-    let objects = graph
-        .objects
-        .iter()
-        .enumerate()
-        .map(|(i, object)| verdict(Claim::Object(object.phrase()), truth.objects[i], seen(i)));
-    let relations = graph.relations.iter().zip(&truth.relations).map(|(relation, holds)| {
-        let claimed = tasks::Claim::Relation {
-            subject: graph.objects[relation.subject].clone(),
-            predicate: relation.predicate.clone(),
-            object: graph.objects[relation.object].clone(),
-        };
-        verdict(claim(&claimed), *holds, format!("{}, {}", seen(relation.subject), seen(relation.object)))
-    });
-    objects.chain(relations).collect()
 }
 
 /// The question of a claim, and its verdict as the answer.
@@ -286,11 +208,7 @@ fn probe(rng: &mut Stream, split: Split, view: &View, margin: f32) -> Option<Ver
 fn parse_row(rng: &mut Stream, split: Split, objects: usize) -> Row {
     let (_, graph) = sample::draw(rng, split, 1, objects);
     let graph = graph.canonical();
-    let style = match split {
-        Split::TestParaphrase => Style::Paraphrase,
-        _ if rng.chance(0.2) => Style::Triples,
-        _ => Style::Natural,
-    };
+    let style = tasks::style(rng, split, 0.2);
     let answer = json!({
         "objects": graph.objects.iter().map(Object::phrase).collect::<Vec<_>>(),
         "relations": graph.relations.iter().map(|r| json!([r.subject, r.predicate, r.object])).collect::<Vec<_>>(),
@@ -339,7 +257,7 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
             (sample.scene, verdicts, vec![row, describe])
         }
         None => {
-            let sample = tasks::check(seed, split, index, mix.objects);
+            let sample = tasks::check(seed, split, index, 1, mix.objects);
             let view = sample.scene.view();
             let verdicts = verdicts(&view, &sample.graph);
             (sample.scene, verdicts, vec![describe_row(&view)])
@@ -354,20 +272,6 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
         rows.push(parse_row(&mut rng, split, mix.objects));
     }
     Lesson { scene, rows }
-}
-
-/// The verdicts on all claims of a graph about what the oracle read. What is no known shape is something else than what a
-/// graph names, and is told as [`UNCLEAR`].
-pub fn drawn_verdicts(reading: &Reading, graph: &SceneGraph) -> Vec<Verdict> {
-    let mut verdicts = verdicts(&reading.view, graph);
-    if let Some(last) = verdicts.last_mut().filter(|last| matches!(last.claim, Claim::Only(_)) && reading.unclear > 0) {
-        (last.yes, last.p_yes) = (false, 0.0);
-        if reading.view.objects.len() < TOLD {
-            last.reflection += ", ";
-            last.reflection += UNCLEAR;
-        }
-    }
-    verdicts
 }
 
 /// What is taught of a picture that was drawn: as of a scene, by what the oracle reads in it. Half of the time it is asked
@@ -439,31 +343,12 @@ fn blurred(picture: &RgbImage, share: f32) -> RgbImage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scene::tabletop::oracle;
+    use crate::{
+        rig::truth::UNCLEAR,
+        scene::tabletop::{caption::Style, oracle, world::SIDE},
+    };
 
     const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, parse: 0.2 };
-
-    #[test]
-    fn verdicts_are_those_of_the_world_and_say_what_is_wrong() {
-        for index in 0..200 {
-            let sample = tasks::check(5, Split::Train, index, 3);
-            let verdicts = verdicts(&sample.scene.view(), &sample.graph);
-            let mut truth: Vec<(Claim, bool)> = sample.claims().iter().map(|(c, yes)| (claim(c), *yes)).collect();
-            let phrases = sample.graph.objects.iter().map(Object::phrase).collect();
-            truth.push((Claim::Only(phrases), sample.truth.extra == 0));
-            assert_eq!(verdicts.iter().map(|v| (v.claim.clone(), v.yes)).collect::<Vec<_>>(), truth);
-            for v in verdicts.iter().filter(|v| v.yes) {
-                // What holds is seen: every word of it is in the reflection.
-                let named = |phrase: &String| phrase.split(' ').all(|word| v.reflection.contains(word));
-                assert!(match &v.claim {
-                    Claim::Object(object) => named(object),
-                    Claim::Relation { subject, object, .. } =>
-                        [subject, object].iter().all(|o| o.split(' ').skip(1).all(|word| v.reflection.contains(word))),
-                    Claim::Only(_) => v.reflection.split(", ").count() == sample.scene.items.len(),
-                });
-            }
-        }
-    }
 
     #[test]
     fn what_is_taught_mends_the_picture() {
@@ -495,11 +380,11 @@ mod tests {
         let mix = Mix { act: 1.0, ..MIX };
         let (mut acted, mut own) = (0, 0);
         for index in 0..40 {
-            let sample = tasks::check(5, Split::Train, index, 3);
+            let sample = tasks::check(5, Split::Train, index, 1, 3);
             let picture = render(&sample.scene);
             let reading = oracle::read(&picture);
             let prompt = caption(&mut Stream::new(0, "prompt", index), &sample.graph, Style::Natural);
-            let drawn = Drawn { picture, prompt, graph: sample.graph, reading };
+            let drawn = Drawn { picture, prompt, graph: sample.graph, reading, scene: None };
             let rows = drawn_rows(5, index, &drawn, mix);
             let truths = verdicts(&drawn.reading.view, &drawn.graph);
             let claimed = truths.iter().map(check_row).filter(|row| rows.iter().any(|r| r.question == row.question));
@@ -526,7 +411,8 @@ mod tests {
         let blank = RgbImage::from_pixel(SIDE, SIDE, image::Rgb([230, 230, 230]));
         let (reading, graph) =
             (oracle::read(&blank), crate::scene::parse::parse("red ball left of blue cube").unwrap());
-        let drawn = Drawn { picture: blank, prompt: "red ball left of blue cube".to_owned(), graph, reading };
+        let prompt = "red ball left of blue cube".to_owned();
+        let drawn = Drawn { picture: blank, prompt, graph, reading, scene: None };
         let rows = drawn_rows(5, 0, &drawn, Mix { act: 0.0, ..MIX });
         // All is missing, and nothing too much.
         let mut checks = rows.iter().filter(|r| r.task == Task::Check);

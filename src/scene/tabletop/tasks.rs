@@ -101,11 +101,14 @@ fn stream(task: &str, seed: u64, split: Split, index: u64) -> Stream {
     Stream::new(seed, &format!("tabletop {task} {}", split.name()), index)
 }
 
-/// Natural language mostly, triples often; the paraphrase split has its own phrasings.
-fn style(rng: &mut Stream, split: Split) -> Style {
+/// The share of prompts that are triples.
+const TRIPLES: f64 = 0.25;
+
+/// Natural language, or with the chance `triples` those; the paraphrase split has its own phrasings.
+pub fn style(rng: &mut Stream, split: Split, triples: f64) -> Style {
     match split {
         Split::TestParaphrase => Style::Paraphrase,
-        _ if rng.chance(0.25) => Style::Triples,
+        _ if rng.chance(triples) => Style::Triples,
         _ => Style::Natural,
     }
 }
@@ -126,8 +129,19 @@ pub fn text_to_image_touching(
 ) -> TextToImage {
     let rng = &mut stream("text to image", seed, split, index);
     let (scene, graph) = sample::draw_touching(rng, split, min, max, touching);
-    let style = style(rng, split);
+    let style = style(rng, split, TRIPLES);
     TextToImage { prompt: caption(rng, &graph, style), scene, graph }
+}
+
+/// Scene `index` of those that are drawn over (`rlrig world redraw`), and a prompt for it: of two or three things two touch,
+/// and nine in ten prompts say which one is in front. Nothing where this index makes none such.
+pub fn to_redraw(seed: u64, split: Split, index: u64) -> Option<TextToImage> {
+    let rng = &mut Stream::new(seed, "redrawn", index);
+    let (scene, graph) = sample::draw_touching(rng, split, 2, 3, 1.0);
+    let is_depth =
+        |r: &Relation| matches!(Spatial::from_name(&r.predicate), Some(Spatial::InFrontOf | Spatial::Behind));
+    let wanted = graph.relations.iter().any(is_depth) || rng.chance(0.1);
+    wanted.then(|| TextToImage { prompt: caption(rng, &graph, Style::Natural), scene, graph })
 }
 
 /// A scene of `min..=max` objects and an edit of it, of a kind drawn evenly. Often what is removed is there once more.
@@ -188,6 +202,13 @@ pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Opti
         }
     }
     None
+}
+
+/// An instruction, for training, that asks for something which a picture lacks of its graph; nothing if there is none.
+pub fn mending(seed: u64, index: u64, view: &View, graph: &SceneGraph) -> Option<String> {
+    let rng = &mut stream("mending", seed, Split::Train, index);
+    let edits: Vec<Edit> = plan::edits(view, graph).into_iter().filter(|edit| !novel(edit)).collect();
+    (!edits.is_empty()).then(|| rng.choose(&edits).instruction(rng))
 }
 
 /// What a scene should show after an instruction: its things, what the words ask for, and what they leave alone where
@@ -378,7 +399,7 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
         }
         let (_, graph) = sample::describe(rng, target);
         if sample::admissible(Split::Train, &graph) && !scene.view().judge(&graph).perfect() {
-            let style = style(rng, Split::Train);
+            let style = style(rng, Split::Train, TRIPLES);
             return Some((caption(rng, &graph, style), graph));
         }
     }
@@ -426,20 +447,20 @@ fn changed(rng: &mut Stream, scene: &Scene, kind: Kind) -> Option<Scene> {
     propose(rng, scene, kind, TOUCHING).and_then(|edit| edit.apply(rng, scene))
 }
 
-/// A picture and a graph about it: right, or made wrong by changing the picture or the graph; about half of all claims
-/// are false, and the false ones are near misses.
-pub fn check(seed: u64, split: Split, index: u64, max: usize) -> CheckSample {
+/// A picture and a graph about it, of `min..=max` objects: right, or made wrong by changing the picture or the graph;
+/// about half of all claims are false, and the false ones are near misses.
+pub fn check(seed: u64, split: Split, index: u64, min: usize, max: usize) -> CheckSample {
     let rng = &mut stream("check", seed, split, index);
     loop {
         let (scene, graph) = match rng.uniform() {
-            u if u < 0.15 => sample::draw(rng, split, 1, max),
+            u if u < 0.15 => sample::draw(rng, split, min, max),
             u if u < 0.55 => {
                 let most = 1 + rng.below(3);
-                let (scene, graph) = sample::draw(rng, split, 1, max);
+                let (scene, graph) = sample::draw(rng, split, min, max);
                 (disturbed(rng, split, scene, most), graph)
             }
             _ => {
-                let (scene, graph) = sample::draw(rng, split, 1, max);
+                let (scene, graph) = sample::draw(rng, split, min, max);
                 let graph = corrupted(rng, &scene.view(), graph);
                 (scene, graph)
             }
@@ -517,7 +538,7 @@ pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSa
             let Some(target) = edit.apply(rng, &scene) else { continue };
             let better = target.view().judge(&graph).better_than(&truth);
             if better && !(split == Split::Train && novel(&edit)) {
-                let style = style(rng, split);
+                let style = style(rng, split, TRIPLES);
                 let prompt = caption::caption(rng, &graph, style);
                 let instruction = edit.plain();
                 return ActSample { scene, prompt, graph, truth, edit, instruction, target };

@@ -37,6 +37,8 @@ pub enum Kind {
     Prompt,
     Edit,
     EditOfDrawn,
+    /// Of a picture that was drawn over a render, towards what the render shows.
+    Mending,
 }
 
 impl Diffuser {
@@ -56,6 +58,12 @@ impl Diffuser {
             samples.push((sample.instruction, Kind::Edit, sample.after, Some(render(&sample.source))));
         }
         for (i, drawn) in self.drawn_held_out.iter().take(count).enumerate() {
+            if drawn.scene.is_some() {
+                let asked = tasks::mending(HELD_OUT, i as u64, &drawn.reading.view, &drawn.graph);
+                let mend = |asked| (asked, Kind::Mending, drawn.graph.clone(), Some(drawn.picture.clone()));
+                samples.extend(asked.map(mend));
+                continue;
+            }
             let scene = &drawn.reading.scene;
             let Some((asked, _)) = tasks::edit_of(HELD_OUT, i as u64, scene, &drawn.graph) else { continue };
             let Some(after) = tasks::after(HELD_OUT, i as u64, scene, &asked) else { continue };
@@ -96,6 +104,7 @@ pub fn metrics(made: &[Made]) -> Metrics {
             }
             Kind::Edit => count("eval/edit_perfect", perfect, 1),
             Kind::EditOfDrawn => count("eval/drawn_edit_perfect", perfect, 1),
+            Kind::Mending => count("eval/mended", perfect, 1),
         }
     }
     sums.into_iter().map(|(name, (good, all))| (name.to_owned(), good / all.max(1.0))).collect()

@@ -85,7 +85,7 @@ fn sets(split: Split) -> HashSet<Vec<(Shape, Colour)>> {
         let sample = edit(i % 3, split, i, 1, 3);
         [Some(sample.source), (split == Split::Train).then_some(sample.target)].into_iter().flatten()
     });
-    let checks = (0..500).map(|i| check(i % 3, split, i, 3).scene).filter(|_| split == Split::Train);
+    let checks = (0..500).map(|i| check(i % 3, split, i, 1, 3).scene).filter(|_| split == Split::Train);
     texts.chain(edits).chain(checks).filter(|s| s.items.len() > 1).map(|s| set(&s)).collect()
 }
 
@@ -105,7 +105,7 @@ fn training_never_names_a_held_out_relation() {
         let named = [
             text_to_image(2, Split::Train, i, 1, 3).graph,
             edit(2, Split::Train, i, 1, 3).after,
-            check(2, Split::Train, i, 3).graph,
+            check(2, Split::Train, i, 1, 3).graph,
             act(2, Split::Train, i, 1, 3).graph,
         ];
         assert!(named.iter().all(|g| split::held_out_relations(g) == 0));
@@ -178,7 +178,7 @@ fn a_recolouring_changes_no_pixel_outside_its_object() {
 fn claims_are_balanced_and_true_to_the_scene() {
     let (mut objects, mut relations) = ([0usize; 2], [0usize; 2]);
     for index in 0..1500 {
-        let sample = check(6, Split::Train, index, 3);
+        let sample = check(6, Split::Train, index, 1, 3);
         assert_eq!(sample.truth, sample.scene.view().judge(&sample.graph));
         for (claim, truth) in sample.claims() {
             match claim {
@@ -271,7 +271,7 @@ fn what_an_edit_does_not_touch_is_asked_to_stay() {
 fn a_wish_is_a_prompt_for_training_that_the_scene_misses() {
     let mut found = 0;
     for index in 0..200 {
-        let scene = check(2, Split::Train, index, 3).scene;
+        let scene = check(2, Split::Train, index, 1, 3).scene;
         let Some((prompt, graph)) = wish(&mut Stream::new(2, "wish", index), &scene) else { continue };
         assert_eq!(parse(&prompt).unwrap().canonical(), graph.canonical(), "{prompt}");
         assert!(sample::admissible(Split::Train, &graph) && (1..=3).contains(&graph.objects.len()), "{prompt}");
@@ -279,6 +279,6 @@ fn a_wish_is_a_prompt_for_training_that_the_scene_misses() {
         found += 1;
     }
     assert!(found > 180, "{found}");
-    let empty = Scene { items: Vec::new(), ..check(2, Split::Train, 0, 3).scene };
+    let empty = Scene { items: Vec::new(), ..check(2, Split::Train, 0, 1, 3).scene };
     assert!(wish(&mut Stream::new(2, "wish", 0), &empty).is_none());
 }
