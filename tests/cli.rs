@@ -249,6 +249,20 @@ fn every_editor_edits() {
 }
 
 #[test]
+fn an_edit_says_what_the_built_in_editor_never_learned() {
+    let rig = Rig::new();
+    image::RgbImage::new(128, 128).save(rig.path("in.png")).unwrap();
+    let said = |instruction: &str| {
+        let args = ["--image", "in.png", "--instruction", instruction, "--steps", "1", "--out", "out.png", "--force"];
+        let output = rig.command(&[&["edit"], &args[..]].concat()).output().unwrap();
+        assert!(output.status.success());
+        stderr(&output)
+    };
+    assert!(said("make the giraffe blue").contains("learned no such instruction, and may do anything"));
+    assert!(!said("make the red ball blue").contains("learned no such"));
+}
+
+#[test]
 fn an_edit_says_when_it_cuts_the_picture() {
     let rig = Rig::new();
     // A token of this model is 16 pixels wide and high.

@@ -31,6 +31,10 @@ fn prompts_that_nothing_can_be_drawn_of() {
     refused("the prompt has 100001 characters", &["--prompt", &"a".repeat(100_001)]);
     refused("unknown shape \"giraffe\"", &["--prompt", "a red giraffe left of a blue cube"]);
     refused("did you mean \"cube\"?", &["--prompt", "a red cubbe"]);
+    refused("both red and blue", &["--prompt", "a red blue ball left of a cube"]);
+    refused("does not fit", &["--prompt", "a large ball inside a small ring"]);
+    let long = ["a small red ball left of a large blue cube"; 9].join("; ");
+    refused("is too long: the built-in Diffuser reads 64 tokens", &["--prompt", &long]);
     refused(
         "no picture can show this",
         &["--prompt", "a red ball is left of a blue cube; the blue cube is left of the red ball"],

@@ -4,7 +4,7 @@
 
 mod rlrig;
 
-use self::rlrig::{Rig, write_adapter, write_vlm};
+use self::rlrig::{Rig, stderr, write_adapter, write_vlm};
 use ::rlrig::eval::modes::Mode;
 use serde_json::{Value, json};
 use std::{collections::BTreeSet, fs, path::Path};
@@ -71,8 +71,13 @@ fn the_suite_writes_every_mode_and_every_picture() {
         assert!(rig.path("run").join(name).is_file());
     }
     let compared = rig.command(&["eval", "compare", "run:diffuser", "run:loop", "--json"]).output().unwrap();
+    assert!(!stderr(&compared).contains("is not finished"));
     let compared: Value = serde_json::from_slice(&compared.stdout).unwrap();
     assert!(compared.as_array().unwrap().iter().any(|c| c["metric"] == "sg_iou" && c["difference"]["n"] == 3));
+    // What is not finished lacks the prompts that take longest.
+    fs::remove_file(rig.path("run/results.json")).unwrap();
+    let compared = rig.command(&["eval", "compare", "run:diffuser", "run:loop"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&compared.stdout).contains("run is not finished: prompts that are accepted early"));
 }
 
 /// What a mode did in each round: the words of the edit, what is said of the picture, and the picture.
@@ -179,13 +184,13 @@ fn an_edit_that_costs_more_than_a_drawing_is_warned_about_beside_the_rivals() {
         let models = ["--model", "klein", "--vlm", "vlm", "--steps", "2"];
         let mut command = rig.command(&[&["eval"], &FEW[..], &modes, &models].concat());
         let output = command.env("RLRIG_LOG", "warn").output().unwrap();
-        assert!(output.status.success(), "{}", rlrig::stderr(&output));
+        assert!(output.status.success(), "{}", stderr(&output));
         let lines = lines(&rig, editor);
         let cost = |edited: bool| {
             let line = lines.iter().find(|line| line.get("edit").is_some() == edited).unwrap();
             line["cost"]["evaluations"].as_u64().unwrap()
         };
-        (rlrig::stderr(&output).contains("best-of-n and rewrite cost less"), cost(true) > cost(false))
+        (stderr(&output).contains("best-of-n and rewrite cost less"), cost(true) > cost(false))
     };
     assert_eq!(run("reference"), (false, false));
     assert_eq!(run("flowedit"), (true, true));
@@ -212,7 +217,7 @@ fn a_file_with_every_flaw_is_evaluated_end_to_end() {
     let data = ["--dataset", "laion-sg", "--data", "flawed.json"];
     let more = [&data[..], &["--mode", "diffuser", "--limit", "100", "--out", "run"]].concat();
     let output = rig.run("eval", &more);
-    let said = rlrig::stderr(&output);
+    let said = stderr(&output);
     assert!(output.status.success() && said.contains("1 relations with an item that is not there"), "{said}");
     assert_eq!(lines(&rig, "run").len(), 8);
     assert!(lines(&rig, "run").iter().all(|line| line["metrics"].get("oracle_mean").is_none()));
@@ -385,7 +390,7 @@ fn batches_and_threads_change_nothing() {
             let out = format!("{name}-{batch}");
             let all = [&["eval", "--draws", "1", "--batch", batch, "--out", &out][..], arguments].concat();
             let output = rig.command(&all).env("RAYON_NUM_THREADS", threads).output().unwrap();
-            assert!(output.status.success(), "{}", rlrig::stderr(&output));
+            assert!(output.status.success(), "{}", stderr(&output));
             lines(&rig, &out)
         };
         let (narrow, wide) = (run("1", "1"), run("32", "2"));
@@ -406,7 +411,7 @@ fn what_the_checker_says_is_fitted_to_the_oracle() {
     eval(&rig, "raw", &["--mode", "diffuser"]);
     let calibrate = |arguments: &[&str]| rig.command(&[&["eval", "calibrate"], arguments].concat()).output().unwrap();
     let output = calibrate(&["raw", "--out", "vlm/calibration.json"]);
-    assert!(output.status.success(), "{}", rlrig::stderr(&output));
+    assert!(output.status.success(), "{}", stderr(&output));
     rlrig::refuses(&calibrate(&["raw", "--out", "vlm/calibration.json"]), 2, "--force", "an existing file");
     // The same pictures by the calibrated Checker, whose calibration is that of what it says behind it.
     eval(&rig, "fitted", &["--mode", "diffuser"]);
@@ -449,7 +454,7 @@ fn single_edits_are_measured_and_what_they_do_not_heed_is_refused() {
     };
     let output = edits(&["--seed", "7", "--out", "run"]);
     let table = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && table.contains("| all | 3 |"), "{table}{}", rlrig::stderr(&output));
+    assert!(output.status.success() && table.contains("| all | 3 |"), "{table}{}", stderr(&output));
     let results = document(&rig, "run/edits.json");
     let settings = ["seed", "subset_seed", "limit"].map(|name| results["settings"][name].as_u64());
     assert_eq!(settings, [Some(7), Some(0), Some(3)]);
@@ -474,7 +479,7 @@ fn verdicts_are_measured_by_themselves_and_what_they_do_not_heed_is_refused() {
     };
     let good = |more: &[&str]| {
         let output = verdicts(more);
-        assert!(output.status.success(), "{more:?}: {}", rlrig::stderr(&output));
+        assert!(output.status.success(), "{more:?}: {}", stderr(&output));
         String::from_utf8(output.stdout).unwrap()
     };
     let table = good(&["--out", "run", "--split", "val", "--subset-seed", "7"]);

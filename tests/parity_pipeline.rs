@@ -283,6 +283,7 @@ fn changed(change: &dyn Fn(&Path)) -> anyhow::Result<Klein> {
 type Part = (&'static str, &'static str);
 const TRANSFORMER: Part = ("transformer", "diffusion_pytorch_model");
 const TEXT_ENCODER: Part = ("text_encoder", "model");
+const VAE: Part = ("vae", "diffusion_pytorch_model");
 
 /// Casts the tensors of a part to one precision after the other.
 fn cast(folder: &Path, (sub, stem): Part, dtypes: &[DType]) {
@@ -315,12 +316,15 @@ fn shard(folder: &Path, (sub, stem): Part) {
 
 #[test]
 fn shards_change_nothing_and_half_precision_on_disk_rounds_the_weights() {
+    // Latents, and the pixels they are decoded to.
     let drawn = |change: &dyn Fn(&Path)| {
         let klein = changed(change).unwrap();
-        klein.draw(&[job(&klein, PROMPTS[0], 0, Vec::new())], &options(2, 2.0)).unwrap().remove(0)
+        let latents = klein.draw(&[job(&klein, PROMPTS[0], 0, Vec::new())], &options(2, 2.0)).unwrap().remove(0);
+        let pixels = klein.autoencoder.pixels(&latents.unsqueeze(0).unwrap()).unwrap();
+        Tensor::cat(&[latents.flatten_all().unwrap(), pixels.flatten_all().unwrap()], 0).unwrap()
     };
     let plain = drawn(&|_| ());
-    for parts in [&[TRANSFORMER][..], &[TRANSFORMER, TEXT_ENCODER]] {
+    for parts in [&[TRANSFORMER][..], &[VAE], &[TRANSFORMER, TEXT_ENCODER]] {
         let each = |change: &dyn Fn(Part)| parts.iter().for_each(|part| change(*part));
         let sharded = drawn(&|folder| each(&|part| shard(folder, part)));
         assert!(same(&sharded, &plain), "{parts:?}");

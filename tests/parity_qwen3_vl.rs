@@ -174,3 +174,22 @@ fn pictures_and_their_places_must_agree() {
     assert!(with(&rows[..1], &patches.grids).contains("more pictures were given"));
     assert!(with(&rows, &[[2, 2], [4, 4], [8, 4]]).contains("place"));
 }
+
+#[test]
+fn a_tensor_that_is_missing_extra_or_misshapen_is_named() {
+    let folder = Folder::from(fixture("qwen3_vl/plain"));
+    let load = |change: &dyn Fn(&mut Config)| {
+        let mut config: Config = folder.json("config.json").unwrap();
+        change(&mut config);
+        let params = Params::open(&folder, "model", DType::F32, &Device::Cpu).unwrap();
+        let error = Qwen3VL::new(&config, &params).and_then(|_| params.finish(|_| false)).err().unwrap().to_string();
+        assert!(error.contains("plain/model.safetensors"), "{error}");
+        error
+    };
+    let missing = load(&|c| c.text_config.num_hidden_layers += 1);
+    assert!(missing.contains("lacks the tensor model.language_model.layers."), "{missing}");
+    let extra = load(&|c| c.text_config.num_hidden_layers -= 1);
+    assert!(extra.contains("model.language_model.layers."), "{extra}");
+    let shape = load(&|c| c.vision_config.intermediate_size += 8);
+    assert!(shape.contains("model.visual.blocks.0.mlp.linear_fc1") && shape.contains("the config asks for"), "{shape}");
+}

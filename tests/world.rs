@@ -53,7 +53,8 @@ fn export_writes_records_that_the_oracle_confirms() {
     };
     let (samples, flaws) = dataset::laion_sg(&out, "test", &all).unwrap();
     assert_eq!(flaws, Flaws::default());
-    let read: Vec<_> = samples.into_iter().map(|sample| (sample.id, sample.prompt, sample.graph)).collect();
+    let read: Vec<_> =
+        samples.iter().map(Result::unwrap).map(|sample| (sample.id, sample.prompt, sample.graph)).collect();
     let exported = |r: &Record| (r.img_id.clone(), r.caption_ori.clone(), r.graph());
     assert_eq!(read, records.iter().map(exported).collect::<Vec<_>>());
     // The same seed writes the same bytes; a folder in use is left alone.

@@ -11,8 +11,8 @@ use crate::{
     scene::{
         graph::{LARGEST, Object, Relation, SceneGraph},
         laion_sg::Record,
-        parse::{MAX_CHARS, ParseError, parse},
-        relation::contradictions,
+        parse::{MAX_CHARS, ParseError, only_unusual, parse},
+        relation::{contradictions, too_large},
     },
     usage,
 };
@@ -27,7 +27,17 @@ pub enum Ask {
     /// Its claims are known.
     Target(Target),
     /// Words that the grammar does not cover: the VLM has to find the claims.
-    Words(String),
+    Words { prompt: String, strict: bool },
+}
+
+impl Ask {
+    /// The prompt, as it is drawn.
+    pub fn prompt(&self) -> &str {
+        match self {
+            Self::Target(target) => &target.prompt,
+            Self::Words { prompt, .. } => prompt,
+        }
+    }
 }
 
 /// Reads everything that is asked for. `strict` says that the models know the words of the tabletop world only, so that
@@ -76,13 +86,19 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
     // A line may end a sentence. Where it cannot, the prompt was only wrapped.
     let unwrapped = prompt.split_whitespace().collect::<Vec<_>>().join(" ");
     let prompt = if parse(&unwrapped).is_ok() { &unwrapped } else { prompt.trim() };
+    let words = || Ok(Ask::Words { prompt: prompt.to_owned(), strict });
     match parse(prompt) {
-        Ok(graph) => Ok(Ask::Target(Target::new(prompt, &graph))),
+        Ok(graph) => {
+            if let Some(why) = too_large(&graph).filter(|_| strict) {
+                usage!("no picture can show this: {why}");
+            }
+            Ok(Ask::Target(Target::new(prompt, &graph)))
+        }
         Err(ParseError::Empty) => usage!("the prompt is empty"),
         Err(error @ ParseError::Contradiction(_)) => usage!("{error}"),
-        Err(ParseError::Grammar(_)) => Ok(Ask::Words(prompt.to_owned())),
-        Err(error) if strict => usage!("{error}"),
-        Err(_) => Ok(Ask::Words(prompt.to_owned())),
+        Err(ParseError::Grammar(_)) => words(),
+        Err(error) if strict && !only_unusual(prompt, &error) => usage!("{error}"),
+        Err(_) => words(),
     }
 }
 
@@ -91,8 +107,9 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
 pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Result<Target> {
     let mut target = match ask {
         Ask::Target(target) => target,
-        Ask::Words(prompt) => {
-            let (target, told) = found(&prompt, critic.parse(&prompt)?);
+        Ask::Words { prompt, strict } => {
+            let graph = critic.parse(&prompt)?;
+            let (target, told) = found(&prompt, if strict { merged(graph) } else { graph });
             say(&printable(&told));
             target
         }
@@ -124,6 +141,27 @@ fn found(prompt: &str, mut graph: SceneGraph) -> (Target, String) {
         _ => format!("the VLM reads \"{prompt}\" as: {}", claims.join("; ")),
     };
     (target, told)
+}
+
+/// The graph with objects of one phrase as one: the built-in VLM lists a thing again where it speaks of it again.
+fn merged(graph: SceneGraph) -> SceneGraph {
+    let mut objects: Vec<Object> = Vec::new();
+    let mut place = |object: Object| {
+        objects.iter().position(|known| *known == object).unwrap_or_else(|| {
+            objects.push(object);
+            objects.len() - 1
+        })
+    };
+    let places: Vec<usize> = graph.objects.into_iter().map(&mut place).collect();
+    let mut relations: Vec<Relation> = Vec::new();
+    for relation in graph.relations {
+        let Relation { subject, predicate, object } = relation;
+        let relation = Relation { subject: places[subject], predicate, object: places[object] };
+        if !relations.contains(&relation) {
+            relations.push(relation);
+        }
+    }
+    SceneGraph { objects, relations }
 }
 
 /// LAION-SG's records, one or a list, or plain scene graphs likewise; a record may be an error of its own.
@@ -174,7 +212,8 @@ fn from_graph(mut graph: SceneGraph, strict: bool) -> Result<Ask> {
     if strict {
         graph = in_known_words(&graph)?;
     }
-    if let Some(why) = contradictions(&graph).into_iter().next() {
+    let why = contradictions(&graph).into_iter().next();
+    if let Some(why) = why.or_else(|| too_large(&graph).filter(|_| strict)) {
         usage!("no picture can show this: {why}");
     }
     let prompt = graph.triple_text();
@@ -219,7 +258,7 @@ mod tests {
             .into_iter()
             .map(|ask| match ask {
                 Ask::Target(target) => target.prompt,
-                Ask::Words(words) => panic!("{words:?}"),
+                Ask::Words { prompt, .. } => panic!("{prompt:?}"),
             })
             .collect();
         assert_eq!(told, ["a red ball", "a blue cube"]);
@@ -256,13 +295,34 @@ mod tests {
     }
 
     #[test]
+    fn what_the_built_in_vlm_lists_twice_is_one_thing() {
+        let objects = ["cube", "ball", "cube"].map(|label| Object::new(label, Vec::new())).to_vec();
+        let relation = |subject, object| Relation { subject, predicate: "left of".into(), object };
+        let graph = merged(SceneGraph { objects, relations: vec![relation(0, 1), relation(2, 1), relation(1, 2)] });
+        assert_eq!((graph.objects.len(), graph.relations.len()), (2, 2));
+        let (target, told) = found("so it is", graph);
+        assert!(told.contains("no picture can show it") && target.claims.len() == 2, "{told}");
+    }
+
+    #[test]
+    fn what_the_world_has_no_room_for_is_a_mistake_with_its_models_alone() {
+        let large = "a large ball inside a small ring";
+        let error = understand(large, true).err().unwrap().to_string();
+        assert!(error.contains("does not fit"), "{error}");
+        assert!(matches!(understand(large, false), Ok(Ask::Target(_))));
+        assert!(understand("a red blue ball", true).err().unwrap().to_string().contains("both red and blue"));
+        let unusual = "There is a red ball. To its left is a blue cube.";
+        assert!(matches!(understand(unusual, true), Ok(Ask::Words { strict: true, .. })));
+    }
+
+    #[test]
     fn models_that_know_few_words_are_told_in_those() {
         let told = |label: &str, predicate: &str, strict| {
             let objects = vec![Object::new(label, vec!["big".into()]), Object::new("cube", Vec::new())];
             let relations = vec![Relation { subject: 0, predicate: predicate.into(), object: 1 }];
             match from_graph(SceneGraph { objects, relations }, strict) {
                 Ok(Ask::Target(target)) => target.prompt,
-                Ok(Ask::Words(words)) => panic!("{words}"),
+                Ok(Ask::Words { prompt, .. }) => panic!("{prompt}"),
                 Err(error) => error.to_string(),
             }
         };

@@ -18,7 +18,7 @@ use crate::{
         roles::{self, Editor, Picture, Target},
         trajectory::Parameters,
     },
-    scene::parse::MAX_CHARS,
+    scene::{parse::MAX_CHARS, tabletop::edit::Edit as Instruction},
     usage,
 };
 use anyhow::{Result, bail};
@@ -44,6 +44,12 @@ pub fn run(args: &Edit) -> Result<()> {
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
+    if found.is_built_in()
+        && args.editor == EditorKind::Reference
+        && let Err(error) = Instruction::parse(instruction)
+    {
+        console.say(&format!("the built-in Editor has learned no such instruction, and may do anything: {error}"));
+    }
     let roles = open::adapted(&[built_in::EDITOR], args.editor);
     let (klein, adapted) = open::pipeline(&found, (&device, dtype), &roles, &mut adapters)?;
     adapters.finish()?;

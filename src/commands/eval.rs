@@ -4,7 +4,7 @@ use super::{adapters::Adapters, eval_edits, eval_join, eval_verdicts, interrupt,
 use crate::{
     cli::{self, Dataset, EditorKind, Eval, EvalCommand, EvalRun},
     eval::{
-        dataset::{self, DataFile, Sample, Selection, Wording},
+        dataset::{self, DataFile, Sample, Samples, Selection, Wording},
         flaws::Flaws,
         folder::Folder,
         line::{Key, Line},
@@ -104,7 +104,7 @@ fn evaluate(args: &EvalRun) -> Result<()> {
 }
 
 /// The prompts of all splits, the flaws of each file, and the files.
-fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
+fn samples(args: &EvalRun) -> Result<(Samples, Vec<Flaws>, Vec<DataFile>)> {
     let wording = match (args.wording, args.dataset) {
         (Some(cli::Wording::Caption), _) | (None, Dataset::Tabletop) => Wording::Caption,
         (Some(cli::Wording::Triples), _) | (None, Dataset::LaionSg) => Wording::Triples,
@@ -129,11 +129,12 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
     if args.dataset == Dataset::LaionSg && args.subset_seed.is_some() && args.limit.is_none() {
         usage!("--subset-seed draws a subset of a file: say how many records by --limit");
     }
-    let (mut samples, mut flaws, mut files) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut samples, mut flaws, mut files) = (Samples::default(), Vec::new(), Vec::new());
     for split in &args.split {
         match (args.dataset, &args.data) {
             (Dataset::Tabletop, None) => {
-                samples.extend(dataset::tabletop(split_of(split)?, args.subset_seed.unwrap_or(0), &selection)?);
+                let drawn = dataset::tabletop(split_of(split)?, args.subset_seed.unwrap_or(0), &selection)?;
+                samples.append(drawn.into());
             }
             (Dataset::Tabletop, Some(_)) => usage!("--data is for --dataset laion-sg"),
             (Dataset::LaionSg, data) => {
@@ -143,7 +144,7 @@ fn samples(args: &EvalRun) -> Result<(Vec<Sample>, Vec<Flaws>, Vec<DataFile>)> {
                 }
                 files.push(dataset::data_file(&data, split)?);
                 let (more, found) = dataset::laion_sg(&data, split, &selection)?;
-                samples.extend(more);
+                samples.append(more);
                 flaws.push(found);
             }
         }
@@ -323,7 +324,7 @@ impl Models {
         &self,
         args: &EvalRun,
         (mode, seed): (Mode, u64),
-        samples: &[Sample],
+        samples: &Samples,
         kept: &mut Kept,
         console: &Console,
         stop: &'static AtomicBool,
@@ -333,7 +334,8 @@ impl Models {
             Kept::Memory(_) => HashSet::new(),
         };
         let key = |sample: &Sample| Key { mode, seed, split: sample.split.clone(), id: sample.id.clone() };
-        let left: Vec<&Sample> = samples.iter().filter(|sample| !done.contains(&key(sample))).collect();
+        // What cannot be read is left to fail.
+        let is_left = |sample: &Result<Sample>| sample.as_ref().map_or(true, |sample| !done.contains(&key(sample)));
         let on = mode.adapters();
         let Adapted { diffuser, editor } = self.adapted.clone();
         let adapted = Adapted { diffuser: diffuser.filter(|_| on.diffuser), editor: editor.filter(|_| on.editor) };
@@ -352,8 +354,10 @@ impl Models {
             seed,
             only: only(args),
         };
-        let (mut made, all) = (samples.len() - left.len(), samples.len());
-        play.run(&left, &mut |lines, pictures| {
+        // What is done is of these samples: a run goes on with the configuration it was begun with.
+        let made_before = done.iter().filter(|key| (key.mode, key.seed) == (mode, seed)).count();
+        let (mut made, all) = (made_before, samples.len());
+        play.run(samples.iter().filter(is_left), &mut |lines, pictures| {
             match kept {
                 Kept::Folder(folder) => folder.keep(lines, &pictures)?,
                 Kept::Memory(all) => all.extend(lines),

@@ -51,9 +51,16 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     if compared.is_empty() {
         usage!("{} and {} have no prompt in common in the modes asked for", args.a, args.b);
     }
-    let note = other_judge(&config_a, &config_b);
+    let mut notes: Vec<String> = other_judge(&config_a, &config_b).into_iter().collect();
+    for (name, _) in [(a, &folder_a), (b, &folder_b)].iter().filter(|(_, folder)| !folder.is_finished()) {
+        notes.push(format!("{name} is not finished: prompts that are accepted early, the easier ones, are made first"));
+    }
+    if config_a["rlrig"] != config_b["rlrig"] {
+        let version = |config: &Value| config["rlrig"].as_str().unwrap_or("an older version").to_owned();
+        notes.push(format!("The runs are of rlrig {} and {}", version(&config_a), version(&config_b)));
+    }
     if args.json {
-        note.iter().for_each(|note| note!("{note}"));
+        notes.iter().for_each(|note| note!("{note}"));
         console.result(&serde_json::to_string(&compared)?)?;
         return Ok(());
     }
@@ -71,7 +78,7 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
             e.hi
         ))?;
     }
-    if let Some(note) = note {
+    for note in notes {
         console.result(&format!("\n{note}"))?;
     }
     Ok(())

@@ -178,6 +178,16 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
     let (critic, actor) = open::critic(vlm, at, &mut adapters)?;
     let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;
+    // A large model's reading is cut as in Python; the built-in one has no room for a word too many, and no round would mend it.
+    for prompt in plan.asks.iter().map(Ask::prompt).filter(|_| pipeline.is_built_in()) {
+        if !klein.reads(prompt)? {
+            let most = klein.prompt_embedding.max_length;
+            let start: String = prompt.chars().take(60).collect();
+            usage!(
+                "the prompt \"{start}...\" is too long: the built-in Diffuser reads {most} tokens, about as many words"
+            );
+        }
+    }
 
     let painting = open::painting(&klein, pipeline, &args.sampling, plan.editing, args.batch);
     let (editor, inversion) = plan.editing;

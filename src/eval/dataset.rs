@@ -1,6 +1,10 @@
 //! What is evaluated on: one [`Sample`] a prompt, from LAION-SG's files or from the tabletop world.
 
-use super::{flaws::Flaws, record::Entry, records::Records};
+use super::{
+    flaws::Flaws,
+    record::Entry,
+    records::{Records, Spot},
+};
 use crate::{
     io,
     rig::roles::Target,
@@ -17,7 +21,7 @@ use serde::Serialize;
 use std::{
     collections::BinaryHeap,
     fs::{self, File},
-    io::BufReader,
+    io::{BufReader, Read},
     path::{Path, PathBuf},
 };
 
@@ -103,8 +107,100 @@ impl Selection {
     }
 
     /// Those of the shard, of all that the rest selects.
-    fn shard(&self, samples: Vec<Sample>) -> Vec<Sample> {
+    fn shard<T>(&self, samples: Vec<T>) -> Vec<T> {
         (0..).zip(samples).filter(|(place, _)| self.in_shard(*place)).map(|(_, sample)| sample).collect()
+    }
+
+    /// What a picture is measured against; `None` if the sample is left out.
+    fn graph(&self, graph: SceneGraph) -> Option<SceneGraph> {
+        let graph = if self.spatial_only { spatial(graph) } else { graph };
+        self.admits(&graph).then_some(graph)
+    }
+}
+
+/// The samples of a run, in order. Of a file only their places are held, and each is read when its turn comes: a file
+/// has half a million.
+#[derive(Debug, Default)]
+pub struct Samples(Vec<Source>);
+
+#[derive(Debug)]
+enum Source {
+    Held(Vec<Sample>),
+    File(Chosen),
+}
+
+impl From<Vec<Sample>> for Samples {
+    fn from(samples: Vec<Sample>) -> Self {
+        Self(vec![Source::Held(samples)])
+    }
+}
+
+impl Samples {
+    pub fn append(&mut self, more: Self) {
+        self.0.extend(more.0);
+    }
+
+    pub fn len(&self) -> usize {
+        let len = |source: &Source| match source {
+            Source::Held(samples) => samples.len(),
+            Source::File(chosen) => chosen.spots.len(),
+        };
+        self.0.iter().map(len).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// One after the other. A file that has changed is an error.
+    pub fn iter(&self) -> impl Iterator<Item = Result<Sample>> {
+        self.0.iter().flat_map(|source| -> Box<dyn Iterator<Item = Result<Sample>>> {
+            match source {
+                Source::Held(samples) => Box::new(samples.iter().cloned().map(Ok)),
+                Source::File(chosen) => Box::new(chosen.iter()),
+            }
+        })
+    }
+}
+
+/// The samples that are chosen of a file.
+#[derive(Debug)]
+struct Chosen {
+    path: PathBuf,
+    split: String,
+    selection: Selection,
+    spots: Vec<Spot>,
+}
+
+impl Chosen {
+    fn iter(&self) -> impl Iterator<Item = Result<Sample>> {
+        let mut open = None;
+        self.spots.iter().map(move |spot| {
+            let sample = self.read(&mut open, *spot).with_context(|| format!("cannot read {}", self.path.display()))?;
+            sample.with_context(|| format!("{} has changed since its records were chosen", self.path.display()))
+        })
+    }
+
+    /// The sample of a record, from the file where it was left; `None` if another is there.
+    fn read(&self, open: &mut Option<(BufReader<File>, u64)>, spot: Spot) -> std::io::Result<Option<Sample>> {
+        let (file, at) = match open {
+            Some(open) => open,
+            None => open.insert((BufReader::with_capacity(1 << 16, File::open(&self.path)?), 0)),
+        };
+        // Mostly it is what comes next, and in the buffer already.
+        file.seek_relative(spot.offset.wrapping_sub(*at) as i64)?;
+        *at = spot.offset;
+        let mut bytes = Vec::with_capacity(spot.bytes as usize);
+        *at += file.take(u64::from(spot.bytes)).read_to_end(&mut bytes)? as u64;
+        let Some(Entry { id, caption, graph }) = spot.entry(&bytes) else { return Ok(None) };
+        Ok(self.selection.graph(graph).map(|graph| Sample {
+            index: u64::from(spot.index),
+            id,
+            dataset: "laion-sg",
+            split: self.split.clone(),
+            prompt: self.selection.wording.prompt(&caption, &graph),
+            graph,
+        }))
     }
 }
 
@@ -154,27 +250,30 @@ pub fn data_file(data: &Path, split: &str) -> Result<DataFile> {
 }
 
 /// The samples of a LAION-SG file, or of the file of `split` in a folder, and the flaws that were found. Held in memory
-/// are those of the shard; of a random subset, the whole subset.
-pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Vec<Sample>, Flaws)> {
+/// are the places of those of the shard; of a random subset, those of the whole subset.
+pub fn laion_sg(data: &Path, split: &str, selection: &Selection) -> Result<(Samples, Flaws)> {
     let path = file_of(data, split)?;
     let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut records = Records::new(BufReader::with_capacity(1 << 16, file));
-    let mut chosen = Chosen::new(selection.clone());
-    let mut index = 0;
-    while !chosen.full() {
+    let mut choice = Choice::new(selection.clone());
+    let mut read = 0;
+    while !choice.full() {
         let entry = records.next_entry().with_context(|| path.display().to_string())?;
-        let Some(Entry { id, caption, graph }) = entry else { break };
-        let graph = if selection.spatial_only { spatial(graph) } else { graph };
-        if selection.admits(&graph) {
-            let prompt = selection.wording.prompt(&caption, &graph);
-            chosen.offer(Sample { index, id, dataset: "laion-sg", split: split.to_owned(), prompt, graph });
+        let Some(Entry { graph, .. }) = entry else { break };
+        if selection.graph(graph).is_some() {
+            choice.offer(records.spot());
         }
-        index += 1;
+        read += 1;
     }
-    if chosen.n == 0 {
-        usage!("{}: none of {index} records has enough objects and the relations asked for", path.display());
+    match read {
+        0 => usage!("{}: no record can be used; {}", path.display(), records.found()),
+        _ if choice.n == 0 => {
+            usage!("{}: none of {read} records has enough objects and the relations asked for", path.display())
+        }
+        _ => {}
     }
-    Ok((chosen.finish(), records.flaws))
+    let chosen = Chosen { path, split: split.to_owned(), selection: selection.clone(), spots: choice.finish() };
+    Ok((Samples(vec![Source::File(chosen)]), records.flaws))
 }
 
 /// The file itself, or that of the split in a folder.
@@ -215,17 +314,17 @@ fn has_word(name: &str, word: &str) -> bool {
 }
 
 /// The first samples that are offered, or a random subset that does not depend on their order.
-struct Chosen {
+struct Choice {
     selection: Selection,
     /// How many are chosen, of all shards.
     n: usize,
     /// The first ones, as far as they are the shard's.
-    first: Vec<Sample>,
+    first: Vec<Spot>,
     /// The subset, by the number each sample draws, the highest on top. Which are the shard's shows at the end.
-    drawn: BinaryHeap<(u64, Sample)>,
+    drawn: BinaryHeap<(u64, Spot)>,
 }
 
-impl Chosen {
+impl Choice {
     fn new(selection: Selection) -> Self {
         Self { selection, n: 0, first: Vec::new(), drawn: BinaryHeap::new() }
     }
@@ -240,28 +339,28 @@ impl Chosen {
         self.subset().is_none() && self.selection.limit.is_some_and(|limit| self.n >= limit)
     }
 
-    fn offer(&mut self, sample: Sample) {
+    fn offer(&mut self, spot: Spot) {
         if let Some((seed, limit)) = self.subset() {
-            self.drawn.push((Stream::new(seed, "subset", sample.index).next_u64(), sample));
+            self.drawn.push((Stream::new(seed, "subset", u64::from(spot.index)).next_u64(), spot));
             if self.drawn.len() > limit {
                 self.drawn.pop();
             }
             self.n = self.drawn.len();
         } else {
             if self.selection.in_shard(self.n) {
-                self.first.push(sample);
+                self.first.push(spot);
             }
             self.n += 1;
         }
     }
 
     /// Those of the shard, in the order of the data set.
-    fn finish(self) -> Vec<Sample> {
+    fn finish(self) -> Vec<Spot> {
         if self.subset().is_none() {
             return self.first;
         }
-        let mut subset: Vec<Sample> = self.drawn.into_iter().map(|(_, sample)| sample).collect();
-        subset.sort_by_key(|sample| sample.index);
+        let mut subset: Vec<Spot> = self.drawn.into_iter().map(|(_, spot)| spot).collect();
+        subset.sort_by_key(|spot| spot.index);
         self.selection.shard(subset)
     }
 }
@@ -343,8 +442,12 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/laion_sg/flawed.json")
     }
 
+    fn samples(selection: &Selection) -> Vec<Sample> {
+        laion_sg(&fixture(), "test", selection).unwrap().0.iter().collect::<Result<_>>().unwrap()
+    }
+
     fn ids(selection: Selection) -> Vec<String> {
-        laion_sg(&fixture(), "test", &selection).unwrap().0.into_iter().map(|s| s.id).collect()
+        samples(&selection).into_iter().map(|s| s.id).collect()
     }
 
     #[test]
@@ -377,8 +480,56 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_at_its_turn_is_what_was_chosen() {
+        let mut records = Records::new(BufReader::new(File::open(fixture()).unwrap()));
+        let mut expected = Vec::new();
+        while let Some(Entry { id, graph, .. }) = records.next_entry().unwrap() {
+            expected.push((expected.len() as u64, id, graph.triple_text(), graph));
+        }
+        let all = samples(&ALL).into_iter();
+        assert_eq!(all.map(|s| (s.index, s.id, s.prompt, s.graph)).collect::<Vec<_>>(), expected);
+        // Those of several sources follow each other.
+        let mut both = Samples::from(tabletop(Split::Test, 0, &Selection { limit: Some(3), ..ALL }).unwrap());
+        both.append(laion_sg(&fixture(), "test", &Selection { limit: Some(2), ..ALL }).unwrap().0);
+        let ids: Vec<String> = both.iter().map(|sample| sample.unwrap().id).collect();
+        assert_eq!((both.len(), ids.len(), &ids[3..]), (5, 5, ["1".to_owned(), "2".to_owned()].as_slice()));
+        assert_eq!(both.iter().count(), 5, "they are read again for each mode");
+
+        // A file that is another by now, or gone.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("test.json");
+        let text = fs::read(fixture()).unwrap();
+        fs::write(&path, &text).unwrap();
+        let (chosen, _) = laion_sg(&path, "test", &ALL).unwrap();
+        let error = || format!("{:#}", chosen.iter().find_map(Result::err).unwrap());
+        for changed in [&text[1..], &text[..text.len() / 2]] {
+            fs::write(&path, changed).unwrap();
+            assert!(error().contains("test.json has changed"), "{}", error());
+        }
+        fs::remove_file(&path).unwrap();
+        assert!(error().contains("cannot read"), "{}", error());
+    }
+
+    #[test]
+    fn a_file_in_which_nothing_can_be_used_is_an_error_that_says_what_was_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |text: &str| {
+            let path = dir.path().join("test.json");
+            fs::write(&path, text).unwrap();
+            format!("{:#}", laion_sg(&path, "test", &ALL).unwrap_err())
+        };
+        let wrong = error(r#"[{"img_id": "1", "score": "1", "caption_ori": "c", "items": 1, "relations": []}, 2]"#);
+        let told =
+            ["no record can be used", "the keys img_id, score", "1 values of a wrong type", "1 records that are no"];
+        assert!(told.into_iter().all(|what| wrong.contains(what)), "{wrong}");
+        let other = error(r#"[{"items": [1], "text": "x"}]"#);
+        let told = ["is not LAION-SG's", "1 records were read", "the keys items, text", "missing keys (record 1"];
+        assert!(told.into_iter().all(|what| other.contains(what)), "{other}");
+    }
+
+    #[test]
     fn prompts_are_worded_as_asked() {
-        let prompt = |wording| laion_sg(&fixture(), "test", &Selection { wording, ..ALL }).unwrap().0[0].prompt.clone();
+        let prompt = |wording| samples(&Selection { wording, ..ALL })[0].prompt.clone();
         assert_eq!(prompt(Wording::Triples), "tall stone tower attached to arched stone bridge");
         assert_eq!(prompt(Wording::Caption), "Picture 1");
         assert_eq!(prompt(Wording::Both), "Picture 1; tall stone tower attached to arched stone bridge");

@@ -15,6 +15,8 @@
 //! | `position` | GenEval's: whether all directions (left, right, above, below) hold |
 //! | `visor_oa`, `visor_unconditional`, `visor_conditional` | VISOR over the directions: both objects are there, with label and colour; the relation holds; it holds given both (of prompts with one relation, as VISOR's are, and one seed the mean is VISOR's) |
 //!
+//! IoUs compare what triples name: an object without a relation is none of their objects, as in the authors' code.
+//!
 //! The graph of a picture is what the judge lists of it in the words of the one that was asked for (as the authors' code has
 //! it; the default of LAION-SG), or what it confirms of that graph claim by claim (the default of the tabletop world, whose
 //! VLM has not learned to list). The latter is a part of it: these IoUs are then shares that are met, and what is too much

@@ -34,6 +34,10 @@ pub struct Play<'a> {
     pub seed: u64,
 }
 
+/// Samples that are held in memory at once, and played together: so many that the last of them, which leave places
+/// empty, do not count.
+const BATCH: usize = 1000;
+
 /// Takes a prompt's lines and their pictures.
 pub type Keep<'a> = dyn FnMut(Vec<Line>, Vec<&RgbImage>) -> Result<()> + 'a;
 
@@ -46,8 +50,19 @@ pub fn noise(seed: u64, index: u64) -> u64 {
 
 impl Play<'_> {
     /// Plays over `samples`; `keep` gets each prompt's lines and pictures as it ends. What is cancelled is not kept.
-    pub fn run(&self, samples: &[&Sample], keep: &mut Keep) -> Result<()> {
-        let job = |sample: &&Sample| Job { target: sample.target(self.only), seed: noise(self.seed, sample.index) };
+    pub fn run(&self, samples: impl Iterator<Item = Result<Sample>>, keep: &mut Keep) -> Result<()> {
+        let mut samples = samples.fuse();
+        loop {
+            let batch: Vec<Sample> = samples.by_ref().take(BATCH).collect::<Result<_>>()?;
+            if batch.is_empty() || (self.cancelled)() {
+                return Ok(());
+            }
+            self.batch(&batch, keep)?;
+        }
+    }
+
+    fn batch(&self, samples: &[Sample], keep: &mut Keep) -> Result<()> {
+        let job = |sample: &Sample| Job { target: sample.target(self.only), seed: noise(self.seed, sample.index) };
         let jobs: Vec<Job> = samples.iter().map(job).collect();
         let options = self.mode.options(self.options);
         let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
@@ -63,7 +78,7 @@ impl Play<'_> {
                         });
                         let listed = listed.transpose()?;
                         let made = Made {
-                            sample: samples[job],
+                            sample: &samples[job],
                             mode: self.mode,
                             seed: self.seed,
                             noise: jobs[job].seed,
@@ -199,7 +214,7 @@ mod tests {
                 seed: 0,
             };
             let mut all = Vec::new();
-            play.run(&[&sample], &mut |lines, _| {
+            play.run(std::iter::once(Ok(sample.clone())), &mut |lines, _| {
                 all.extend(lines);
                 Ok(())
             })
@@ -214,6 +229,48 @@ mod tests {
         assert_eq!((&confirmed[0].extracted, confirmed[0].metrics["sg_iou"]), (&line.reference, 1.0));
         // What else there is was no claim of the loop's.
         assert!(line.claims.len() == 3 && line.metrics["judge_no_others"] == 1.0 && line.metrics["judge_mean"] == 1.0);
+    }
+
+    #[test]
+    fn batch_after_batch_all_samples_are_played_until_one_cannot_be_read_or_it_is_cancelled() {
+        let prompt = "red ball left of blue cube";
+        let graph = parse(prompt).unwrap();
+        let sample = |index: usize| Sample {
+            index: index as u64,
+            id: index.to_string(),
+            dataset: "laion-sg",
+            split: "test".into(),
+            prompt: prompt.into(),
+            graph: graph.clone(),
+        };
+        // How many are kept of those before the first that cannot be read, and whether that is an error.
+        let kept = |readable: usize, most: usize| {
+            let made = std::cell::RefCell::new(Vec::new());
+            let play = Play {
+                mode: Mode::Diffuser,
+                painter: &Company,
+                critic: &Company,
+                only: false,
+                judge: None,
+                lister: None,
+                evaluations: &|| 0,
+                cancelled: &|| made.borrow().len() >= most,
+                options: Options::default(),
+                seed: 3,
+            };
+            let samples =
+                (0..=BATCH + 1).map(|i| if i < readable { Ok(sample(i)) } else { anyhow::bail!("cannot be read") });
+            let run = play.run(samples.take(BATCH + 2), &mut |lines, _| {
+                made.borrow_mut().extend(lines.into_iter().map(|line| (line.id, line.noise)));
+                Ok(())
+            });
+            let expected = |i: usize| (i.to_string(), noise(3, i as u64));
+            assert!(made.borrow().iter().cloned().eq((0..made.borrow().len()).map(expected)));
+            (made.into_inner().len(), run.is_ok())
+        };
+        assert_eq!(kept(usize::MAX, usize::MAX), (BATCH + 2, true));
+        assert_eq!(kept(BATCH + 1, usize::MAX), (BATCH, false));
+        assert_eq!(kept(usize::MAX, BATCH), (BATCH, true));
     }
 
     #[test]

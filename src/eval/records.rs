@@ -1,8 +1,8 @@
 //! LAION-SG's files record by record (arXiv 2412.08580): a JSON list of hundreds of megabytes, in the memory of one record.
 //!
 //! The real files have flaws. A record is cut out by its brackets, and ends at the latest where the next one begins, so that
-//! one that is no JSON costs only itself; what is wrong inside is counted with its place ([`Flaws`]), left out, and the rest
-//! is used.
+//! one that is no JSON costs only itself; what is wrong inside is counted with its place ([`Flaws`]), left out, and the
+//! rest is used. Where a record is ([`Spot`]) is little, and enough to read it again.
 
 use super::{
     flaws::{At, Flaw, Flaws},
@@ -14,25 +14,74 @@ use std::{collections::HashSet, io::BufRead};
 
 /// A record of more bytes than this is none: its brackets do not close.
 const LONGEST: usize = 8 << 20;
-/// The first key of LAION-SG's records, by which one is known whose forerunner does not end.
-const FIRST_KEY: &[u8] = b"\"img_id\"";
+/// The keys of LAION-SG's records; by the first of them one is known wherever it begins.
+const KEYS: [&[u8]; 7] = [b"img_id", b"name", b"caption_ori", b"score", b"url", b"items", b"relations"];
+/// Those of the items and relations inside.
+const INNER_KEYS: [&[u8]; 9] = [
+    b"item_id",
+    b"label",
+    b"attributes",
+    b"global_item_id",
+    b"triple_id",
+    b"item1",
+    b"relation",
+    b"item2",
+    b"global_relation_id",
+];
+/// Records after which a file without one of LAION-SG's is another.
+const ENOUGH: usize = 100;
 
 /// The records of a file, in order.
 pub struct Records<R> {
     reader: R,
     /// The line being read, from 1.
     line: u64,
+    /// The bytes that are read.
+    offset: u64,
     state: Place,
-    /// What was read of the next record: `{"img_id"`, or nothing.
+    /// What was read of the next record: its first key, or nothing.
     begun: Vec<u8>,
     /// The line at which that is.
     begun_at: u64,
     pub flaws: Flaws,
     /// Hashes of the ids seen, which is all that grows with the file.
     seen: HashSet<u64>,
-    /// Records cut out, and those among them that look like LAION-SG's.
+    /// Records cut out, those among them that look like LAION-SG's, and those that were given.
     all: usize,
     alike: usize,
+    used: u32,
+    /// The first keys of the first record.
+    keys: Option<Vec<String>>,
+    spot: Spot,
+}
+
+/// Where a record is that can be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Spot {
+    /// Its number among those that can be used, from 0.
+    pub index: u32,
+    /// Its number among all, from 1.
+    record: u32,
+    pub offset: u64,
+    pub bytes: u32,
+    /// Half a hash of its bytes: a file may change while a run goes on.
+    sum: u32,
+}
+
+impl Spot {
+    /// The record of the bytes that are there; `None` if they are others by now.
+    pub(super) fn entry(&self, bytes: &[u8]) -> Option<Entry> {
+        let Value::Object(record) = json(bytes).0.filter(|_| hash(bytes) as u32 == self.sum)? else { return None };
+        // Its flaws were counted when it was found.
+        read(&record, At { line: 0, record: self.record as usize }, &mut Flaws::default())
+    }
+}
+
+/// The bytes of an element of the list, the line it begins at, and how many bytes are before it.
+struct Cut {
+    line: u64,
+    offset: u64,
+    bytes: Vec<u8>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -47,6 +96,7 @@ impl<R: BufRead> Records<R> {
         Self {
             reader,
             line: 1,
+            offset: 0,
             state: Place::Before,
             begun: Vec::new(),
             begun_at: 1,
@@ -54,63 +104,74 @@ impl<R: BufRead> Records<R> {
             seen: HashSet::new(),
             all: 0,
             alike: 0,
+            used: 0,
+            keys: None,
+            spot: Spot::default(),
         }
+    }
+
+    /// Where the record is that was given last.
+    pub(super) fn spot(&self) -> Spot {
+        self.spot
+    }
+
+    /// What there is in a file in which nothing can be used.
+    pub(super) fn found(&self) -> String {
+        let keys = match &self.keys {
+            Some(keys) => format!("the first record has the keys {}", keys.join(", ")),
+            None => "no record is a JSON object".to_owned(),
+        };
+        std::iter::once(keys).chain(self.flaws.sentences()).collect::<Vec<_>>().join("; ")
     }
 
     /// The next record that can be used. A file that is not LAION-SG's is an error that says what was found.
     pub fn next_entry(&mut self) -> Result<Option<Entry>> {
-        while let Some((line, bytes)) = self.next_record()? {
+        while let Some(cut) = self.next_record()? {
             self.all += 1;
-            let at = At { line, record: self.all };
-            let text = String::from_utf8_lossy(&bytes);
-            if matches!(text, std::borrow::Cow::Owned(_)) {
+            let at = At { line: cut.line, record: self.all };
+            let (value, broken) = json(&cut.bytes);
+            if broken {
                 self.flaws.add(Flaw::BrokenUtf8, at);
-            }
-            let mut value: Option<Value> = serde_json::from_str(&text).ok();
-            if value.is_none() {
-                let (mended, broken) = mended(&text);
-                value = serde_json::from_str(&mended).ok();
-                if value.is_some() && broken && matches!(text, std::borrow::Cow::Borrowed(_)) {
-                    self.flaws.add(Flaw::BrokenUtf8, at);
-                }
             }
             let Some(Value::Object(record)) = &value else {
                 self.flaws.add(Flaw::Malformed, at);
-                self.check_kind(value.as_ref())?;
+                self.check_kind(ENOUGH)?;
                 continue;
             };
-            self.alike += usize::from(record.contains_key("items") || record.contains_key("relations"));
-            self.check_kind(value.as_ref())?;
+            let short = |key: &String| key.chars().take(40).collect();
+            self.keys.get_or_insert_with(|| record.keys().take(8).map(short).collect());
+            self.alike += usize::from(record.contains_key("items") && record.contains_key("relations"));
+            self.check_kind(ENOUGH)?;
             if let Some(entry) = read(record, at, &mut self.flaws) {
-                let id = &entry.id;
-                if self.seen.insert(hash(id)) {
+                if self.seen.insert(hash(entry.id.as_bytes())) {
+                    let record = u32::try_from(self.all).context("the file has too many records")?;
+                    // No record is longer than `LONGEST` and a chunk.
+                    let (bytes, sum) = (cut.bytes.len() as u32, hash(&cut.bytes) as u32);
+                    self.spot = Spot { index: self.used, record, offset: cut.offset, bytes, sum };
+                    self.used += 1;
                     return Ok(Some(entry));
                 }
                 self.flaws.add(Flaw::RepeatedId, at);
             }
         }
-        if self.alike == 0 {
-            bail!("this is not LAION-SG's JSON: a list of {} records, none with \"items\" and \"relations\"", self.all);
-        }
+        self.check_kind(0)?;
         Ok(None)
     }
 
-    /// After some records without one of LAION-SG's, the file is another.
-    fn check_kind(&self, found: Option<&Value>) -> Result<()> {
-        if self.alike > 0 || self.all < 100 {
+    /// After so many records without one of LAION-SG's, the file is another.
+    fn check_kind(&self, enough: usize) -> Result<()> {
+        if self.alike > 0 || self.all < enough {
             return Ok(());
         }
-        match found {
-            Some(Value::Object(record)) => {
-                let keys: Vec<&str> = record.keys().take(8).map(String::as_str).collect();
-                bail!("this is not LAION-SG's JSON: its records have the keys {}", keys.join(", "))
-            }
-            _ => bail!("this is not LAION-SG's JSON: its first {} elements are no records", self.all),
-        }
+        bail!(
+            "this is not LAION-SG's JSON: {} records were read, and none has both \"items\" and \"relations\"; {}",
+            self.all,
+            self.found()
+        )
     }
 
-    /// The bytes of the next element of the list, and the line it begins at.
-    fn next_record(&mut self) -> Result<Option<(u64, Vec<u8>)>> {
+    /// The next element of the list.
+    fn next_record(&mut self) -> Result<Option<Cut>> {
         if self.state == Place::Before {
             self.open()?;
         }
@@ -127,7 +188,8 @@ impl<R: BufRead> Records<R> {
                 self.state = Place::After;
                 // All that lacks may be the list's last bracket.
                 let whole = depth == 0 && record.trim_ascii_end().ends_with(b"}");
-                return Ok(whole.then_some((first_line, record)));
+                let offset = self.offset - record.len() as u64;
+                return Ok(whole.then_some(Cut { line: first_line, offset, bytes: record }));
             }
             let (mut used, mut ended, mut closed, mut next) = (chunk.len(), false, false, None);
             for (i, byte) in chunk.iter().enumerate() {
@@ -158,16 +220,18 @@ impl<R: BufRead> Records<R> {
                     first_line = self.line;
                 }
                 record.push(*byte);
-                if let Some(start) = begins(&record).filter(|start| *start > 0) {
+                if let Some(start) = begins(&record, depth, quoted).filter(|start| *start > 0) {
                     (used, next) = (i + 1, Some(start));
                     break;
                 }
             }
             self.reader.consume(used);
+            self.offset += used as u64;
             if let Some(start) = next {
+                let offset = self.offset - record.len() as u64;
                 self.begun = record.split_off(start);
                 self.begun_at = self.line - self.begun.iter().filter(|byte| **byte == b'\n').count() as u64;
-                return Ok(Some((first_line, record)));
+                return Ok(Some(Cut { line: first_line, offset, bytes: record }));
             }
             if record.len() > LONGEST {
                 bail!("the record that begins at line {first_line} does not end: its brackets or quotes do not close");
@@ -176,7 +240,9 @@ impl<R: BufRead> Records<R> {
                 self.state = Place::After;
             }
             if ended && !record.is_empty() {
-                return Ok(Some((first_line, record)));
+                // What ends it is read too.
+                let offset = self.offset - 1 - record.len() as u64;
+                return Ok(Some(Cut { line: first_line, offset, bytes: record }));
             }
         }
     }
@@ -194,10 +260,12 @@ impl<R: BufRead> Records<R> {
                 }
                 self.line += u64::from(byte == b'\n');
                 self.reader.consume(1);
+                self.offset += 1;
                 continue;
             }
             if byte == b'[' {
                 self.reader.consume(1);
+                self.offset += 1;
                 self.state = Place::Inside;
                 return Ok(());
             }
@@ -207,13 +275,51 @@ impl<R: BufRead> Records<R> {
     }
 }
 
-/// Where in `bytes` a record begins whose first key ends here.
-fn begins(bytes: &[u8]) -> Option<usize> {
-    let before = bytes.strip_suffix(FIRST_KEY)?;
-    let end = before.iter().rposition(|byte| !byte.is_ascii_whitespace())?;
-    // Not the value of a key.
-    let is_value = before[..end].iter().rfind(|byte| !byte.is_ascii_whitespace()) == Some(&b':');
-    (before[end] == b'{' && !is_value).then_some(end)
+/// Where in `record`, which is read to this depth of brackets and within quotes or not, the next one begins, its first
+/// key just read.
+///
+/// In JSON an object is the value of a key or stands in a list, and a string has no line break. So one that stands in
+/// the record without a key is the next record, and so is one at the beginning of a line "within quotes". Deeper, where
+/// the lists of items and relations are, it is the next one only if it begins as the record did.
+fn begins(record: &[u8], depth: usize, quoted: bool) -> Option<usize> {
+    let before = record.strip_suffix(b"\"")?;
+    let quote = before.iter().rposition(|byte| *byte == b'"')?;
+    let key = &before[quote + 1..];
+    let start = before[..quote].trim_ascii_end().strip_suffix(b"{")?.len();
+    let before = before[..start].trim_ascii_end();
+    if before.ends_with(b":") {
+        return None; // the value of a key
+    }
+    if key == KEYS[0] {
+        return Some(start);
+    }
+    if INNER_KEYS.contains(&key) || !record.starts_with(b"{") {
+        return None;
+    }
+    let line_begins =
+        before.strip_suffix(b",").is_some_and(|rest| record[rest.trim_ascii_end().len()..start].contains(&b'\n'));
+    let known = || KEYS.contains(&key) && first_key(record) == Some(key);
+    // The depth is that inside of what begins.
+    ((!quoted && depth <= 2) || (line_begins && (quoted || known()))).then_some(start)
+}
+
+/// The key that an object begins with.
+fn first_key(object: &[u8]) -> Option<&[u8]> {
+    let key = object.strip_prefix(b"{")?.trim_ascii_start().strip_prefix(b"\"")?;
+    key.split(|byte| *byte == b'"').next()
+}
+
+/// A record as JSON, if it is any, and whether its UTF-8 is broken.
+fn json(bytes: &[u8]) -> (Option<Value>, bool) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut broken = matches!(text, std::borrow::Cow::Owned(_));
+    let mut value = serde_json::from_str(&text).ok();
+    if value.is_none() {
+        let (mended, half) = mended(&text);
+        value = serde_json::from_str(&mended).ok();
+        broken |= half && value.is_some();
+    }
+    (value, broken)
 }
 
 /// What Python's `json` writes and JSON does not know, in words of JSON's: numbers that are none as null, halves of a
@@ -250,11 +356,12 @@ fn mended(text: &str) -> (String, bool) {
     (mended, broken)
 }
 
-/// A hash of an id; two ids of half a million share one with a chance below 1e-8.
-fn hash(id: &str) -> u64 {
+/// A hash of an id, or of a record. Two ids of half a million share one with a chance below 1e-8; the second record
+/// would then be left out as one with a repeated id.
+fn hash(bytes: &[u8]) -> u64 {
     use std::hash::{DefaultHasher, Hasher};
     let mut hasher = DefaultHasher::new();
-    hasher.write(id.as_bytes());
+    hasher.write(bytes);
     hasher.finish()
 }
 
@@ -325,6 +432,58 @@ mod tests {
         assert_eq!(found(&format!("[{a} {b}]")).0, ["1", "2"]);
         let stray = found(&format!("[{a}], {b}]\n ]\n"));
         assert_eq!(stray, (vec!["1".into(), "2".into()], vec![(Flaw::StrayBracket, 2)]));
+    }
+
+    /// The same with another key first.
+    fn reordered(id: usize) -> String {
+        let (first, record) = (format!(r#""img_id": "{id}""#), record(id));
+        record.replace(&(first.clone() + ", "), "").trim_end_matches('}').to_owned() + ", " + &first + "}"
+    }
+
+    #[test]
+    fn a_record_that_is_cut_anywhere_costs_itself_alone() {
+        for made in [record, reordered] {
+            let [a, b, c] = [1, 2, 3].map(made);
+            assert_eq!(found(&format!("[{a},\n{b},\n{c}]")), (vec!["1".into(), "2".into(), "3".into()], vec![]));
+            for cut in 1..b.len() {
+                let text = format!("[{a},\n{},\n{c}\n]", &b[..cut]);
+                let expected = (vec!["1".into(), "3".into()], vec![(Flaw::Malformed, 1)]);
+                assert_eq!(found(&text), expected, "{text}");
+            }
+        }
+        let [a, b, c] = [1, 2, 3].map(reordered);
+        // Without its last bracket, also if all is in one line; without a quote; without a comma behind it.
+        for broken in [
+            format!("[{a},\n{},\n{c}]", &b[..b.len() - 1]),
+            format!("[{a}, {}, {c}]", &b[..b.len() - 1]),
+            format!("[{a},\n{},\n{c}]", b.replace("caption_ori\"", "caption_ori")),
+            format!("[{a}, {} {c}]", &b[..b.len() - 1]),
+        ] {
+            assert_eq!(found(&broken), (vec!["1".into(), "3".into()], vec![(Flaw::Malformed, 1)]), "{broken}");
+        }
+        // What looks like the beginning of a record within a string, or is one of another kind of object, begins none.
+        let like =
+            reordered(2).replace(r#""c""#, r#""x}, {\"score\": 1}, {""#).replace(": []", r#": [], "of": {"name": 1}"#);
+        assert_eq!(found(&format!("[{a},\n{like},\n{c}]")).0, ["1", "2", "3"]);
+    }
+
+    #[test]
+    fn a_record_that_can_be_used_is_found_again_at_its_spot() {
+        let [a, b, c] = [1, 2, 3].map(reordered);
+        let broken = format!("\u{feff} [{a},\n{},\n{b} , {c}], \n{}]", &c[..c.len() - 1], record(4));
+        let cut = format!("[{a},{b}\n");
+        for text in [FIXTURE, broken.as_bytes(), cut.as_bytes()] {
+            let mut records = Records::new(std::io::BufReader::with_capacity(7, text));
+            let mut index = 0;
+            while let Some(entry) = records.next_entry().unwrap() {
+                let spot = records.spot();
+                let bytes = &text[spot.offset as usize..][..spot.bytes as usize];
+                assert_eq!((spot.entry(bytes), spot.index), (Some(entry), index));
+                assert_eq!(spot.entry(&bytes[1..]), None);
+                index += 1;
+            }
+            assert!(index > 1);
+        }
     }
 
     #[test]
@@ -431,6 +590,10 @@ mod tests {
         assert!(error(b"[1, 2, \"x\"]").contains("3 records"));
         let other = format!("[{}]", vec!["{\"image\": 1, \"text\": \"x\"}"; 150].join(","));
         assert!(error(other.as_bytes()).contains("the keys image, text"));
+        // One of the two keys makes no record of LAION-SG's.
+        let items = error(b"[{\"items\": [], \"name\": \"x\"}]");
+        assert!(items.contains("1 records") && items.contains("the keys items, name"), "{items}");
+        assert!(items.contains("4 missing keys (record 1 at line 1"), "{items}");
         let open = format!("[{{\"items\": \"{}", "x".repeat(LONGEST + 100));
         assert!(error(open.as_bytes()).contains("line 1 does not end"));
     }

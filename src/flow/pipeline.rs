@@ -247,7 +247,7 @@ impl Klein {
         if !new.is_empty() {
             let PromptEmbedding { max_length, layers } = &self.prompt_embedding;
             for prompt in &new {
-                if self.text.prompt_ids(prompt, max_length + 1)?.len() > *max_length {
+                if !self.reads(prompt)? {
                     let start: String = prompt.chars().take(60).collect();
                     tracing::warn!("the prompt \"{start}...\" is cut: the model reads {max_length} tokens");
                 }
@@ -269,6 +269,12 @@ impl Klein {
             }
         }
         prompts.iter().map(|p| found.get(p).cloned().context("a prompt without an embedding")).collect()
+    }
+
+    /// Whether a prompt is read to its end.
+    pub fn reads(&self, prompt: &str) -> Result<bool> {
+        let most = self.prompt_embedding.max_length;
+        Ok(self.text.prompt_ids(prompt, most + 1)?.len() <= most)
     }
 
     /// Forgets all embeddings: the text encoder has changed.

@@ -286,7 +286,9 @@ impl Lister for Critic {
             predicate_list: Vec<String>,
         }
         let distinct = |words: &mut dyn Iterator<Item = &String>| words.cloned().collect::<BTreeSet<_>>();
-        let objects = Vec::from_iter(distinct(&mut graph.objects.iter().map(|object| &object.label)));
+        // As in the authors' code, what no triple names is not offered.
+        let related = graph.objects.iter().enumerate().filter(|(i, _)| graph.is_related(*i));
+        let objects = Vec::from_iter(distinct(&mut related.map(|(_, object)| &object.label)));
         let predicates = Vec::from_iter(distinct(&mut graph.relations.iter().map(|relation| &relation.predicate)));
         let most = (2 * graph.relations.len()).min(MOST);
         let (text, schema) = (prompts::list(&objects, &predicates), prompts::list_schema(&objects, &predicates, most));

@@ -54,6 +54,11 @@ pub struct SceneGraph {
 }
 
 impl SceneGraph {
+    /// Whether some relation names object `i`, or there is none that could.
+    pub fn is_related(&self, i: usize) -> bool {
+        self.relations.is_empty() || self.relations.iter().any(|r| r.subject == i || r.object == i)
+    }
+
     /// An error that names the first object or relation of which nothing can be asked, and says why: it has no text, one
     /// that is too long or is no line of text; or a relation is not one between two objects that are there.
     pub fn validate(&self) -> Result<()> {

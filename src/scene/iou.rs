@@ -1,8 +1,8 @@
 //! Intersection over union of scene graphs: SG-IoU, Ent-IoU and Rel-IoU of LAION-SG (arXiv 2412.08580).
 //!
 //! The paper derives entities and predicates from the extracted triples ([`derived`]); its authors' code takes three
-//! separate lists, compares them as sets by exact text, and gives 0 for an empty union ([`strict`]). Both collapse equal
-//! names; [`multiset`] counts them. Objects are named by their label, or with their attributes by [`Object::phrase`].
+//! separate lists of what is seen, compares them as sets by exact text with what the wanted triples name, and gives 0 for an
+//! empty union ([`strict`]). Both collapse equal names; [`multiset`] counts them. Objects are named by their label, or with their attributes by [`Object::phrase`].
 
 use super::graph::{Object, Relation, SceneGraph};
 use serde::{Deserialize, Serialize};
@@ -32,13 +32,13 @@ pub struct Lists {
 type Triple = (String, String, String);
 
 impl Lists {
-    /// All triples, all objects (also those without a relation) and all predicates, with objects named by `name`.
+    /// All triples and predicates, and the objects that are related ([`SceneGraph::is_related`]), named by `name`.
     pub fn of(graph: &SceneGraph, name: impl Fn(&Object) -> String) -> Self {
         Self::held(graph, name, |_| true, |_| true)
     }
 
-    /// What a judge confirms of a graph: the objects and the relations for whose index the answer is true. As in the
-    /// authors' code, a triple may be confirmed where one of its objects is not.
+    /// What a judge confirms of a graph: the related objects and the relations for whose index the answer is true. As in the
+    /// authors' code, a triple may be confirmed where one of its objects is not, and what no triple names counts for nothing.
     pub fn held(
         graph: &SceneGraph,
         name: impl Fn(&Object) -> String,
@@ -52,7 +52,8 @@ impl Lists {
         };
         let triples: Vec<Triple> = graph.relations.iter().enumerate().filter_map(triple).collect();
         let predicates = triples.iter().map(|t| t.1.clone()).collect();
-        let objects = names.into_iter().enumerate().filter(|(i, _)| object(*i)).map(|(_, name)| name).collect();
+        let counts = |(i, _): &(usize, String)| graph.is_related(*i) && object(*i);
+        let objects = names.into_iter().enumerate().filter(counts).map(|(_, name)| name).collect();
         Self { triples, objects, predicates }
     }
 
@@ -135,18 +136,22 @@ mod tests {
         );
         // Triples: {ball left cube, ball above cube} against {ball left cube, ring above cube}.
         let s = strict(&lists(seen), &lists(wanted));
-        assert_eq!((s.graph, s.entities, s.relations), (1.0 / 3.0, 0.5, 1.0));
         // Without the star, which no triple names: {ball, cube} against {ball, cube, ring}.
-        assert_eq!(derived(&lists(seen), &lists(wanted)).entities, 2.0 / 3.0);
-        // {ball, ball, cube, star} against {ball, cube, ring}.
-        assert_eq!(multiset(&lists(seen), &lists(wanted)).entities, 2.0 / 5.0);
+        assert_eq!((s.graph, s.entities, s.relations), (1.0 / 3.0, 2.0 / 3.0, 1.0));
+        // {ball, ball, cube} against {ball, cube, ring}.
+        assert_eq!(multiset(&lists(seen), &lists(wanted)).entities, 0.5);
+        // An object that a judge lists without a triple counts by the code, not by the paper.
+        let listed = Lists { objects: vec!["ball".into(), "cube".into()], ..Lists::default() };
+        assert_eq!((strict(&listed, &lists(seen)).entities, derived(&listed, &lists(seen)).entities), (2.0 / 3.0, 0.0));
+        // Where nothing is related, there are the objects alone.
+        assert_eq!(lists("a ball and a cube").objects, ["ball", "cube"]);
         // A predicate that a judge lists without a triple counts by the code, not by the paper.
         let listed = Lists { predicates: vec!["above".into()], ..Lists::default() };
         let asked = lists("a ball above a cube");
         assert_eq!((strict(&listed, &asked).relations, derived(&listed, &asked).relations), (1.0, 0.0));
-        // {red ball, green ball, blue cube, star} against {red ball, blue cube, yellow ring}.
+        // {red ball, green ball, blue cube} against {red ball, blue cube, yellow ring}.
         let phrases = |text| Lists::of(&parse(text).unwrap(), Object::phrase);
-        assert_eq!(strict(&phrases(seen), &phrases(wanted)).entities, 2.0 / 5.0);
+        assert_eq!(strict(&phrases(seen), &phrases(wanted)).entities, 0.5);
     }
 
     #[test]

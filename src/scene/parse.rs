@@ -22,6 +22,8 @@ pub enum ParseError {
     UnknownShape { word: String, suggestion: Option<String> },
     #[error("unknown colour or size \"{word}\"{}", hint(.suggestion.as_deref(), adjectives()))]
     UnknownAttribute { word: String, suggestion: Option<String> },
+    #[error("one object cannot be both {0} and {1}")]
+    Clash(&'static str, &'static str),
     #[error("\"the {phrase}\" may mean more than one of the objects named before")]
     Ambiguous { phrase: String },
     #[error("no picture can show this: {0}")]
@@ -58,6 +60,22 @@ pub fn parse(text: &str) -> Result<SceneGraph, ParseError> {
         Some(why) => Err(ParseError::Contradiction(why)),
         None => Ok(graph),
     }
+}
+
+/// Whether an error about a word nobody knows is about one that names nothing, in a text of which everything else is known, a
+/// shape among it: then the sentence is not one of this grammar, and all that it names may be drawn.
+pub fn only_unusual(text: &str, error: &ParseError) -> bool {
+    let is_of_words = matches!(error, ParseError::UnknownShape { .. } | ParseError::UnknownAttribute { .. });
+    let tokens = tokens(text);
+    let means = |word: &String| {
+        word.len() == 1
+            || words::shape(word).is_some()
+            || words::colour(word).is_some()
+            || words::size(word).is_some()
+            || [COPULA, LEAD_IN, SEPARATORS, PICTURES, words::FILLERS].iter().any(|list| list.contains(&word.as_str()))
+            || words::RELATIONS.iter().any(|(phrase, _)| phrase.split(' ').any(|part| part == word))
+    };
+    is_of_words && tokens.iter().any(|word| words::shape(word).is_some()) && tokens.iter().all(means)
 }
 
 /// Lower-case words, and the punctuation that separates clauses.
@@ -189,7 +207,7 @@ impl Cursor {
                 return Err(self.unknown(word));
             };
             if let Some((old, new)) = clash {
-                return Err(ParseError::Grammar(format!("one object cannot be both {old} and {new}")));
+                return Err(ParseError::Clash(old, new));
             }
         }
     }
@@ -400,6 +418,19 @@ mod tests {
             triples("a small red ball to the left of a large blue cube, and a green ring above the cube"),
             "small red ball left of large blue cube; green ring above large blue cube"
         );
+    }
+
+    #[test]
+    fn a_sentence_may_be_unusual_while_all_that_it_names_is_known() {
+        let unusual = |text: &str| only_unusual(text, &parse(text).unwrap_err());
+        assert!(unusual("There is a red ball. To its left is a blue cube."));
+        assert!(unusual("draw me a picture where the red ball should be left of the blue cube"));
+        for named in
+            ["a giraffe left of a cube", "a picture where a giraffe is left of a cube", "two red balls", "to the left"]
+        {
+            assert!(!unusual(named), "{named}");
+        }
+        assert!(!unusual("a red blue ball"), "no word of it is unknown");
     }
 
     #[test]

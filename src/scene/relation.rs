@@ -6,7 +6,7 @@
 //! lie within one another. `inside` is containment of boxes; `in front of` and `behind` need the depth order, which
 //! boxes do not carry, so they are asked of a view (`tabletop::view`).
 
-use super::graph::SceneGraph;
+use super::{graph::SceneGraph, tabletop::world::Size};
 
 /// The relations that have a definition in code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,6 +176,14 @@ pub fn contradictions(graph: &SceneGraph) -> Vec<String> {
         }
     }
     found
+}
+
+/// Why the tabletop world has no room for a graph, if it has none: its large things do not fit into its small ones.
+pub fn too_large(graph: &SceneGraph) -> Option<String> {
+    let is = |object: usize, size: Size| graph.objects[object].attributes.iter().any(|word| word == size.name());
+    let mut inside = graph.relations.iter().filter(|r| Spatial::from_name(&r.predicate) == Some(Inside));
+    let found = inside.find(|r| is(r.subject, Size::Large) && is(r.object, Size::Small))?;
+    Some(format!("\"{}\": what is large does not fit into what is small", graph.triple(found)))
 }
 
 /// The relations along one shortest directed cycle, if there is one.

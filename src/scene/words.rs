@@ -53,6 +53,17 @@ pub const RELATIONS_TO_IT: &[(&str, Spatial)] = &[
     ("behind it", Behind),
 ];
 
+/// Words that name nothing which could be drawn.
+pub const FILLERS: &[&str] = &[
+    "a", "an", "the", "it", "its", "they", "them", "their", "this", "these", "those", "here", "where", "which", "who",
+    "whose", "to", "of", "on", "at", "by", "from", "for", "with", "so", "as", "but", "or", "than", "next", "near",
+    "both", "each", "other", "another", "one", "i", "we", "want", "would", "like", "let", "put", "place", "make",
+    "give", "should", "must", "may", "will", "has", "have", "having", "being", "was", "were", "there's", "it's",
+    "directly", "just", "exactly", "right", "left", "side", "hand", "front", "top", "bottom", "middle", "object",
+    "objects", "thing", "things", "shape", "shapes", "coloured", "colored", "sized", "appears", "shown", "showing",
+    "visible", "table",
+];
+
 const SHAPES: &[(&str, Shape)] = &[
     ("sphere", Shape::Ball),
     ("block", Shape::Cube),
