@@ -53,8 +53,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
         "evaluations": klein.evaluations(),
     });
     if let Some(out) = out {
-        out.write("edits.json", &serde_json::to_string_pretty(&document)?)?;
-        out.write("edits.jsonl", &lines)?;
+        out.write("edits", &document, &lines)?;
     }
     if args.print.json {
         console.result(&document.to_string())?;

@@ -49,8 +49,7 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let document =
         json!({ "settings": settings, "results": results.document(), "seconds": start.elapsed().as_secs_f64() });
     if let Some(out) = out {
-        out.write("verdicts.json", &serde_json::to_string_pretty(&document)?)?;
-        out.write("verdicts.jsonl", &lines)?;
+        out.write("verdicts", &document, &lines)?;
     }
     if args.print.json {
         console.result(&document.to_string())?;

@@ -7,6 +7,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use image::RgbImage;
+use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -158,8 +159,11 @@ impl Fresh {
         Ok(Self(folder.to_owned()))
     }
 
-    pub fn write(&self, name: &str, text: &str) -> Result<()> {
-        io::write_file(&self.0.join(name), text.as_bytes(), false)
+    /// Writes what was measured as `NAME.json`, and each single case as a line of `NAME.jsonl`.
+    pub fn write(&self, name: &str, document: &Value, lines: &str) -> Result<()> {
+        let write = |file: String, text: &str| io::write_file(&self.0.join(file), text.as_bytes(), false);
+        write(format!("{name}.json"), &serde_json::to_string_pretty(document)?)?;
+        write(format!("{name}.jsonl"), lines)
     }
 }
 

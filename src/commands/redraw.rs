@@ -20,8 +20,8 @@ use image::RgbImage;
 use serde_json::json;
 use std::{fs, io::Write};
 
-/// Noise levels, and steps down from each. Of what two touching things are drawn from these, 0.6, 0.4 and 0.35 are all right; of
-/// what is drawn from noise alone, 0.3.
+/// Noise levels, and steps down from each. Drawn on from these, 0.6, 0.4 and 0.35 of scenes in which two things touch are all
+/// right; drawn from noise alone, 0.3.
 const LEVELS: [(f64, usize); 3] = [(0.73, 6), (0.81, 8), (0.86, 10)];
 /// Pictures that are drawn together, from one of the levels in turn.
 const BATCH: usize = 16;

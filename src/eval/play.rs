@@ -189,17 +189,20 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_triple_that_is_listed_and_not_asked_for_costs_something() {
+    fn sample(index: usize) -> Sample {
         let prompt = "red ball left of blue cube";
-        let sample = Sample {
-            index: 0,
-            id: "1".into(),
+        Sample {
+            index: index as u64,
+            id: index.to_string(),
             dataset: "laion-sg",
             split: "test".into(),
             prompt: prompt.into(),
             graph: parse(prompt).unwrap(),
-        };
+        }
+    }
+
+    #[test]
+    fn a_triple_that_is_listed_and_not_asked_for_costs_something() {
         let lines = |lister: Option<&dyn Lister>| {
             let play = Play {
                 mode: Mode::Diffuser,
@@ -214,7 +217,7 @@ mod tests {
                 seed: 0,
             };
             let mut all = Vec::new();
-            play.run(std::iter::once(Ok(sample.clone())), &mut |lines, _| {
+            play.run(std::iter::once(Ok(sample(0))), &mut |lines, _| {
                 all.extend(lines);
                 Ok(())
             })
@@ -233,16 +236,6 @@ mod tests {
 
     #[test]
     fn batch_after_batch_all_samples_are_played_until_one_cannot_be_read_or_it_is_cancelled() {
-        let prompt = "red ball left of blue cube";
-        let graph = parse(prompt).unwrap();
-        let sample = |index: usize| Sample {
-            index: index as u64,
-            id: index.to_string(),
-            dataset: "laion-sg",
-            split: "test".into(),
-            prompt: prompt.into(),
-            graph: graph.clone(),
-        };
         // How many are kept of those before the first that cannot be read, and whether that is an error.
         let kept = |readable: usize, most: usize| {
             let made = std::cell::RefCell::new(Vec::new());
