@@ -3,6 +3,8 @@
 # how long each part took. Pictures that a part learns from are drawn before it, by the models so far. Every part is a run
 # folder of its own in runs/: what is finished is skipped, what was interrupted goes on.
 #   scripts/retrain.sh [DEVICE]     # cpu, cuda, metal or auto, the default
+# It replaces what is in weights/. `REHEARSE=8 scripts/retrain.sh cpu`, in a copy of the repository, goes the same way in miniature,
+# two steps for each part and so many prompts for each drawing: it shows within minutes that the parts fit together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-auto}
@@ -12,15 +14,16 @@ train() {
     local run=runs/$1 what=(--config "configs/tabletop/$1.toml" --out "runs/$1")
     # Whether it has a model says nothing: that is written at every checkpoint. A finished run returns at once.
     [ ! -e "$run/config.toml" ] || what=(--resume "$run")
+    [ -z "${REHEARSE:-}" ] || what+=(--set train.steps=2)
     "$rlrig" train pretrain --device "$device" "${what[@]}"
 }
 
-# NAME, then the flags of the evaluation whose pictures are wanted.
+# NAME and the number of prompts, then the other flags of the evaluation whose pictures are wanted.
 draw() {
-    local run=runs/$1 more=()
-    shift
+    local run=runs/$1 more=(--limit "${REHEARSE:-$2}")
+    shift 2
     [ ! -e "$run/results.json" ] || return 0
-    [ ! -d "$run" ] || more=(--resume)
+    [ ! -d "$run" ] || more+=(--resume)
     "$rlrig" eval --device "$device" --steps 20 --guidance 3 --out "$run" "$@" "${more[@]}"
 }
 
@@ -37,17 +40,17 @@ train diffuser
 train diffuser-layout
 train diffuser-edits
 train vlm
-draw drawn --split train --mode loop --limit 240 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
+draw drawn 240 --split train --mode loop --rounds 3 --accept 0.99 --draws 1 --redraw=false \
     --model runs/diffuser-edits/model --vlm runs/vlm/model
 train vlm-drawn
 train diffuser-gpu
-draw drawn-gpu --split train --mode loop --limit 1500 --subset-seed 11 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
+draw drawn-gpu 1500 --split train --mode loop --subset-seed 11 --rounds 3 --accept 0.99 --draws 1 --redraw=false \
     --model runs/diffuser-gpu/model --vlm runs/vlm-drawn/model
 train vlm-gpu
 train diffuser-drawn
 train vlm-gpu-longer
 train vlm-twice
-draw drawn-loop --split train --mode loop --limit 1784 --subset-seed 11 --draws 1 \
+draw drawn-loop 1784 --split train --mode loop --subset-seed 11 --draws 1 \
     --model runs/diffuser-drawn/model --vlm runs/vlm-twice/model
 train vlm-varied
 train vae-touching
@@ -61,17 +64,17 @@ done
 autoencoder vae-touching
 cp runs/vlm-imperfect/model/* weights/tabletop/vlm/
 cargo build --release
-draw drawn-first --split train --mode diffuser --limit 1056 --subset-seed 14
-draw drawn-depth --split train --mode loop --limit 512 --subset-seed 15 --relation behind "in front of" --rounds 3 \
+draw drawn-first 1056 --split train --mode diffuser --subset-seed 14
+draw drawn-depth 512 --split train --mode loop --subset-seed 15 --relation behind "in front of" --rounds 3 \
     --accept 0.97 --draws 1
 train vlm-melted
 
 cp runs/vlm-melted/model/* weights/tabletop/vlm/
 rm -f weights/tabletop/vlm/calibration.json
 cargo build --release
-draw looked-at --split val --mode loop --subset-seed 1 --limit 160
-draw looked-at-once --split val --mode diffuser --subset-seed 3 --limit 400
-draw looked-at-again --split val --mode loop --subset-seed 5 --limit 300
+draw looked-at 160 --split val --mode loop --subset-seed 1
+draw looked-at-once 400 --split val --mode diffuser --subset-seed 3
+draw looked-at-again 300 --split val --mode loop --subset-seed 5
 "$rlrig" eval calibrate runs/looked-at runs/looked-at-once runs/looked-at-again \
     --out weights/tabletop/vlm/calibration.json
 cargo build --release

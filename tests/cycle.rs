@@ -137,7 +137,7 @@ fn job(prompt: &str, seed: u64) -> Job {
             object: pair[1].to_owned(),
         });
     }
-    Job { target: Target { prompt: prompt.to_owned(), claims }, seed }
+    Job { target: Target { claims, ..Target::words_alone(prompt) }, seed }
 }
 
 fn jobs(n: u64) -> Vec<Job> {
@@ -268,7 +268,7 @@ fn a_new_drawing_follows_an_edit_that_did_not_help() {
 
 #[test]
 fn a_prompt_without_claims_is_drawn_and_said_to_be_unchecked() {
-    let job = Job { target: Target { prompt: "mist".into(), claims: vec![] }, seed: 1 };
+    let job = Job { target: Target::words_alone("mist"), seed: 1 };
     let outcome = play(&Row::default(), &[job], &PAPER).remove(0);
     assert_eq!((outcome.ending, outcome.turns.len(), outcome.best().score), (Ending::Unchecked, 1, None));
 }

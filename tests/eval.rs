@@ -484,7 +484,7 @@ fn verdicts_are_measured_by_themselves_and_what_they_do_not_heed_is_refused() {
     };
     let table = good(&["--out", "run", "--split", "val", "--subset-seed", "7"]);
     let row = |name: &str| table.lines().find(|line| line.starts_with(&format!("| {name} |")));
-    for name in ["all", "objects", "relations", "nothing else", "calibration error"] {
+    for name in ["all", "objects", "relations", "nothing else"] {
         assert!(row(&format!("verdicts: {name}")).is_some(), "{name}: {table}");
     }
     for name in ["edits: well formed", "edits: about what fails", "edits: mend", "captions: read exactly"] {
@@ -504,13 +504,20 @@ fn verdicts_are_measured_by_themselves_and_what_they_do_not_heed_is_refused() {
     let asked = ["--json", "--split", "val", "--subset-seed", "7", "--batch", "4"];
     let printed: Value = serde_json::from_str(&good(&asked)).unwrap();
     assert_eq!(printed["results"], written["results"]);
-    for of in ["verdicts", "edits", "captions"] {
-        for (name, share) in printed["results"][of].as_object().unwrap() {
-            let inside = |key: &str| (0.0..=1.0).contains(&share[key].as_f64().unwrap());
-            assert!(["share", "low", "high"].into_iter().all(inside), "{of}: {name} {share}");
+    let results = &printed["results"];
+    let inside = |value: &Value| (0.0..=1.0).contains(&value.as_f64().unwrap());
+    for of in ["edits", "captions"] {
+        for (name, share) in results[of].as_object().unwrap() {
+            assert!(["share", "low", "high"].iter().all(|key| inside(&share[*key])), "{of}: {name} {share}");
         }
     }
-    assert!((0.0..=1.0).contains(&printed["results"]["calibration_error"].as_f64().unwrap()));
+    for (name, agreement) in results["verdicts"].as_object().unwrap() {
+        for of in ["accuracy", "calibration_error"] {
+            let estimate = &agreement[of];
+            assert!(["mean", "lo", "hi"].iter().all(|key| inside(&estimate[*key])), "{name}: {of} {estimate}");
+            assert!((1..=6).contains(&estimate["n"].as_u64().unwrap()), "{name}: {of} {estimate}");
+        }
+    }
 
     // The Actor's adapter is in its edits alone.
     write_adapter(&rig.path("actor"), "model.language_model.layers.1.mlp.down_proj", (32, 24));

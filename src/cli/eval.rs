@@ -91,6 +91,8 @@ pub enum Wording {
     Caption,
     /// The caption, then the triples
     Both,
+    /// The scene graph in plain words, as `generate` gives the built-in Diffuser what it understands of a prompt
+    Plain,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -133,7 +135,7 @@ pub struct EvalRun {
     /// Part I of N, counted from 1; `rlrig eval merge` joins them
     #[arg(long, value_name = "I/N", help_heading = "Data")]
     pub shard: Option<String>,
-    /// How prompts are worded [default: caption for tabletop, triples for laion-sg]
+    /// How prompts are worded [default: plain for tabletop, triples for laion-sg]
     #[arg(long, value_enum, value_name = "W", help_heading = "Data")]
     pub wording: Option<Wording>,
 

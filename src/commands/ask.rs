@@ -13,6 +13,7 @@ use crate::{
         laion_sg::Record,
         parse::{MAX_CHARS, ParseError, only_unusual, parse},
         relation::{contradictions, too_large},
+        tabletop::caption::plain,
     },
     usage,
 };
@@ -28,16 +29,6 @@ pub enum Ask {
     Target(Target),
     /// Words that the grammar does not cover: the VLM has to find the claims.
     Words { prompt: String, strict: bool },
-}
-
-impl Ask {
-    /// The prompt, as it is drawn.
-    pub fn prompt(&self) -> &str {
-        match self {
-            Self::Target(target) => &target.prompt,
-            Self::Words { prompt, .. } => prompt,
-        }
-    }
 }
 
 /// Reads everything that is asked for. `strict` says that the models know the words of the tabletop world only, so that
@@ -92,7 +83,7 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
             if let Some(why) = too_large(&graph).filter(|_| strict) {
                 usage!("no picture can show this: {why}");
             }
-            Ok(Ask::Target(Target::new(prompt, &graph)))
+            Ok(Ask::Target(target(prompt, &graph, strict)))
         }
         Err(ParseError::Empty) => usage!("the prompt is empty"),
         Err(error @ ParseError::Contradiction(_)) => usage!("{error}"),
@@ -109,7 +100,7 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
         Ask::Target(target) => target,
         Ask::Words { prompt, strict } => {
             let graph = critic.parse(&prompt)?;
-            let (target, told) = found(&prompt, if strict { merged(graph) } else { graph });
+            let (target, told) = found(&prompt, if strict { merged(graph) } else { graph }, strict);
             say(&printable(&told));
             target
         }
@@ -121,12 +112,12 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
 
 /// The target by the graph that the VLM read in a prompt, and what to say of it. Relations that contradict each other are not
 /// asked for, as no round would end with them; the prompt is drawn all the same, as the VLM may have misread it.
-fn found(prompt: &str, mut graph: SceneGraph) -> (Target, String) {
+fn found(prompt: &str, mut graph: SceneGraph, strict: bool) -> (Target, String) {
     let impossible = contradictions(&graph).into_iter().next();
     if impossible.is_some() {
         graph.relations.clear();
     }
-    let target = Target::new(prompt, &graph);
+    let target = target(prompt, &graph, strict);
     let claims: Vec<String> = target.claims.iter().map(ToString::to_string).collect();
     let told = match (target.claims.is_empty(), graph.relations.is_empty()) {
         (_, true) if impossible.is_some() => format!(
@@ -220,7 +211,17 @@ fn from_graph(mut graph: SceneGraph, strict: bool) -> Result<Ask> {
     if prompt.is_empty() {
         usage!("a scene graph without objects says nothing to draw");
     }
-    Ok(Ask::Target(Target::new(prompt, &graph)))
+    Ok(Ask::Target(target(&prompt, &graph, strict)))
+}
+
+/// What a prompt with this graph asks for. Models that know the words of the tabletop world only draw it from the plainest of
+/// them: what they are told in other words than those of their training they draw wrong more often than not.
+fn target(prompt: &str, graph: &SceneGraph, strict: bool) -> Target {
+    let target = Target::new(prompt, graph);
+    let words = plain(graph);
+    // The VLM may have read what no words of the world say.
+    let is_said = strict && parse(&words).is_ok_and(|read| read == graph.canonical());
+    if is_said { target.drawn_as(words) } else { target }
 }
 
 /// The graph in the words of the tabletop world, by the grammar of prompts.
@@ -279,7 +280,7 @@ mod tests {
                 predicate: predicate.into(),
                 object,
             };
-            found("so it is", SceneGraph { objects, relations: relations.iter().map(relation).collect() })
+            found("so it is", SceneGraph { objects, relations: relations.iter().map(relation).collect() }, false)
         };
         let told = |labels, relations| found(labels, relations).1;
         let nothing = "no object and no relation was found in \"so it is\": it is drawn, but not checked";
@@ -300,7 +301,7 @@ mod tests {
         let relation = |subject, object| Relation { subject, predicate: "left of".into(), object };
         let graph = merged(SceneGraph { objects, relations: vec![relation(0, 1), relation(2, 1), relation(1, 2)] });
         assert_eq!((graph.objects.len(), graph.relations.len()), (2, 2));
-        let (target, told) = found("so it is", graph);
+        let (target, told) = found("so it is", graph, true);
         assert!(told.contains("no picture can show it") && target.claims.len() == 2, "{told}");
     }
 
@@ -311,8 +312,23 @@ mod tests {
         assert!(error.contains("does not fit"), "{error}");
         assert!(matches!(understand(large, false), Ok(Ask::Target(_))));
         assert!(understand("a red blue ball", true).err().unwrap().to_string().contains("both red and blue"));
-        let unusual = "There is a red ball. To its left is a blue cube.";
+        let unusual = "There is a red ball. A blue cube has it to its left.";
         assert!(matches!(understand(unusual, true), Ok(Ask::Words { strict: true, .. })));
+    }
+
+    #[test]
+    fn models_that_know_few_words_draw_from_the_plainest() {
+        let drawn = |prompt: &str, strict| match understand(prompt, strict) {
+            Ok(Ask::Target(target)) => (target.prompt.clone(), target.words().to_owned()),
+            _ => panic!("{prompt}"),
+        };
+        let (asked, plain) = ("a blue cube with a tiny red ball to its left", "a small red ball left of a blue cube");
+        assert_eq!(drawn(asked, true), (asked.into(), plain.into()));
+        assert_eq!(drawn(asked, false), (asked.into(), asked.into()));
+        assert_eq!(target(plain, &parse(plain).unwrap(), true).drawn_as, None);
+        // What the VLM reads into a prompt may be no words of the world.
+        let read = SceneGraph { objects: vec![Object::new("giraffe", Vec::new())], relations: Vec::new() };
+        assert_eq!(target("a tall one", &read, true).words(), "a tall one");
     }
 
     #[test]

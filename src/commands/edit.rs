@@ -61,7 +61,7 @@ pub fn run(args: &Edit) -> Result<()> {
         console.say(&format!("seed {seed}"));
     }
     // The methods by noise know no instruction: they draw what the words describe.
-    let target = Target { prompt: instruction.to_owned(), claims: Vec::new() };
+    let target = Target::words_alone(instruction);
     let job = roles::Edit { target: &target, picture: &picture, verdicts: &[], instruction, seed, round: 1 };
     let edited = match painter.edit(&[job]) {
         Err(error) if error.is::<Cancelled>() => bail!("interrupted; nothing was written"),

@@ -103,15 +103,23 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     Ok(())
 }
 
+/// How prompts are worded.
+fn wording(args: &EvalRun) -> cli::Wording {
+    args.wording.unwrap_or(match args.dataset {
+        Dataset::Tabletop => cli::Wording::Plain,
+        Dataset::LaionSg => cli::Wording::Triples,
+    })
+}
+
 /// The prompts of all splits, the flaws of each file, and the files.
 fn samples(args: &EvalRun) -> Result<(Samples, Vec<Flaws>, Vec<DataFile>)> {
-    let wording = match (args.wording, args.dataset) {
-        (Some(cli::Wording::Caption), _) | (None, Dataset::Tabletop) => Wording::Caption,
-        (Some(cli::Wording::Triples), _) | (None, Dataset::LaionSg) => Wording::Triples,
-        (Some(cli::Wording::Both), _) => Wording::Both,
-    };
     let selection = Selection {
-        wording,
+        wording: match wording(args) {
+            cli::Wording::Caption => Wording::Caption,
+            cli::Wording::Triples => Wording::Triples,
+            cli::Wording::Both => Wording::Both,
+            cli::Wording::Plain => Wording::Plain,
+        },
         min_relations: args.min_relations,
         min_objects: args.objects,
         predicates: args.relation.clone(),
@@ -309,7 +317,7 @@ impl Models {
             "data": files, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation,
             "spatial_only": args.spatial_only,
-            "shard": args.shard, "wording": args.wording.map(|w| format!("{w:?}").to_lowercase()),
+            "shard": args.shard, "wording": format!("{:?}", wording(args)).to_lowercase(),
             "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },
         });

@@ -5,8 +5,10 @@ use super::{adapters::Adapters, eval::split_of, interrupt, open, output::Fresh, 
 use crate::{
     cli::EvalRun,
     eval::{
+        agreement::Agreement,
         dataset,
         single_verdicts::{Acted, Asked, Caption, Checked, VerdictLine, VerdictResults},
+        table::markdown_cell,
     },
     rig::{
         roles::{Actor, Checker, Picture, Situation, expect_each},
@@ -55,12 +57,16 @@ pub fn run(args: &EvalRun) -> Result<()> {
         console.result(&document.to_string())?;
         return Ok(());
     }
-    console.result("| answers | n | right |")?;
-    console.result("|---|---|---|")?;
-    for (of, name, share) in results.rows() {
-        console.result(&format!("| {of}: {name} | {} | {} |", share.all, share.cell()))?;
+    console.result("| answers | n | right | kappa | calibration error |")?;
+    console.result("|---|---|---|---|---|")?;
+    for (name, Agreement { accuracy, kappa, calibration_error, claims }) in results.verdicts() {
+        let [right, error] = [accuracy, calibration_error].map(|e| markdown_cell(Some(&e.percent()), 1));
+        let kappa = markdown_cell(kappa.as_ref(), 2);
+        console.result(&format!("| verdicts: {name} | {claims} | {right} | {kappa} | {error} |"))?;
     }
-    console.result(&format!("| verdicts: calibration error | | {:.1} |", 100.0 * results.calibration_error()))?;
+    for (of, name, share) in results.shares() {
+        console.result(&format!("| {of}: {name} | {} | {} | | |", share.all, share.cell()))?;
+    }
     Ok(())
 }
 

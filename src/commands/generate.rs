@@ -6,7 +6,7 @@ use super::{
     fresh_seed, interrupt,
     open::{self, Found},
     output::{Output, Turns, check_writable, is_png, lies_in},
-    show::Console,
+    show::{Console, printable},
 };
 use crate::{
     cli::{EditorKind, Generate},
@@ -45,13 +45,21 @@ pub fn run(args: Generate) -> Result<()> {
         console.say(&other);
     }
     let (painter, critic, recipe) = open_models(&args, &plan, console.watch(stop))?;
-    if let Some(path) = &args.save_noise {
-        save_noise(path, &painter, &plan.seeds, args.force)?;
-    }
     let mut jobs = Vec::new();
     for ask in plan.asks {
         let target = ask::resolve(ask, &critic, plan.only, &|text| console.say(text))?;
+        if let Some(words) = &target.drawn_as {
+            console.say(&format!("drawn as \"{}\"", printable(words)));
+        }
+        // A large model's reading is cut as in Python; the built-in one has no room for a word too many, and no round would
+        // mend it.
+        if plan.pipeline.is_built_in() {
+            check_length(target.words(), &painter)?;
+        }
         jobs.extend(plan.seeds.iter().map(|seed| Job { target: target.clone(), seed: *seed }));
+    }
+    if let Some(path) = &args.save_noise {
+        save_noise(path, &painter, &plan.seeds, args.force)?;
     }
     if args.seed.is_empty() {
         console.say(&format!("seed {}", plan.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")));
@@ -178,17 +186,6 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
     let (critic, actor) = open::critic(vlm, at, &mut adapters)?;
     let critic = critic.with_actor(actor).with_looks(open::looks(args.cycle.looks, vlm));
     adapters.finish()?;
-    // A large model's reading is cut as in Python; the built-in one has no room for a word too many, and no round would mend it.
-    for prompt in plan.asks.iter().map(Ask::prompt).filter(|_| pipeline.is_built_in()) {
-        if !klein.reads(prompt)? {
-            let most = klein.prompt_embedding.max_length;
-            let start: String = prompt.chars().take(60).collect();
-            usage!(
-                "the prompt \"{start}...\" is too long: the built-in Diffuser reads {most} tokens, about as many words"
-            );
-        }
-    }
-
     let painting = open::painting(&klein, pipeline, &args.sampling, plan.editing, args.batch);
     let (editor, inversion) = plan.editing;
     let recipe = Recipe {
@@ -215,6 +212,15 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
         painter = painter.with_noise(noise, plan.noise_row, &plan.seeds)?;
     }
     Ok((painter, critic, recipe))
+}
+
+/// Whether the built-in Diffuser reads all of a prompt.
+fn check_length(prompt: &str, painter: &Painter) -> Result<()> {
+    if let Some(most) = painter.is_too_long(prompt)? {
+        let start: String = prompt.chars().take(60).collect();
+        usage!("the prompt \"{start}...\" is too long: the built-in Diffuser reads {most} tokens, about as many words");
+    }
+    Ok(())
 }
 
 /// Tells of a finished picture: its file on stdout, in words on stderr.

@@ -57,6 +57,7 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
         ("vlm", source(&r.vlm)),
         ("made by", format!("rlrig {}", t.rlrig)),
     ];
+    lines.splice(1..1, t.target.drawn_as.iter().map(|words| ("drawn as", words.clone())));
     lines.extend(r.adapters.iter().map(|adapter| ("adapter", adapter.clone())));
     lines.extend(r.init_noise.iter().map(|hash| ("noise", format!("from a file, SHA-256 {hash}"))));
     for (name, value) in lines {

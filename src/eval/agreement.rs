@@ -130,4 +130,47 @@ mod tests {
         );
         assert_eq!((agreement(&[]), agreement(&[Tally::default()])), (None, None));
     }
+
+    /// What the claims `(P(yes), truth)` come to.
+    fn tally(claims: &[(f64, bool)]) -> Tally {
+        let mut tally = Tally::default();
+        claims.iter().for_each(|(p, truth)| tally.count(*p, *truth));
+        tally
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn agreement_is_bounded_symmetric_and_the_same_in_any_order(
+            claims in proptest::collection::vec((0.0..=1.0f64, proptest::bool::ANY), 1..60),
+            turn in 0..60usize,
+            at in 0..60usize,
+        ) {
+            let is_close = |a: f64, b: f64| (a - b).abs() < 1e-9;
+            let all = tally(&claims);
+            let (accuracy, error) = (all.accuracy(), all.bins.error());
+            proptest::prop_assert!((0.0..=1.0).contains(&accuracy) && (0.0..=1.0).contains(&error));
+            if let Some(kappa) = all.kappa() {
+                proptest::prop_assert!((-1.0..=1.0 + 1e-9).contains(&kappa) && is_close(kappa, 1.0) == (accuracy == 1.0));
+            }
+
+            // Who is asked first does not matter: each by what it says, the other as the truth.
+            let said: Vec<(f64, bool)> = claims.iter().map(|(p, truth)| (f64::from(u8::from(*truth)), *p >= 0.5)).collect();
+            let other = tally(&said);
+            proptest::prop_assert!(is_close(other.accuracy(), accuracy));
+            let kappas = [all.kappa(), other.kappa()];
+            let same = kappas[0].zip(kappas[1]).map_or(kappas == [None, None], |(a, b)| is_close(a, b));
+            proptest::prop_assert!(same, "{:?}", kappas);
+
+            // Nor does the order of the claims, nor which prompt they belong to.
+            let mut turned = claims.clone();
+            turned.rotate_left(turn % claims.len());
+            let (first, second) = turned.split_at(at % claims.len());
+            let found = agreement(&[tally(first), tally(second)]).unwrap();
+            proptest::prop_assert_eq!(found.claims, claims.len());
+            proptest::prop_assert!(is_close(found.accuracy.mean, accuracy) && is_close(found.calibration_error.mean, error));
+            for estimate in [found.accuracy, found.calibration_error] {
+                proptest::prop_assert!(0.0 <= estimate.lo && estimate.hi <= 1.0, "{:?}", estimate);
+            }
+        }
+    }
 }

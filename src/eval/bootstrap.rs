@@ -22,11 +22,17 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// The interval of the basic bootstrap, for an error: each resample's estimate is off from the mean as the mean is from
+    /// The interval of the basic bootstrap, for an error of at most 1: each resample's estimate is off from the mean as the mean is from
     /// the truth. A sum of absolute values, as a calibration error is, is larger in resamples, and the percentiles' interval
     /// would lie above the truth.
     pub fn basic(self) -> Self {
-        Self { lo: (2.0 * self.mean - self.hi).max(0.0), hi: 2.0 * self.mean - self.lo, ..self }
+        Self { lo: (2.0 * self.mean - self.hi).max(0.0), hi: (2.0 * self.mean - self.lo).min(1.0), ..self }
+    }
+
+    /// In percent.
+    pub fn percent(self) -> Self {
+        let [mean, lo, hi] = [self.mean, self.lo, self.hi].map(|x| 100.0 * x);
+        Self { mean, lo, hi, ..self }
     }
 }
 

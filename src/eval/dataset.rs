@@ -11,7 +11,7 @@ use crate::{
     scene::{
         graph::SceneGraph,
         relation::Spatial,
-        tabletop::{split::Split, tasks},
+        tabletop::{caption::plain, split::Split, tasks},
     },
     tensor::rng::Stream,
     usage,
@@ -41,13 +41,15 @@ pub struct Sample {
     pub dataset: &'static str,
     pub split: String,
     pub prompt: String,
+    /// What is drawn from instead of the prompt, if anything.
+    pub drawn_as: Option<String>,
     pub graph: SceneGraph,
 }
 
 impl Sample {
     /// What a picture of it is held to; `only` adds that it shows nothing else.
     pub fn target(&self, only: bool) -> Target {
-        let target = Target::new(self.prompt.clone(), &self.graph);
+        let target = Target { drawn_as: self.drawn_as.clone(), ..Target::new(self.prompt.clone(), &self.graph) };
         if only { target.and_nothing_else() } else { target }
     }
 }
@@ -61,16 +63,23 @@ pub enum Wording {
     Caption,
     /// The caption, then the triples.
     Both,
+    /// The caption, drawn as the graph in plain words.
+    Plain,
 }
 
 impl Wording {
     /// A graph's prompt. Without a caption it is the triples.
     fn prompt(self, caption: &str, graph: &SceneGraph) -> String {
         match self {
-            Self::Caption if !caption.is_empty() => caption.to_owned(),
+            Self::Caption | Self::Plain if !caption.is_empty() => caption.to_owned(),
             Self::Both if !caption.is_empty() => format!("{caption}; {}", graph.triple_text()),
             _ => graph.triple_text(),
         }
+    }
+
+    /// What is drawn from instead of that prompt, if anything.
+    fn drawn_as(self, graph: &SceneGraph) -> Option<String> {
+        (self == Self::Plain).then(|| plain(graph))
     }
 }
 
@@ -199,6 +208,7 @@ impl Chosen {
             dataset: "laion-sg",
             split: self.split.clone(),
             prompt: self.selection.wording.prompt(&caption, &graph),
+            drawn_as: self.selection.wording.drawn_as(&graph),
             graph,
         }))
     }
@@ -216,6 +226,7 @@ pub fn tabletop(split: Split, seed: u64, selection: &Selection) -> Result<Vec<Sa
             dataset: TABLETOP,
             split: split.name().to_owned(),
             prompt: selection.wording.prompt(&drawn.prompt, &drawn.graph),
+            drawn_as: selection.wording.drawn_as(&drawn.graph),
             graph: drawn.graph,
         }
     };
@@ -533,6 +544,10 @@ mod tests {
         assert_eq!(prompt(Wording::Triples), "tall stone tower attached to arched stone bridge");
         assert_eq!(prompt(Wording::Caption), "Picture 1");
         assert_eq!(prompt(Wording::Both), "Picture 1; tall stone tower attached to arched stone bridge");
+        assert_eq!(prompt(Wording::Plain), "Picture 1");
+        let plain = &samples(&Selection { wording: Wording::Plain, ..ALL })[0];
+        let target = plain.target(false);
+        assert_eq!(target.words(), "a tall stone tower attached to an arched stone bridge");
     }
 
     #[test]

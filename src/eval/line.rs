@@ -42,6 +42,9 @@ pub struct Line {
     /// The rounds after which this picture is the mode's result.
     pub result_after: Vec<usize>,
     pub prompt: String,
+    /// What those who draw read instead of the prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drawn_as: Option<String>,
     /// What made it from the picture of round `from`; absent for the drawing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub edit: Option<Edited>,
@@ -182,6 +185,7 @@ impl Made<'_> {
             rounds: outcome.turns.len(),
             result_after,
             prompt: sample.prompt.clone(),
+            drawn_as: sample.drawn_as.clone(),
             edit: match &turn.action {
                 Action::Draw => None,
                 Action::Edit { source, instruction, .. } => {
@@ -291,6 +295,7 @@ pub mod tests {
             dataset: "tabletop",
             split: "test".into(),
             prompt: drawn.prompt,
+            drawn_as: None,
             graph: drawn.graph,
         };
         let outcome = Outcome { turns, best, ending };
@@ -336,8 +341,15 @@ pub mod tests {
         let graph = SceneGraph { objects: scene.graph.objects[..1].to_vec(), relations: Vec::new() };
         let drawn = |dataset, only| {
             let prompt = graph.triple_text();
-            let sample =
-                Sample { index: 3, id: "3".into(), dataset, split: "test".into(), prompt, graph: graph.clone() };
+            let sample = Sample {
+                index: 3,
+                id: "3".into(),
+                dataset,
+                split: "test".into(),
+                prompt,
+                drawn_as: None,
+                graph: graph.clone(),
+            };
             let turns = vec![turn(&sample.target(only), Action::Draw, render(&scene.scene), (0.0, 1.0))];
             let outcome = Outcome { turns, best: 0, ending: Ending::Spent };
             let made = Made {

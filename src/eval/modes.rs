@@ -116,7 +116,7 @@ struct Anew<'a>(&'a dyn DiffuserEditor);
 
 impl Editor for Anew<'_> {
     fn edit(&self, jobs: &[Edit]) -> Result<Vec<Picture>> {
-        let target = |job: &Edit| Target { prompt: job.instruction.to_owned(), claims: Vec::new() };
+        let target = |job: &Edit| Target::words_alone(job.instruction);
         let targets: Vec<Target> = jobs.iter().map(target).collect();
         let seed = |job: &Edit| seed_of_drawing(job.seed, job.round);
         let draws: Vec<Draw> =
@@ -135,7 +135,7 @@ impl Actor for Rewriter {
             let said = |v: &&Verdict| !v.yes && !matches!(v.claim, Claim::Only(_));
             let mut missed: Vec<_> = job.verdicts.iter().filter(said).collect();
             missed.sort_by(|a, b| a.p_yes.total_cmp(&b.p_yes));
-            let parts = missed.iter().map(|v| v.claim.to_string()).chain([job.target.prompt.clone()]);
+            let parts = missed.iter().map(|v| v.claim.to_string()).chain([job.target.words().to_owned()]);
             Reflection { thought: String::new(), edit: parts.collect::<Vec<_>>().join("; ") }
         };
         Ok(jobs.iter().map(rewrite).collect())
@@ -154,7 +154,7 @@ mod tests {
 
     impl Diffuser for Memory {
         fn draw(&self, jobs: &[Draw]) -> Result<Vec<Picture>> {
-            self.0.borrow_mut().extend(jobs.iter().map(|job| (job.target.prompt.clone(), job.seed)));
+            self.0.borrow_mut().extend(jobs.iter().map(|job| (job.target.words().to_owned(), job.seed)));
             Ok(jobs.iter().map(|_| Picture::from_pixels(RgbImage::new(1, 1))).collect())
         }
     }
@@ -205,7 +205,7 @@ mod tests {
             verdict(object("blue cube"), 0.1),
             verdict(Claim::Only(vec!["red ball".into()]), 0.0),
         ];
-        let target = Target { prompt: "a scene".into(), claims: Vec::new() };
+        let target = Target::words_alone("a scene");
         let situation =
             Situation { target: &target, picture: &picture, verdicts: &verdicts, earlier: &[], seed: 5, round: 1 };
         let written = Rewriter.reflect(&[situation]).unwrap();

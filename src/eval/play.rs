@@ -197,6 +197,7 @@ mod tests {
             dataset: "laion-sg",
             split: "test".into(),
             prompt: prompt.into(),
+            drawn_as: None,
             graph: parse(prompt).unwrap(),
         }
     }

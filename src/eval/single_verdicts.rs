@@ -1,11 +1,15 @@
 //! The Checker, the Actor and the reading of texts, each by itself: on renders and captions of the tabletop world, of
 //! which the truth is known.
 
-use super::{edits::is_about, stats::Share};
+use super::{
+    agreement::{Agreement, Tally, agreement},
+    edits::is_about,
+    stats::Share,
+};
 use crate::{
     rig::{
         roles::{Claim, Reflection, Target, Verdict},
-        truth::{Judged, KINDS, verdicts},
+        truth::{KINDS, verdicts},
     },
     scene::{
         graph::SceneGraph,
@@ -88,7 +92,8 @@ impl Asked {
 /// How verdicts, edits and readings went.
 #[derive(Debug, Default)]
 pub struct VerdictResults {
-    verdicts: Judged,
+    /// What was said of each picture's claims.
+    checked: Vec<Vec<Said>>,
     /// Edits that can be read.
     well_formed: Share,
     /// Edits that are about a claim which fails.
@@ -109,7 +114,7 @@ pub enum VerdictLine {
 }
 
 /// What was said of one claim.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Said {
     pub claim: Claim,
     /// P(yes).
@@ -120,14 +125,14 @@ pub struct Said {
 impl VerdictResults {
     /// Counts the verdicts on one picture.
     pub fn check(&mut self, asked: &Checked, heard: &[Verdict]) -> VerdictLine {
-        let pairs = || asked.truths.iter().zip(heard);
-        pairs().for_each(|(truth, heard)| self.verdicts.add(truth, heard.p_yes));
         let said = |(truth, heard): (&Verdict, &Verdict)| Said {
             claim: truth.claim.clone(),
             checker: heard.p_yes,
             truth: truth.yes,
         };
-        VerdictLine::Check { graph: asked.sample.graph.triple_text(), claims: pairs().map(said).collect() }
+        let claims: Vec<Said> = asked.truths.iter().zip(heard).map(said).collect();
+        self.checked.push(claims.clone());
+        VerdictLine::Check { graph: asked.sample.graph.triple_text(), claims }
     }
 
     /// Counts the edit that was asked for to mend one picture.
@@ -152,37 +157,42 @@ impl VerdictResults {
         VerdictLine::Read { caption: asked.text.clone(), graph: graph.triple_text(), exact }
     }
 
-    /// What was measured, by name; of the relations those that were claimed.
-    pub fn rows(&self) -> Vec<(&'static str, &'static str, Share)> {
-        let right = |of_kind: &dyn Fn(&Claim) -> bool| {
-            let (good, all) = self.verdicts.right(of_kind);
-            Share { good, all }
+    /// How the verdicts on all claims agree with the truth, then on those of each kind and of each relation that was claimed.
+    pub fn verdicts(&self) -> Vec<(&'static str, Agreement)> {
+        let on = |of_kind: &dyn Fn(&Claim) -> bool| {
+            let tally = |picture: &Vec<Said>| {
+                let mut tally = Tally::default();
+                picture.iter().filter(|s| of_kind(&s.claim)).for_each(|s| tally.count(s.checker, s.truth));
+                tally
+            };
+            agreement(&self.checked.iter().map(tally).collect::<Vec<_>>())
         };
-        let mut rows = vec![("verdicts", "all", right(&|_| true))];
-        rows.extend(KINDS.map(|(name, of_kind)| ("verdicts", name, right(&of_kind))));
-        rows.extend(Spatial::ALL.map(Spatial::name).map(|name| {
+        let kinds = KINDS.map(|(name, of_kind)| (name, on(&of_kind)));
+        let relations = Spatial::ALL.map(Spatial::name).map(|name| {
             let says = |claim: &Claim| matches!(claim, Claim::Relation { relation, .. } if relation == name);
-            ("verdicts", name, right(&says))
-        }));
-        rows.extend([
+            (name, on(&says))
+        });
+        let all = [("all", on(&|_| true))].into_iter().chain(kinds).chain(relations);
+        all.filter_map(|(name, agreement)| Some((name, agreement?))).collect()
+    }
+
+    /// How edits and readings went.
+    pub fn shares(&self) -> [(&'static str, &'static str, Share); 4] {
+        [
             ("edits", "well formed", self.well_formed),
             ("edits", "about what fails", self.addressed),
             ("edits", "mend", self.mend),
             ("captions", "read exactly", self.exact),
-        ]);
-        rows.retain(|(.., share)| share.all > 0);
-        rows
-    }
-
-    /// The expected calibration error of all verdicts.
-    pub fn calibration_error(&self) -> f64 {
-        self.verdicts.calibration_error()
+        ]
     }
 
     /// As one document.
     pub fn document(&self) -> Value {
-        let mut document = json!({ "calibration_error": self.calibration_error() });
-        for (of, name, share) in self.rows() {
+        let mut document = json!({});
+        for (name, agreement) in self.verdicts() {
+            document["verdicts"][name] = json!(agreement);
+        }
+        for (of, name, share) in self.shares() {
             document[of][name] = json!(share);
         }
         document
@@ -225,23 +235,23 @@ mod tests {
             good.read(&caption, &caption.graph);
             bad.read(&caption, &SceneGraph::default());
         }
-        let (good_rows, bad_rows) = (good.rows(), bad.rows());
-        for (of, name, share) in &good_rows {
-            assert!(share.good == share.all, "{of}: {name} {share:?}");
+        let (right, wrong) = (good.verdicts(), bad.verdicts());
+        let names = |rows: &[(&'static str, Agreement)]| rows.iter().map(|(name, _)| *name).collect::<Vec<_>>();
+        assert_eq!(names(&right), names(&wrong));
+        assert_eq!(right.len(), 4 + Spatial::ALL.len(), "{right:?}");
+        for (name, Agreement { accuracy, kappa, calibration_error, claims }) in &right {
+            assert!(accuracy.lo == 1.0 && calibration_error.hi == 0.0 && accuracy.n <= 300, "{name}");
+            assert!(kappa.is_some_and(|kappa| kappa.mean == 1.0) && *claims >= accuracy.n, "{name}");
         }
-        for (of, name, share) in &bad_rows {
-            assert!(share.good == 0, "{of}: {name} {share:?}");
+        for (name, Agreement { accuracy, kappa, calibration_error, .. }) in &wrong {
+            assert!(accuracy.hi == 0.0 && calibration_error.lo == 1.0, "{name}");
+            assert!(kappa.is_some_and(|kappa| kappa.mean < 0.0), "{name}");
         }
-        let names = |rows: &[(&'static str, &'static str, Share)]| {
-            rows.iter().map(|(of, name, _)| (*of, *name)).collect::<Vec<_>>()
-        };
-        assert_eq!(names(&good_rows), names(&bad_rows));
-        assert_eq!(good_rows.len(), 4 + Spatial::ALL.len() + 4, "{good_rows:?}");
-        assert!(good.mend.all >= 200, "{:?}", good.mend);
-        assert_eq!((good.calibration_error(), bad.calibration_error()), (0.0, 1.0));
+        assert!(good.shares().iter().all(|(.., share)| share.good == share.all && share.all >= 200));
+        assert!(bad.shares().iter().all(|(.., share)| share.good == 0 && share.all == 300));
         let document = good.document();
-        assert_eq!(document["verdicts"]["in front of"]["share"], 1.0);
-        assert_eq!((&document["edits"]["mend"]["share"], &document["calibration_error"]), (&json!(1.0), &json!(0.0)));
+        assert_eq!(document["verdicts"]["in front of"]["accuracy"]["mean"], 1.0);
+        assert_eq!(document["edits"]["mend"]["share"], 1.0);
     }
 
     #[test]

@@ -35,8 +35,8 @@ pub fn markdown(results: &Results) -> String {
     let heads: Vec<&str> = ["mode"].into_iter().chain(heads).collect();
     let mut text = format!("| {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len()));
     for (mode, found) in &results.modes {
-        let metrics = columns.iter().map(|(name, _)| cell(found.metrics.get(*name), MARKDOWN, 3));
-        let costs = COSTS.iter().map(|(name, _, decimals)| cell(found.cost.get(*name), MARKDOWN, *decimals));
+        let metrics = columns.iter().map(|(name, _)| markdown_cell(found.metrics.get(*name), 3));
+        let costs = COSTS.iter().map(|(name, _, decimals)| markdown_cell(found.cost.get(*name), *decimals));
         let cells: Vec<String> = [mode.name().to_owned()].into_iter().chain(metrics).chain(costs).collect();
         text += &format!("| {} |\n", cells.join(" | "));
     }
@@ -44,7 +44,7 @@ pub fn markdown(results: &Results) -> String {
         let heads: Vec<&str> = columns.iter().map(|(_, head)| *head).collect();
         text += &format!("\n| {}, round | {} |\n|{}\n", mode.name(), heads.join(" | "), "---|".repeat(heads.len() + 1));
         for (i, round) in found.by_round.iter().enumerate() {
-            let cells: Vec<String> = columns.iter().map(|(name, _)| cell(round.get(*name), MARKDOWN, 3)).collect();
+            let cells: Vec<String> = columns.iter().map(|(name, _)| markdown_cell(round.get(*name), 3)).collect();
             text += &format!("| {} | {} |\n", i + 1, cells.join(" | "));
         }
     }
@@ -58,7 +58,7 @@ pub fn markdown(results: &Results) -> String {
         );
     }
     for (mode, found) in edited {
-        let cells = Review::NAMES.map(|name| cell(found.edits.get(name), MARKDOWN, 3));
+        let cells = Review::NAMES.map(|name| markdown_cell(found.edits.get(name), 3));
         text += &format!("| {} | {} | {} |\n", mode.name(), cells.join(" | "), prompts(&found.edits));
     }
     text
@@ -92,6 +92,11 @@ pub(super) fn columns(results: &Results) -> Vec<(&'static str, &'static str)> {
 /// Of how many prompts these are.
 pub(super) fn prompts(estimates: &Estimates) -> usize {
     estimates.values().map(|e| e.n).max().unwrap_or(0)
+}
+
+/// A cell of a table in Markdown.
+pub fn markdown_cell(estimate: Option<&Estimate>, decimals: usize) -> String {
+    cell(estimate, MARKDOWN, decimals)
 }
 
 fn cell(estimate: Option<&Estimate>, [open, between, close]: [&str; 3], decimals: usize) -> String {

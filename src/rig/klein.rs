@@ -109,6 +109,11 @@ impl Painter {
         latents.into_iter().map(|latents| Picture::from_latents(latents, self.decode.clone())).collect()
     }
 
+    /// How many tokens of a prompt the Diffuser reads, if it does not read this one whole.
+    pub fn is_too_long(&self, prompt: &str) -> Result<Option<usize>> {
+        Ok((!self.klein.reads(prompt)?).then_some(self.klein.prompt_embedding.max_length))
+    }
+
     /// A picture's latents: those it was made from, or its pixels encoded.
     fn latents(&self, picture: &Picture) -> Result<Tensor> {
         match picture.latents() {
@@ -122,7 +127,7 @@ impl Diffuser for Painter {
     fn draw(&self, jobs: &[Draw]) -> Result<Vec<Picture>> {
         let jobs: Vec<Job> = jobs
             .iter()
-            .map(|job| Ok(Job { prompt: &job.target.prompt, noise: self.noise(job.seed)?, references: Vec::new() }))
+            .map(|job| Ok(Job { prompt: job.target.words(), noise: self.noise(job.seed)?, references: Vec::new() }))
             .collect::<Result<_>>()?;
         let diffuser = self.adapted.diffuser.as_deref().unwrap_or(&self.klein.transformer);
         Ok(self.pictures(self.klein.draw_by(diffuser, &jobs, &self.options())?))
@@ -157,7 +162,7 @@ impl Editor for Painter {
             .map(|((job, source), shown)| Change {
                 source,
                 source_prompt: shown,
-                prompt: &job.target.prompt,
+                prompt: job.target.words(),
                 // Another edit of the same picture takes other noise, and none of a neighbouring seed's.
                 seed: seed_of_drawing(job.seed, job.round),
             })
@@ -196,7 +201,7 @@ mod tests {
     fn neighbouring_seeds_share_no_noise_of_their_edits() {
         let folder = Folder::from(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/klein"));
         let klein = Arc::new(Klein::open(&folder, DType::F32, &Device::Cpu, Vec::new()).unwrap());
-        let target = Target { prompt: "a ball".into(), claims: Vec::new() };
+        let target = Target::words_alone("a ball");
         for editing in [Editing::FlowEdit, Editing::Inversion(Inversion::RfInversion)] {
             let (solver, guidance, size, batch) = (Solver::Euler, 1.0, (64, 64), 1);
             let painting = Painting { steps: 4, solver, guidance, editing, size, batch };

@@ -39,6 +39,9 @@ impl fmt::Display for Claim {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     pub prompt: String,
+    /// What those who draw read instead of the prompt: a Diffuser that knows few words draws best from these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drawn_as: Option<String>,
     pub claims: Vec<Claim>,
 }
 
@@ -51,7 +54,22 @@ impl Target {
             let (subject, object) = (phrases.get(r.subject)?.clone(), phrases.get(r.object)?.clone());
             Some(Claim::Relation { subject, relation: r.predicate.clone(), object })
         }));
-        Self { prompt: prompt.into(), claims }
+        Self { claims, ..Self::words_alone(prompt) }
+    }
+
+    /// Nothing that could be checked.
+    pub fn words_alone(prompt: impl Into<String>) -> Self {
+        Self { prompt: prompt.into(), drawn_as: None, claims: Vec::new() }
+    }
+
+    /// To be drawn from these words.
+    pub fn drawn_as(self, words: String) -> Self {
+        Self { drawn_as: (words != self.prompt).then_some(words), ..self }
+    }
+
+    /// What those who draw read.
+    pub fn words(&self) -> &str {
+        self.drawn_as.as_deref().unwrap_or(&self.prompt)
     }
 
     /// Claims besides that nothing else is in the picture, where there is any object at all. Says so once.

@@ -186,6 +186,7 @@ impl Trajectory {
             fact("model", r.model.name.clone()),
             fact("vlm", r.vlm.name.clone()),
         ];
+        facts.extend(self.target.drawn_as.iter().map(|words| fact("drawn as", words.clone())));
         facts.extend(r.adapters.iter().map(|a| fact("adapter", a.clone())));
         facts.push(fact("rlrig", self.rlrig.clone()));
         let cards = self.turns.iter().zip(pictures).enumerate();
@@ -314,7 +315,7 @@ mod tests {
         Trajectory {
             version: VERSION,
             rlrig: "0.1.0".into(),
-            target: Target { prompt: "a red ball".into(), claims: vec![Claim::Object("red ball".into())] },
+            target: Target { claims: vec![Claim::Object("red ball".into())], ..Target::words_alone("a red ball") },
             recipe: Recipe {
                 seed: u64::MAX,
                 rounds: 4,

@@ -1,11 +1,8 @@
-//! The truth about pictures of the tabletop world, in the words of the Checker, and how verdicts compare with it.
+//! The truth about pictures of the tabletop world, in the words of the Checker.
 //!
 //! Training teaches it, and both training and evaluation measure by it; the loop never knows it.
 
-use super::{
-    calibration::calibration_error,
-    roles::{Claim, Verdict},
-};
+use super::roles::{Claim, Verdict};
 use crate::scene::{
     graph::{Object, SceneGraph},
     tabletop::{
@@ -25,36 +22,6 @@ pub const KINDS: [(&str, OfKind); 3] = [
     ("relations", |claim| matches!(claim, Claim::Relation { .. })),
     ("nothing else", |claim| matches!(claim, Claim::Only(_))),
 ];
-
-/// Verdicts beside the truth: of each the claim, P(yes) as it was said, and whether it is so.
-#[derive(Clone, Debug, Default)]
-pub struct Judged(Vec<(Claim, f64, bool)>);
-
-impl Judged {
-    /// Adds the verdict that the claim of `truth` holds with probability `p_yes`.
-    pub fn add(&mut self, truth: &Verdict, p_yes: f64) {
-        self.0.push((truth.claim.clone(), p_yes, truth.yes));
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// How many verdicts on claims of a kind are right, and how many there are.
-    pub fn right(&self, of_kind: impl Fn(&Claim) -> bool) -> (usize, usize) {
-        let (mut right, mut all) = (0, 0);
-        for (_, p_yes, truth) in self.0.iter().filter(|(claim, ..)| of_kind(claim)) {
-            right += usize::from((*p_yes >= 0.5) == *truth);
-            all += 1;
-        }
-        (right, all)
-    }
-
-    /// The expected calibration error of all.
-    pub fn calibration_error(&self) -> f64 {
-        calibration_error(&self.0.iter().map(|(_, p_yes, truth)| (*p_yes, *truth)).collect::<Vec<_>>())
-    }
-}
 
 /// A claim of the world in the words of the loop.
 fn claim(claim: &tasks::Claim) -> Claim {
@@ -176,21 +143,5 @@ mod tests {
                 });
             }
         }
-    }
-
-    #[test]
-    fn verdicts_are_counted_by_kind_as_right_or_wrong() {
-        let sample = tasks::check(5, Split::Train, 0, 2, 3);
-        let truths = verdicts(&sample.scene.view(), &sample.graph);
-        let (mut right, mut wrong) = (Judged::default(), Judged::default());
-        assert!(right.is_empty() && right.right(|_| true) == (0, 0));
-        for truth in &truths {
-            right.add(truth, truth.p_yes);
-            wrong.add(truth, 1.0 - truth.p_yes);
-        }
-        let counts = [sample.graph.objects.len(), sample.graph.relations.len(), 1];
-        assert_eq!(KINDS.map(|(_, of_kind)| right.right(of_kind)), counts.map(|n| (n, n)));
-        assert_eq!(KINDS.map(|(_, of_kind)| wrong.right(of_kind)), counts.map(|n| (0, n)));
-        assert_eq!((right.calibration_error(), wrong.calibration_error()), (0.0, 1.0));
     }
 }

@@ -252,7 +252,7 @@ impl Actor for Critic {
         for (numbers, candidates, temperature) in together(&again) {
             let batch: Vec<&Situation> = numbers.iter().map(|i| &jobs[*i]).collect();
             let pictures: Vec<&RgbImage> = batch.iter().map(|job| job.picture.pixels()).collect::<Result<_>>()?;
-            let text = |job: &&Situation| prompts::reflect(&job.target.prompt, job.verdicts, job.earlier);
+            let text = |job: &&Situation| prompts::reflect(job.target.words(), job.verdicts, job.earlier);
             let texts: Vec<String> = batch.iter().map(text).collect();
             let all = || (0..batch.len()).flat_map(|i| (0..candidates).map(move |k| (i, k)));
             let questions: Vec<Question> = all().map(|(i, _)| Question { picture: Some(i), text: &texts[i] }).collect();

@@ -4,7 +4,7 @@
 //! another ("a red ball is left of a blue cube"); or the same with the relation first ("above the cube is a ring"), with
 //! "which" for the object named last, with "with ... to its left", or with a further relation of the same subject. "The"
 //! refers back to an object already named, "a" names a new one; without an article (as in triples) equal phrases are
-//! equal objects.
+//! equal objects. "It" is the subject of the clause before ("it is left of a cube", "to its left is a cube").
 
 use super::{
     graph::{Object, Relation, SceneGraph},
@@ -243,16 +243,28 @@ const COPULA: &[&str] = &[
     "placed",
     "positioned",
     "located",
+    "shown",
+    "visible",
+    "appears",
+    "should",
+    "must",
+    "will",
     "can",
     "be",
     "seen",
     "that",
 ];
 /// Words before a clause that say nothing about it.
-const LEAD_IN: &[&str] =
-    &["there", "is", "are", "show", "me", "draw", "paint", "generate", "create", "please", "imagine", "you", "see"];
-const SEPARATORS: &[&str] = &[",", ";", ".", "and", "while", "also", "then"];
+const LEAD_IN: &[&str] = &[
+    "there", "there's", "is", "are", "show", "me", "draw", "paint", "make", "give", "put", "place", "generate",
+    "create", "please", "imagine", "i", "i'd", "we", "you", "see", "have", "would",
+];
+/// And phrases that say nothing either.
+const WISHES: &[&str] = &["like to", "want to", "like", "want"];
+const SEPARATORS: &[&str] = &[",", ";", ".", "and", "while", "also", "then", "but", "please"];
 const PICTURES: &[&str] = &["picture", "image", "photo", "photograph", "drawing", "painting", "scene", "rendering"];
+/// Words between "a picture" and what it shows.
+const OF_PICTURES: &[&str] = &["of", "with", "showing", "shows", "where", "in", "which", "that"];
 
 struct Parser {
     cursor: Cursor,
@@ -291,10 +303,11 @@ impl Parser {
 
     /// Skips "there is", "show me", "a picture of" and the like.
     fn lead_in(&mut self) {
-        self.cursor.skip(LEAD_IN);
+        while self.cursor.skip(LEAD_IN) || WISHES.iter().any(|wish| self.cursor.eat(wish)) {}
         let start = self.cursor.at;
         self.cursor.skip(&["a", "an", "the"]);
-        if self.cursor.skip(PICTURES) && self.cursor.skip(&["of", "with", "showing"]) {
+        if self.cursor.skip(PICTURES) && self.cursor.skip(OF_PICTURES) {
+            self.cursor.skip(LEAD_IN);
             return;
         }
         self.cursor.at = start;
@@ -312,6 +325,15 @@ impl Parser {
             self.relate(subject, relation, object);
             return Ok(());
         }
+        // "to its left is a cube"
+        let relation = self.subject.and_then(|owner| Some((owner, self.cursor.eat_relation_to_it()?)));
+        if let Some((owner, relation)) = relation {
+            self.cursor.skip(COPULA);
+            self.cursor.skip(LEAD_IN);
+            let other = self.object()?;
+            self.relate(other, relation, owner);
+            return Ok(());
+        }
         if let Some(relation) = self.cursor.eat_relation() {
             let object = self.object()?;
             let inverted = self.cursor.skip(COPULA) | self.cursor.skip(LEAD_IN);
@@ -326,7 +348,10 @@ impl Parser {
             }
             return Ok(());
         }
-        let subject = self.object()?;
+        let subject = match self.subject {
+            Some(subject) if self.cursor.eat("it") => subject,
+            _ => self.object()?,
+        };
         if let (Some(owner), Some(relation)) = (self.owner, self.cursor.eat_relation_to_it()) {
             self.relate(subject, relation, owner);
             return Ok(());
@@ -423,8 +448,8 @@ mod tests {
     #[test]
     fn a_sentence_may_be_unusual_while_all_that_it_names_is_known() {
         let unusual = |text: &str| only_unusual(text, &parse(text).unwrap_err());
-        assert!(unusual("There is a red ball. To its left is a blue cube."));
-        assert!(unusual("draw me a picture where the red ball should be left of the blue cube"));
+        assert!(unusual("There is a red ball. A blue cube has it to its left."));
+        assert!(unusual("a red ball, with both a blue cube and a star next to it"));
         for named in
             ["a giraffe left of a cube", "a picture where a giraffe is left of a cube", "two red balls", "to the left"]
         {
@@ -445,6 +470,10 @@ mod tests {
             "show me a red ball placed left of a blue cube, and above the cube there is a green ring",
             "a picture of a red ball and a blue cube, the ball is left of the cube and a green ring above the blue cube",
             "please draw the red ball left of the blue cube, and the green ring higher than the cube",
+            "a picture where a red ball should be left of a blue cube, and the green ring above the cube, please",
+            "I would like to see an image in which there is a red ball. It is left of a blue cube. Over the cube is a green ring.",
+            "There is a blue cube. To its left is a red ball, and above it a green ring.",
+            "put a red ball to the left of a blue cube and a green ring above the cube",
         ] {
             assert_eq!(triples(text), want, "{text}");
         }

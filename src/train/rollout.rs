@@ -503,7 +503,7 @@ mod tests {
     #[test]
     fn what_the_checker_fails_on_is_missing_and_takes_nothing_along() -> Result<()> {
         let pictures = [9, 1, 2, 9, 9].map(|width| Picture::from_pixels(RgbImage::new(width, 1)));
-        let target = Target { prompt: String::new(), claims: vec![Claim::Object("ball".into())] };
+        let target = Target { claims: vec![Claim::Object("ball".into())], ..Target::words_alone("") };
         let jobs: Vec<(&Picture, &Target)> = pictures.iter().map(|picture| (picture, &target)).collect();
         let after = check(&Moody, &jobs);
         assert_eq!(after.iter().map(|v| known(v)).collect::<Vec<_>>(), [true, false, false, true, true]);

@@ -4,9 +4,10 @@
 use super::{Metrics, drawn::Drawn, objective_vlm::VlmObjective, pixels::write_sheet, vlm_tasks};
 use crate::{
     rig::{
+        calibration::calibration_error,
         prompts,
-        roles::{Actor, Checker, Picture, Reflection, Situation, Target, Verdict},
-        truth::{self, Judged, KINDS},
+        roles::{Actor, Checker, Claim, Picture, Reflection, Situation, Target, Verdict},
+        truth::{self, KINDS},
         vlm_roles::{Critic, EDIT, VERDICT},
     },
     scene::tabletop::{
@@ -25,6 +26,36 @@ use anyhow::Result;
 use image::RgbImage;
 use serde_json::Value;
 use std::path::Path;
+
+/// Verdicts beside the truth: of each the claim, P(yes) as it was said, and whether it is so.
+#[derive(Clone, Debug, Default)]
+struct Judged(Vec<(Claim, f64, bool)>);
+
+impl Judged {
+    /// Adds the verdict that the claim of `truth` holds with probability `p_yes`.
+    fn add(&mut self, truth: &Verdict, p_yes: f64) {
+        self.0.push((truth.claim.clone(), p_yes, truth.yes));
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// How many verdicts on claims of a kind are right, and how many there are.
+    fn right(&self, of_kind: impl Fn(&Claim) -> bool) -> (usize, usize) {
+        let (mut right, mut all) = (0, 0);
+        for (_, p_yes, truth) in self.0.iter().filter(|(claim, ..)| of_kind(claim)) {
+            right += usize::from((*p_yes >= 0.5) == *truth);
+            all += 1;
+        }
+        (right, all)
+    }
+
+    /// The expected calibration error of all.
+    fn calibration_error(&self) -> f64 {
+        calibration_error(&self.0.iter().map(|(_, p_yes, truth)| (*p_yes, *truth)).collect::<Vec<_>>())
+    }
+}
 
 impl VlmObjective {
     /// Verdicts and edits on `count` clean pictures of a split.
@@ -147,4 +178,25 @@ fn metrics(judged: &Judged, prefix: &str) -> Metrics {
     metrics.extend(kinds.map(|(name, (_, of))| (format!("{prefix}verdicts/{name}"), share(judged.right(of)))));
     metrics.push((format!("{prefix}calibration_error"), judged.calibration_error()));
     metrics
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_are_counted_by_kind_as_right_or_wrong() {
+        let sample = tasks::check(5, Split::Train, 0, 2, 3);
+        let truths = truth::verdicts(&sample.scene.view(), &sample.graph);
+        let (mut right, mut wrong) = (Judged::default(), Judged::default());
+        assert!(right.is_empty() && right.right(|_| true) == (0, 0));
+        for truth in &truths {
+            right.add(truth, truth.p_yes);
+            wrong.add(truth, 1.0 - truth.p_yes);
+        }
+        let counts = [sample.graph.objects.len(), sample.graph.relations.len(), 1];
+        assert_eq!(KINDS.map(|(_, of_kind)| right.right(of_kind)), counts.map(|n| (n, n)));
+        assert_eq!(KINDS.map(|(_, of_kind)| wrong.right(of_kind)), counts.map(|n| (0, n)));
+        assert_eq!((right.calibration_error(), wrong.calibration_error()), (0.0, 1.0));
+    }
 }

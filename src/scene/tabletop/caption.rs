@@ -46,6 +46,12 @@ pub fn caption(rng: &mut Stream, graph: &SceneGraph, style: Style) -> String {
     Writer::new(graph, style == Style::Paraphrase, true).write(rng)
 }
 
+/// The graph in the plainest words that training uses, always the same: what the built-in Diffuser understands best.
+pub fn plain(graph: &SceneGraph) -> String {
+    // The shortest forms leave nothing to chance.
+    Writer::new(graph, false, true).write(&mut Stream::new(0, "plain words", 0))
+}
+
 /// A relation's words in training, the shortest first.
 fn phrases(relation: Spatial) -> &'static [&'static str] {
     match relation {
@@ -165,7 +171,9 @@ impl<'a> Writer<'a> {
                 Some(spatial) => self.clause(rng, k, relation, spatial),
                 None => {
                     self.join(rng, k);
-                    self.text += &self.graph.triple(relation);
+                    let (subject, object) = (self.mention(rng, relation.subject), self.mention(rng, relation.object));
+                    self.text += &format!("{subject} {} {object}", relation.predicate);
+                    self.subject = Some(relation.subject);
                 }
             }
         }
@@ -296,7 +304,22 @@ mod tests {
                 let words = text.split(' ').count();
                 assert!(style == Style::Triples || words <= word_limit(&graph), "{words} words: {text}");
             }
+            assert_eq!(parse(&plain(&graph)).unwrap(), graph, "{}", plain(&graph));
         }
+    }
+
+    #[test]
+    fn plain_words_are_the_same_whatever_was_said() {
+        let plainly = |text: &str| plain(&parse(text).unwrap());
+        let plain = "a red ball left of a blue cube and a green ring above the cube";
+        for text in [
+            plain,
+            "red ball left of blue cube; green ring above blue cube",
+            "show me a blue cube with a red ball to its left and a green ring above it",
+        ] {
+            assert_eq!(plainly(text), plain, "{text}");
+        }
+        assert_eq!(plainly("draw a huge violet sphere"), "a large purple ball");
     }
 
     #[test]

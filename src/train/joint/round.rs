@@ -258,7 +258,7 @@ mod tests {
             };
             p.map(of).to_vec()
         };
-        let target = Target { prompt: String::new(), claims: Vec::new() };
+        let target = Target::words_alone("");
         let (seed, rendered, graph) = (0, true, SceneGraph::default());
         let problem = Problem { target, graph, picture: picture(100), verdicts: verdicts([0.9, 0.2]), seed, rendered };
         let mut state = State::new(&problem);
