@@ -253,13 +253,44 @@ fn an_edit_says_what_the_built_in_editor_never_learned() {
     let rig = Rig::new();
     image::RgbImage::new(128, 128).save(rig.path("in.png")).unwrap();
     let said = |instruction: &str| {
-        let args = ["--image", "in.png", "--instruction", instruction, "--steps", "1", "--out", "out.png", "--force"];
-        let output = rig.command(&[&["edit"], &args[..]].concat()).output().unwrap();
+        let files = ["edit", "--image", "in.png", "--out", "out.png", "--force"];
+        let how = ["--instruction", instruction, "--seed", "1", "--steps", "1"];
+        let output = rig.command(&[&files[..], &how].concat()).output().unwrap();
         assert!(output.status.success());
-        stderr(&output)
+        (stderr(&output), png::read(&rig.path("out.png")).unwrap())
     };
-    assert!(said("make the giraffe blue").contains("learned no such instruction, and may do anything"));
-    assert!(!said("make the red ball blue").contains("learned no such"));
+    assert!(said("make the giraffe blue").0.contains("learned no such instruction, and may do anything"));
+    let (plainly, plain) = said("make the red ball blue");
+    assert!(!plainly.contains("learned no such") && !plainly.contains("carried out as"), "{plainly}");
+    let (otherwise, other) = said("please turn the red sphere blue");
+    assert!(otherwise.contains("carried out as \"make the red ball blue\""), "{otherwise}");
+    assert!(plain == other);
+}
+
+#[test]
+fn the_built_in_diffuser_is_told_in_plain_words_what_is_understood() {
+    let rig = Rig::new();
+    let drawn = |prompt: &str, out: &str| {
+        let how = ["--seed", "1", "--steps", "2", "--rounds", "1", "--out", out];
+        let output = rig.command(&[&["generate", "--prompt", prompt], &how[..]].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        (stderr(&output), png::read(&rig.path(out)).unwrap(), recipe(&rig, out).target)
+    };
+    let words = "a red ball left of a blue cube";
+    let (plainly, plain, target) = drawn(words, "plain.png");
+    assert!(!plainly.contains("drawn as") && target.drawn_as.is_none(), "{plainly}");
+    let asked = "a picture where there is a blue cube with a red sphere to its left, please";
+    let (otherwise, other, target) = drawn(asked, "other.png");
+    assert!(otherwise.contains(&format!("drawn as \"{words}\"")), "{otherwise}");
+    assert_eq!((target.prompt.as_str(), target.words()), (asked, words));
+    assert!(plain == other);
+    // The recipe says both, and draws the same again.
+    let info = rig.command(&["info", "other.png"]).output().unwrap();
+    let info = String::from_utf8(info.stdout).unwrap();
+    assert!(info.contains(asked) && info.contains(&format!("drawn as  {words}")), "{info}");
+    let again = rig.command(&["generate", "--from", "other.png", "--out", "again.png"]).output().unwrap();
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert!(other == png::read(&rig.path("again.png")).unwrap());
 }
 
 #[test]

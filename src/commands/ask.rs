@@ -11,7 +11,7 @@ use crate::{
     scene::{
         graph::{LARGEST, Object, Relation, SceneGraph},
         laion_sg::Record,
-        parse::{MAX_CHARS, ParseError, only_unusual, parse},
+        parse::{MAX_CHARS, ParseError, named, only_unusual, parse},
         relation::{contradictions, too_large},
         tabletop::caption::plain,
     },
@@ -99,7 +99,8 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
     let mut target = match ask {
         Ask::Target(target) => target,
         Ask::Words { prompt, strict } => {
-            let graph = critic.parse(&prompt)?;
+            // What is named the grammar knows, though not what is said of it.
+            let graph = critic.parse(&prompt, &if strict { named(&prompt) } else { Vec::new() })?;
             let (target, told) = found(&prompt, if strict { merged(graph) } else { graph }, strict);
             say(&printable(&told));
             target
@@ -134,7 +135,8 @@ fn found(prompt: &str, mut graph: SceneGraph, strict: bool) -> (Target, String) 
     (target, told)
 }
 
-/// The graph with objects of one phrase as one: the built-in VLM lists a thing again where it speaks of it again.
+/// The graph with objects of one phrase as one: the built-in VLM lists a thing again where it speaks of it again. What it
+/// says of a thing and itself means nothing.
 fn merged(graph: SceneGraph) -> SceneGraph {
     let mut objects: Vec<Object> = Vec::new();
     let mut place = |object: Object| {
@@ -148,7 +150,7 @@ fn merged(graph: SceneGraph) -> SceneGraph {
     for relation in graph.relations {
         let Relation { subject, predicate, object } = relation;
         let relation = Relation { subject: places[subject], predicate, object: places[object] };
-        if !relations.contains(&relation) {
+        if relation.subject != relation.object && !relations.contains(&relation) {
             relations.push(relation);
         }
     }
@@ -220,7 +222,8 @@ fn target(prompt: &str, graph: &SceneGraph, strict: bool) -> Target {
     let target = Target::new(prompt, graph);
     let words = plain(graph);
     // The VLM may have read what no words of the world say.
-    let is_said = strict && parse(&words).is_ok_and(|read| read == graph.canonical());
+    let counts = |graph: &SceneGraph| (graph.objects.len(), graph.relations.len());
+    let is_said = strict && parse(&words).is_ok_and(|read| counts(&read) == counts(graph));
     if is_said { target.drawn_as(words) } else { target }
 }
 

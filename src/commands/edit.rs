@@ -44,11 +44,19 @@ pub fn run(args: &Edit) -> Result<()> {
     let stop = interrupt()?;
     let console = Console::new(args.print.quiet, 1);
     let mut adapters = Adapters::open(&args.models)?;
-    if found.is_built_in()
-        && args.editor == EditorKind::Reference
-        && let Err(error) = Instruction::parse(instruction)
-    {
-        console.say(&format!("the built-in Editor has learned no such instruction, and may do anything: {error}"));
+    let mut words = instruction.to_owned();
+    if found.is_built_in() && args.editor == EditorKind::Reference {
+        // It knows few words, and carries out best what is said in the plainest.
+        match Instruction::parse(instruction) {
+            Ok(read) => words = read.plain(),
+            Err(error) => {
+                console
+                    .say(&format!("the built-in Editor has learned no such instruction, and may do anything: {error}"));
+            }
+        }
+    }
+    if words != instruction {
+        console.say(&format!("carried out as \"{words}\""));
     }
     let roles = open::adapted(&[built_in::EDITOR], args.editor);
     let (klein, adapted) = open::pipeline(&found, (&device, dtype), &roles, &mut adapters)?;
@@ -62,7 +70,7 @@ pub fn run(args: &Edit) -> Result<()> {
     }
     // The methods by noise know no instruction: they draw what the words describe.
     let target = Target::words_alone(instruction);
-    let job = roles::Edit { target: &target, picture: &picture, verdicts: &[], instruction, seed, round: 1 };
+    let job = roles::Edit { target: &target, picture: &picture, verdicts: &[], instruction: &words, seed, round: 1 };
     let edited = match painter.edit(&[job]) {
         Err(error) if error.is::<Cancelled>() => bail!("interrupted; nothing was written"),
         edited => roles::expect_each("the Editor", 1, edited?)?,
@@ -72,6 +80,7 @@ pub fn run(args: &Edit) -> Result<()> {
         "rlrig": env!("CARGO_PKG_VERSION"),
         "edit": {
             "instruction": instruction,
+            "carried_out_as": (words != instruction).then_some(&words),
             "image": args.image.file_name().and_then(|n| n.to_str()),
             "seed": seed,
             "steps": steps,

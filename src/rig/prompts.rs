@@ -16,6 +16,7 @@
 //! The Actor, in turn, first sums up all that is wrong, and then mends one thing.
 
 use super::roles::{Claim, Verdict};
+use crate::scene::relation::Spatial;
 use serde_json::{Value, json};
 
 /// The words of a verdict: P(yes) is read from the logits where the answer chooses between them.
@@ -97,18 +98,27 @@ pub fn parse(prompt: &str) -> String {
     )
 }
 
-/// The JSON schema of an answer to [`parse`].
-pub fn parse_schema() -> Value {
-    let number = json!({ "type": "integer", "minimum": 0, "maximum": 99 });
+/// The JSON schema of an answer to [`parse`]: any, or where the objects of the text are known, between these alone.
+pub fn parse_schema(named: &[String]) -> Value {
+    let (number, predicate, objects, most);
+    if named.is_empty() {
+        number = json!({ "type": "integer", "minimum": 0, "maximum": 99 });
+        predicate = json!({ "type": "string" });
+        (objects, most) = (json!({ "type": "array", "items": { "type": "string" }, "maxItems": 16 }), 32);
+    } else {
+        let each: Vec<Value> = named.iter().map(|name| json!({ "const": name })).collect();
+        number = json!({ "enum": (0..named.len()).collect::<Vec<_>>() });
+        predicate = json!({ "enum": Spatial::ALL.map(Spatial::name) });
+        // One thing lies nowhere.
+        objects = json!({ "type": "array", "prefixItems": each, "items": false });
+        most = 4 * (named.len() - 1);
+    }
+    let relation = json!({ "type": "array", "prefixItems": [number, predicate, number], "items": false });
     json!({
         "type": "object",
         "properties": {
-            "objects": { "type": "array", "items": { "type": "string" }, "maxItems": 16 },
-            "relations": {
-                "type": "array",
-                "items": { "type": "array", "prefixItems": [number, { "type": "string" }, number], "items": false },
-                "maxItems": 32
-            }
+            "objects": objects,
+            "relations": { "type": "array", "items": relation, "maxItems": most }
         },
         "required": ["objects", "relations"],
         "additionalProperties": false

@@ -29,6 +29,7 @@ use crate::{
 use anyhow::{Context, Result};
 use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 use std::{borrow::Cow, collections::BTreeSet, ops::Range, sync::Arc};
 
 /// Questions that are answered together at most; it bounds the memory that their keys and values take.
@@ -81,21 +82,26 @@ impl Critic {
         Self { actor: actor.unwrap_or(self.actor), ..self }
     }
 
-    /// The scene graph of a text, as the model reads it.
-    pub fn parse(&self, text: &str) -> Result<SceneGraph> {
-        self.parse_each(&[text])?.pop().context("the VLM gave no answer")
+    /// The scene graph of a text, as the model reads it; between the objects that are named, if any are.
+    pub fn parse(&self, text: &str, named: &[Object]) -> Result<SceneGraph> {
+        let named: Vec<String> = named.iter().map(Object::phrase).collect();
+        self.parse_by(&[text], &prompts::parse_schema(&named))?.pop().context("the VLM gave no answer")
     }
 
     /// The scene graphs of some texts.
     pub fn parse_each(&self, texts: &[&str]) -> Result<Vec<SceneGraph>> {
-        let (schema, sampling) = (prompts::parse_schema(), Sampling { temperature: 0.0, max_tokens: GRAPH });
+        self.parse_by(texts, &prompts::parse_schema(&[]))
+    }
+
+    fn parse_by(&self, texts: &[&str], schema: &Value) -> Result<Vec<SceneGraph>> {
+        let sampling = Sampling { temperature: 0.0, max_tokens: GRAPH };
         let looked = self.checker.look(&[])?;
         let mut graphs = Vec::with_capacity(texts.len());
         for batch in texts.chunks(ROWS) {
             let asked: Vec<String> = batch.iter().map(|text| prompts::parse(text)).collect();
             let questions: Vec<Question> = asked.iter().map(|text| Question { picture: None, text }).collect();
             let unused: Vec<Stream> = (0..batch.len()).map(|i| Stream::new(0, "parse", i as u64)).collect();
-            for answer in self.checker.answer(&looked, &questions, &schema, sampling, &unused)? {
+            for answer in self.checker.answer(&looked, &questions, schema, sampling, &unused)? {
                 graphs.push(read::<Read>(&self.checker.chat.decode(&answer.ids)?)?.graph());
             }
         }

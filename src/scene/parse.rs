@@ -4,13 +4,15 @@
 //! another ("a red ball is left of a blue cube"); or the same with the relation first ("above the cube is a ring"), with
 //! "which" for the object named last, with "with ... to its left", or with a further relation of the same subject. "The"
 //! refers back to an object already named, "a" names a new one; without an article (as in triples) equal phrases are
-//! equal objects. "It" is the subject of the clause before ("it is left of a cube", "to its left is a cube").
+//! equal objects. "It" is the subject of the clause before ("it is left of a cube", "to its left is a cube"). What is on one
+//! side of the picture is beside what is on the other ("a ball on the left and a cube on the right").
 
 use super::{
+    cursor::{Article, Cursor, Mention, tokens},
     graph::{Object, Relation, SceneGraph},
     relation::{Spatial, contradictions},
-    tabletop::world::{Colour, Shape, Size},
-    words,
+    tabletop::world::Shape,
+    words::{self, COPULA, LEAD_IN, OF_PICTURES, PICTURES, SEPARATORS, WISHES},
 };
 
 /// Why a text has no scene graph.
@@ -20,7 +22,7 @@ pub enum ParseError {
     Empty,
     #[error("unknown shape \"{word}\"{}", hint(.suggestion.as_deref(), Shape::ALL.iter().map(|s| s.name())))]
     UnknownShape { word: String, suggestion: Option<String> },
-    #[error("unknown colour or size \"{word}\"{}", hint(.suggestion.as_deref(), adjectives()))]
+    #[error("unknown colour or size \"{word}\"{}", hint(.suggestion.as_deref(), words::adjectives()))]
     UnknownAttribute { word: String, suggestion: Option<String> },
     #[error("one object cannot be both {0} and {1}")]
     Clash(&'static str, &'static str),
@@ -39,10 +41,6 @@ pub enum ParseError {
 pub const MAX_OBJECTS: usize = 24;
 /// Characters of a prompt at most: a longer one is no prompt.
 pub const MAX_CHARS: usize = 4000;
-
-fn adjectives() -> impl Iterator<Item = &'static str> {
-    Size::ALL.iter().map(|s| s.name()).chain(Colour::ALL.iter().map(|c| c.name()))
-}
 
 fn hint(suggestion: Option<&str>, known: impl Iterator<Item = &'static str>) -> String {
     match suggestion {
@@ -78,193 +76,28 @@ pub fn only_unusual(text: &str, error: &ParseError) -> bool {
     is_of_words && tokens.iter().any(|word| words::shape(word).is_some()) && tokens.iter().all(means)
 }
 
-/// Lower-case words, and the punctuation that separates clauses.
-pub(super) fn tokens(text: &str) -> Vec<String> {
-    let mut out = Vec::new();
-    let mut word = String::new();
-    for c in text.chars().flat_map(char::to_lowercase) {
-        if c.is_alphanumeric() || c == '-' || c == '\'' {
-            word.push(c);
+/// The things that a text names, each once and by its fullest name, whatever is said of them.
+pub fn named(text: &str) -> Vec<Object> {
+    let mut cursor = Cursor::new(text);
+    let mut found: Vec<Object> = Vec::new();
+    while !cursor.done() {
+        let start = cursor.at;
+        // "can" is a cylinder elsewhere.
+        if cursor.eat("can be") {
             continue;
         }
-        if !word.is_empty() {
-            out.push(std::mem::take(&mut word));
-        }
-        match c {
-            ',' | ';' => out.push(c.to_string()),
-            '.' | '!' | '?' | ':' | '\n' => out.push(".".into()),
-            _ => {}
+        match cursor.mention() {
+            Ok(Mention { object, .. }) => found.push(object),
+            Err(_) => cursor.at = start + 1,
         }
     }
-    if !word.is_empty() {
-        out.push(word);
-    }
-    out
+    let is_part = |a: &Object, b: &Object| a.label == b.label && a.attributes.iter().all(|x| b.attributes.contains(x));
+    let again = |i: usize| {
+        let others = found.iter().enumerate().filter(|(j, _)| *j != i);
+        others.into_iter().any(|(j, other)| is_part(&found[i], other) && (found[i] != *other || j < i))
+    };
+    (0..found.len()).filter(|i| !again(*i)).take(MAX_OBJECTS).map(|i| found[i].clone()).collect()
 }
-
-/// How an object was named in one place.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Mention {
-    pub article: Article,
-    pub object: Object,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Article {
-    None,
-    A,
-    The,
-}
-
-/// A reader over tokens, shared by prompts and edit instructions.
-pub(super) struct Cursor {
-    tokens: Vec<String>,
-    at: usize,
-}
-
-impl Cursor {
-    pub fn new(text: &str) -> Self {
-        Self { tokens: tokens(text), at: 0 }
-    }
-
-    pub fn peek(&self) -> Option<&str> {
-        self.tokens.get(self.at).map(String::as_str)
-    }
-
-    /// Takes the next token.
-    pub fn next(&mut self) -> Option<String> {
-        let token = self.tokens.get(self.at).cloned();
-        self.at += 1;
-        token
-    }
-
-    pub fn done(&self) -> bool {
-        self.at >= self.tokens.len()
-    }
-
-    /// Skips `phrase` (words separated by blanks) if it is next.
-    pub fn eat(&mut self, phrase: &str) -> bool {
-        let mut end = self.at;
-        for word in phrase.split(' ') {
-            if self.tokens.get(end).map(String::as_str) != Some(word) {
-                return false;
-            }
-            end += 1;
-        }
-        self.at = end;
-        true
-    }
-
-    /// Skips as many of these words as follow.
-    pub fn skip(&mut self, words: &[&str]) -> bool {
-        let start = self.at;
-        while self.peek().is_some_and(|w| words.contains(&w)) {
-            self.at += 1;
-        }
-        self.at > start
-    }
-
-    pub fn eat_relation(&mut self) -> Option<Spatial> {
-        let start = self.at;
-        self.skip(&["directly", "just", "exactly"]);
-        let found = words::RELATIONS.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r);
-        if found.is_none() {
-            self.at = start;
-        }
-        found
-    }
-
-    fn eat_relation_to_it(&mut self) -> Option<Spatial> {
-        words::RELATIONS_TO_IT.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r)
-    }
-
-    /// A noun phrase: article, size and colour in any order, shape.
-    pub fn mention(&mut self) -> Result<Mention, ParseError> {
-        let article = match self.peek() {
-            Some("a" | "an" | "one" | "another") => Article::A,
-            Some("the") => Article::The,
-            _ => Article::None,
-        };
-        if article != Article::None {
-            self.at += 1;
-        }
-        let (mut size, mut colour) = (None::<Size>, None::<Colour>);
-        loop {
-            let Some(word) = self.peek().map(str::to_string) else {
-                return Err(ParseError::Grammar("the prompt ends where an object should be named".into()));
-            };
-            self.at += 1;
-            if let Some(shape) = words::shape(&word) {
-                let attributes = size.map(|s| s.name().to_string()).into_iter();
-                let attributes = attributes.chain(colour.map(|c| c.name().to_string())).collect();
-                return Ok(Mention { article, object: Object::new(shape.name(), attributes) });
-            }
-            let clash = if let Some(s) = words::size(&word) {
-                size.replace(s).filter(|old| *old != s).map(|old| (old.name(), s.name()))
-            } else if let Some(c) = words::colour(&word) {
-                colour.replace(c).filter(|old| *old != c).map(|old| (old.name(), c.name()))
-            } else {
-                return Err(self.unknown(word));
-            };
-            if let Some((old, new)) = clash {
-                return Err(ParseError::Clash(old, new));
-            }
-        }
-    }
-
-    /// An unknown word: an attribute if a shape or another attribute follows, else a shape.
-    fn unknown(&self, word: String) -> ParseError {
-        if word.len() == 1 && !word.chars().all(char::is_alphanumeric) {
-            return ParseError::Grammar(format!("\"{word}\" where an object should be named"));
-        }
-        let known = |w: &str| words::shape(w).is_some() || words::colour(w).is_some() || words::size(w).is_some();
-        if self.peek().is_some_and(known) {
-            let suggestion = words::nearest(&word, adjectives()).map(str::to_string);
-            ParseError::UnknownAttribute { word, suggestion }
-        } else {
-            let suggestion = words::nearest(&word, Shape::ALL.iter().map(|s| s.name())).map(str::to_string);
-            ParseError::UnknownShape { word, suggestion }
-        }
-    }
-}
-
-/// Words between a subject and its relation.
-const COPULA: &[&str] = &[
-    "is",
-    "are",
-    "sits",
-    "stands",
-    "lies",
-    "rests",
-    "sitting",
-    "standing",
-    "lying",
-    "resting",
-    "placed",
-    "positioned",
-    "located",
-    "shown",
-    "visible",
-    "appears",
-    "should",
-    "must",
-    "will",
-    "can",
-    "be",
-    "seen",
-    "that",
-];
-/// Words before a clause that say nothing about it.
-const LEAD_IN: &[&str] = &[
-    "there", "there's", "is", "are", "show", "me", "draw", "paint", "make", "give", "put", "place", "generate",
-    "create", "please", "imagine", "i", "i'd", "we", "you", "see", "have", "would",
-];
-/// And phrases that say nothing either.
-const WISHES: &[&str] = &["like to", "want to", "like", "want"];
-const SEPARATORS: &[&str] = &[",", ";", ".", "and", "while", "also", "then", "but", "please"];
-const PICTURES: &[&str] = &["picture", "image", "photo", "photograph", "drawing", "painting", "scene", "rendering"];
-/// Words between "a picture" and what it shows.
-const OF_PICTURES: &[&str] = &["of", "with", "showing", "shows", "where", "in", "which", "that"];
 
 struct Parser {
     cursor: Cursor,
@@ -277,13 +110,23 @@ struct Parser {
     last: Option<usize>,
     /// What "it" stands for.
     owner: Option<usize>,
+    /// What is on some side of the picture.
+    sides: Vec<(usize, Spatial)>,
 }
 
 impl Parser {
     fn new(text: &str) -> Self {
         let cursor = Cursor::new(text);
         let triples = cursor.tokens.iter().any(|t| t == ";");
-        Self { cursor, graph: SceneGraph::default(), triples, subject: None, last: None, owner: None }
+        Self {
+            cursor,
+            graph: SceneGraph::default(),
+            triples,
+            subject: None,
+            last: None,
+            owner: None,
+            sides: Vec::new(),
+        }
     }
 
     fn prompt(&mut self) -> Result<(), ParseError> {
@@ -298,6 +141,7 @@ impl Parser {
             }
             self.clause()?;
         }
+        self.relate_sides()?;
         if self.graph.objects.is_empty() { Err(ParseError::Empty) } else { Ok(()) }
     }
 
@@ -328,10 +172,21 @@ impl Parser {
         // "to its left is a cube"
         let relation = self.subject.and_then(|owner| Some((owner, self.cursor.eat_relation_to_it()?)));
         if let Some((owner, relation)) = relation {
+            self.cursor.skip(&[","]);
             self.cursor.skip(COPULA);
             self.cursor.skip(LEAD_IN);
             let other = self.object()?;
             self.relate(other, relation, owner);
+            return Ok(());
+        }
+        if let Some(side) = self.cursor.eat_side(true) {
+            // "on the left is a ball"
+            self.cursor.skip(&[","]);
+            self.cursor.skip(COPULA);
+            self.cursor.skip(LEAD_IN);
+            let subject = self.object()?;
+            self.subject = Some(subject);
+            self.sides.push((subject, side));
             return Ok(());
         }
         if let Some(relation) = self.cursor.eat_relation() {
@@ -365,6 +220,10 @@ impl Parser {
             return Ok(());
         }
         let copula = self.cursor.skip(COPULA);
+        if let Some(side) = self.cursor.eat_side(false) {
+            self.sides.push((subject, side));
+            return Ok(());
+        }
         match self.cursor.eat_relation() {
             Some(relation) => {
                 let object = self.object()?;
@@ -378,6 +237,31 @@ impl Parser {
         } else {
             Err(self.unexpected())
         }
+    }
+
+    /// Relates what is on one side to what is on the other, or else to all that is on neither.
+    fn relate_sides(&mut self) -> Result<(), ParseError> {
+        let on =
+            |this: &Self, i: usize, side: Option<Spatial>| this.sides.iter().any(|(j, s)| *j == i && Some(*s) == side);
+        for (object, side) in self.sides.clone() {
+            let all = 0..self.graph.objects.len();
+            let mut others: Vec<usize> = all.clone().filter(|i| on(self, *i, side.inverse())).collect();
+            if others.is_empty() {
+                others = all.filter(|i| !on(self, *i, Some(side))).collect();
+            }
+            if others.is_empty() {
+                return Err(ParseError::Grammar(format!("nothing that something is {} of the picture", side.name())));
+            }
+            for other in others {
+                let said = |r: &Relation| {
+                    (r.subject, r.object) == (other, object) && side.inverse().is_some_and(|s| s.name() == r.predicate)
+                };
+                if !self.graph.relations.iter().any(said) {
+                    self.relate(object, side, other);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn unexpected(&self) -> ParseError {
@@ -459,6 +343,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_named_is_found_in_any_sentence() {
+        let names = |text: &str| named(text).iter().map(Object::phrase).collect::<Vec<_>>();
+        assert_eq!(
+            names("on the left a red ball can be seen, the big blue box right"),
+            ["red ball", "large blue cube"]
+        );
+        assert_eq!(names("the ball beside a small red ball, a ring by the ball"), ["small red ball", "ring"]);
+        assert!(names("nothing to the left").is_empty() && names("").is_empty());
+    }
+
+    #[test]
     fn forms_of_one_scene_parse_alike() {
         let want = "red ball left of blue cube; green ring above blue cube";
         for text in [
@@ -472,7 +367,8 @@ mod tests {
             "please draw the red ball left of the blue cube, and the green ring higher than the cube",
             "a picture where a red ball should be left of a blue cube, and the green ring above the cube, please",
             "I would like to see an image in which there is a red ball. It is left of a blue cube. Over the cube is a green ring.",
-            "There is a blue cube. To its left is a red ball, and above it a green ring.",
+            "There is a blue cube. To its left is a red ball, and, above it, a green ring.",
+            "a blue cube has a red ball on its left side and a green ring on top of it",
             "put a red ball to the left of a blue cube and a green ring above the cube",
         ] {
             assert_eq!(triples(text), want, "{text}");
@@ -482,6 +378,11 @@ mod tests {
             "red ball left of blue cube; red ball above star; star inside large ring"
         );
         assert_eq!(triples("a tiny violet sphere"), "small purple ball");
+        assert_eq!(triples("a red ball on the left and a blue cube on the right"), "red ball left of blue cube");
+        assert_eq!(triples("On the left is a red ball; the blue cube is to the right"), "red ball left of blue cube");
+        assert_eq!(triples("a blue cube, and to the left a red ball"), "red ball left of blue cube");
+        assert_eq!(triples("a ring at the top, a star and a cone at the bottom"), "ring above cone; star");
+        assert!(parse("a red ball on the left").is_err(), "of what?");
         assert_eq!(triples("a red ball and a red ball"), "red ball; red ball");
         assert_eq!(triples("a yellow star, a black cone and a pink cube"), "yellow star; black cone; pink cube");
     }

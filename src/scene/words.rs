@@ -18,6 +18,8 @@ pub const RELATIONS: &[(&str, Spatial)] = &[
     ("in the middle of", Inside),
     ("left of", LeftOf),
     ("right of", RightOf),
+    ("left to", LeftOf),
+    ("right to", RightOf),
     ("in front of", InFrontOf),
     ("on top of", Above),
     ("higher than", Above),
@@ -33,14 +35,19 @@ pub const RELATIONS: &[(&str, Spatial)] = &[
     ("underneath", Below),
     ("under", Below),
     ("behind", Behind),
+    ("on", Above),
 ];
 
 /// Phrases that relate something to what "it" stands for.
 pub const RELATIONS_TO_IT: &[(&str, Spatial)] = &[
+    ("on its left side", LeftOf),
     ("to its left", LeftOf),
     ("on its left", LeftOf),
+    ("on its right side", RightOf),
     ("to its right", RightOf),
     ("on its right", RightOf),
+    ("on top of it", Above),
+    ("on it", Above),
     ("in front of it", InFrontOf),
     ("inside it", Inside),
     ("within it", Inside),
@@ -50,8 +57,70 @@ pub const RELATIONS_TO_IT: &[(&str, Spatial)] = &[
     ("below it", Below),
     ("beneath it", Below),
     ("under it", Below),
+    ("underneath it", Below),
     ("behind it", Behind),
 ];
+
+/// Phrases that say on which side of the picture something is: of what is on the other side it is this.
+pub const SIDES: &[(&str, Spatial)] = &[
+    ("on the left side", LeftOf),
+    ("on the left", LeftOf),
+    ("to the left", LeftOf),
+    ("at the left", LeftOf),
+    ("on the right side", RightOf),
+    ("on the right", RightOf),
+    ("to the right", RightOf),
+    ("at the right", RightOf),
+    ("at the top", Above),
+    ("on top", Above),
+    ("above", Above),
+    ("at the bottom", Below),
+    ("below", Below),
+    ("underneath", Below),
+    ("in front", InFrontOf),
+    ("in the foreground", InFrontOf),
+    ("in the background", Behind),
+    ("in the back", Behind),
+    ("behind", Behind),
+];
+
+/// Words between a subject and its relation.
+pub const COPULA: &[&str] = &[
+    "is",
+    "are",
+    "sits",
+    "stands",
+    "lies",
+    "rests",
+    "sitting",
+    "standing",
+    "lying",
+    "resting",
+    "placed",
+    "positioned",
+    "located",
+    "shown",
+    "visible",
+    "appears",
+    "should",
+    "must",
+    "will",
+    "can",
+    "be",
+    "seen",
+    "that",
+];
+/// Words before a clause that say nothing about it.
+pub const LEAD_IN: &[&str] = &[
+    "there", "there's", "is", "are", "show", "me", "draw", "paint", "make", "give", "put", "place", "generate",
+    "create", "please", "imagine", "i", "i'd", "we", "you", "see", "have", "would",
+];
+/// And phrases that say nothing either.
+pub const WISHES: &[&str] = &["like to", "want to", "like", "want"];
+pub const SEPARATORS: &[&str] = &[",", ";", ".", "and", "while", "also", "then", "but", "please"];
+pub const PICTURES: &[&str] = &["picture", "image", "photo", "photograph", "drawing", "painting", "scene", "rendering"];
+/// Words between "a picture" and what it shows.
+pub const OF_PICTURES: &[&str] = &["of", "with", "showing", "shows", "where", "in", "which", "that"];
 
 /// Words that name nothing which could be drawn.
 pub const FILLERS: &[&str] = &[
@@ -98,6 +167,11 @@ pub fn size(word: &str) -> Option<Size> {
     Size::from_name(word).or_else(|| lookup(word, SIZES))
 }
 
+/// All words of size and colour.
+pub fn adjectives() -> impl Iterator<Item = &'static str> {
+    Size::ALL.iter().map(|s| s.name()).chain(Colour::ALL.iter().map(|c| c.name()))
+}
+
 /// The nearest of `known` to `word` by edit distance, if it is near enough to be a slip.
 pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let limit = if word.chars().count() <= 4 { 1 } else { 2 };
@@ -142,7 +216,7 @@ mod tests {
 
     #[test]
     fn no_phrase_hides_a_longer_one() {
-        for table in [RELATIONS, RELATIONS_TO_IT] {
+        for table in [RELATIONS, RELATIONS_TO_IT, SIDES] {
             for (i, (phrase, _)) in table.iter().enumerate() {
                 let hidden = table[i + 1..].iter().find(|(later, _)| later.starts_with(&format!("{phrase} ")));
                 assert!(hidden.is_none(), "{phrase} hides {hidden:?}");

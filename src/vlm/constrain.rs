@@ -308,12 +308,29 @@ mod tests {
         for bad in ["", "{}", "{\"reflection\": \"\", \"verdict\": \"maybe\"}", "{\"reflection\": \"\"", &long] {
             assert!(!accepts(&check, bad), "{bad}");
         }
-        let parse = Grammar::new(&prompts::parse_schema(), vocabulary).unwrap();
+        let parse = Grammar::new(&prompts::parse_schema(&[]), vocabulary.clone()).unwrap();
         let graph = json!({ "objects": ["ball", "cube"], "relations": [[0, "left of", 1], [1, "x", 10]] });
         let spaced = graph.to_string().replace(':', ": ").replace(',', ", ");
         assert!(accepts(&parse, &spaced), "{spaced}");
         assert!(accepts(&parse, "{\"objects\": [], \"relations\": []}"));
         assert!(!accepts(&parse, "{\"objects\": [], \"relations\": [[0, \"left of\"]]}"));
+        let named = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+            Grammar::new(&prompts::parse_schema(&names), vocabulary.clone()).unwrap()
+        };
+        let two = named(&["red ball", "cube"]);
+        assert!(accepts(&two, r#"{"objects": ["red ball", "cube"], "relations": [[1, "above", 0]]}"#));
+        for bad in [
+            r#"{"objects": ["cube", "red ball"], "relations": []}"#,
+            r#"{"objects": ["red ball"], "relations": []}"#,
+            r#"{"objects": ["red ball", "cube"], "relations": [[1, "beside", 0]]}"#,
+            r#"{"objects": ["red ball", "cube"], "relations": [[2, "above", 0]]}"#,
+        ] {
+            assert!(!accepts(&two, bad), "{bad}");
+        }
+        let one = named(&["ring"]);
+        assert!(accepts(&one, r#"{"objects": ["ring"], "relations": []}"#));
+        assert!(!accepts(&one, r#"{"objects": ["ring"], "relations": [[0, "above", 0]]}"#));
     }
 
     /// An answer for which `choose` takes a token wherever one is not forced: of what is allowed, what closes, the ids so far.
@@ -336,7 +353,7 @@ mod tests {
     #[test]
     fn a_model_that_knows_nothing_still_answers_in_json() {
         let (vocabulary, chat) = vocabulary(&["\", \"verdict\": \""]);
-        for schema in [prompts::check_schema(), prompts::reflect_schema(), prompts::parse_schema()] {
+        for schema in [prompts::check_schema(), prompts::reflect_schema(), prompts::parse_schema(&[])] {
             let grammar = Grammar::new(&schema, vocabulary.clone()).unwrap();
             for i in 0..20 {
                 let mut stream = Stream::new(1, "constrain", i);

@@ -11,8 +11,9 @@ use super::{
     world::{Colour, Item, Scene, Shape, Size},
 };
 use crate::scene::{
+    cursor::{Article, Cursor, Mention},
     graph::Object,
-    parse::{Article, Cursor, Mention, ParseError},
+    parse::ParseError,
     relation::Spatial,
     words,
 };
@@ -191,7 +192,7 @@ impl Edit {
         let mut cursor = Cursor::new(text);
         cursor.skip(&["please", "now", "then"]);
         let edit = Self::parse_verb(&mut cursor)?;
-        cursor.skip(&["."]);
+        cursor.skip(&[",", "please", "."]);
         match cursor.peek() {
             None => Ok(edit),
             Some(word) => Err(ParseError::Grammar(format!("\"{word}\" after the end of the edit"))),
@@ -218,7 +219,7 @@ impl Edit {
             }
             return Ok(Self::Add { what, place: place(cursor)? });
         }
-        if cursor.skip(&["remove", "delete", "erase"]) {
+        if cursor.skip(&["remove", "delete", "erase"]) || cursor.eat("take away") || cursor.eat("get rid of") {
             return Ok(Self::Remove { what: known(cursor)? });
         }
         if cursor.skip(&["replace"]) {
@@ -233,7 +234,13 @@ impl Edit {
             let colour = cursor.eat("to").then(|| cursor.next().and_then(|w| words::colour(&w))).flatten();
             return colour.map(|colour| Self::Recolour { what, colour }).ok_or_else(|| missing(cursor, "a colour"));
         }
-        if cursor.skip(&["make", "paint", "colour"]) {
+        if cursor.skip(&["enlarge"]) {
+            return Ok(Self::Resize { what: known(cursor)?, size: Size::Large });
+        }
+        if cursor.skip(&["shrink"]) {
+            return Ok(Self::Resize { what: known(cursor)?, size: Size::Small });
+        }
+        if cursor.skip(&["make", "paint", "colour", "color", "recolour", "recolor", "turn"]) {
             let what = known(cursor)?;
             let word = cursor.next().unwrap_or_default();
             let size = match word.as_str() {
@@ -498,6 +505,14 @@ mod tests {
         assert_eq!(apply("make the cube smaller").unwrap().items[1].size, Size::Small);
         let replaced = apply("replace the cube with a small black star").unwrap().items[1];
         assert_eq!((replaced.shape, replaced.colour, replaced.size), (Shape::Star, Colour::Black, Size::Small));
+        for (said, plain) in [
+            ("Please turn the cube yellow.", "make the cube yellow"),
+            ("get rid of the green ball, please", "remove the green ball"),
+            ("shrink the sphere", "make the ball smaller"),
+            ("place the ball on the left side of the box", "move the ball to the left of the cube"),
+        ] {
+            assert_eq!(Edit::parse(said).unwrap().plain(), plain);
+        }
     }
 
     #[test]
