@@ -24,7 +24,7 @@ draw() {
     shift 2
     [ ! -e "$run/results.json" ] || return 0
     [ ! -d "$run" ] || more+=(--resume)
-    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --out "$run" "$@" "${more[@]}"
+    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --wording caption --out "$run" "$@" "${more[@]}"
 }
 
 # The trainings of the Diffuser read the autoencoder where it is shipped.

@@ -265,6 +265,9 @@ fn an_edit_says_what_the_built_in_editor_never_learned() {
     let (otherwise, other) = said("please turn the red sphere blue");
     assert!(otherwise.contains("carried out as \"make the red ball blue\""), "{otherwise}");
     assert!(plain == other);
+    let info = rig.command(&["info", "out.png"]).output().unwrap();
+    let info = String::from_utf8(info.stdout).unwrap();
+    assert!(info.contains("carried out as: make the red ball blue") && info.contains("turn the red sphere"), "{info}");
 }
 
 #[test]

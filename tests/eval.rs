@@ -471,6 +471,40 @@ fn single_edits_are_measured_and_what_they_do_not_heed_is_refused() {
 }
 
 #[test]
+fn the_built_in_diffuser_reads_plain_words_and_captions_where_asked() {
+    let rig = Rig::new();
+    let run = |out: &str, more: &[&str]| -> (Value, Vec<Value>) {
+        let few = [
+            "eval",
+            "--split",
+            "test-paraphrase",
+            "--limit",
+            "2",
+            "--mode",
+            "diffuser",
+            "--steps",
+            "1",
+            "--looks",
+            "1",
+        ];
+        let output = rig.command(&[&few[..], &["--out", out], more].concat()).output().unwrap();
+        assert!(output.status.success(), "{more:?}: {}", stderr(&output));
+        let text = fs::read_to_string(rig.path(out).join("samples.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect();
+        (document(&rig, &format!("{out}/config.json"))["wording"].clone(), lines)
+    };
+    let ((plainly, plain), (as_said, captions)) = (run("plain", &[]), run("captions", &["--wording", "caption"]));
+    assert_eq!((plainly, as_said), ("plain".into(), "caption".into()));
+    assert!(plain.len() == 2 && captions.len() == 2);
+    for (plain, caption) in plain.iter().zip(&captions) {
+        assert_eq!(plain["prompt"], caption["prompt"]);
+        assert!(caption["drawn_as"].is_null());
+        let words = plain["drawn_as"].as_str().unwrap();
+        assert!(plain["prompt"] != *words && words.starts_with("a "), "{words}");
+    }
+}
+
+#[test]
 fn verdicts_are_measured_by_themselves_and_what_they_do_not_heed_is_refused() {
     let rig = Rig::new();
     let verdicts = |more: &[&str]| {
@@ -512,6 +546,9 @@ fn verdicts_are_measured_by_themselves_and_what_they_do_not_heed_is_refused() {
         }
     }
     for (name, agreement) in results["verdicts"].as_object().unwrap() {
+        let kappa = &agreement["kappa"];
+        let is_between = |key: &str| (-1.0..=1.0).contains(&kappa[key].as_f64().unwrap());
+        assert!(kappa.is_null() || ["mean", "lo", "hi"].into_iter().all(is_between), "{name}: {kappa}");
         for of in ["accuracy", "calibration_error"] {
             let estimate = &agreement[of];
             assert!(["mean", "lo", "hi"].iter().all(|key| inside(&estimate[*key])), "{name}: {of} {estimate}");

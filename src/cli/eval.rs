@@ -91,7 +91,8 @@ pub enum Wording {
     Caption,
     /// The caption, then the triples
     Both,
-    /// The scene graph in plain words, as `generate` gives the built-in Diffuser what it understands of a prompt
+    /// The scene graph in plain words, as `generate` gives the built-in Diffuser what it understands of a prompt: then
+    /// no model sees a caption, not even a paraphrase
     Plain,
 }
 
@@ -135,7 +136,8 @@ pub struct EvalRun {
     /// Part I of N, counted from 1; `rlrig eval merge` joins them
     #[arg(long, value_name = "I/N", help_heading = "Data")]
     pub shard: Option<String>,
-    /// How prompts are worded [default: plain for tabletop, triples for laion-sg]
+    /// How prompts are worded [default: of tabletop plain for the built-in Diffuser and caption for others,
+    /// triples of laion-sg]
     #[arg(long, value_enum, value_name = "W", help_heading = "Data")]
     pub wording: Option<Wording>,
 

@@ -11,7 +11,7 @@ use crate::{
     scene::{
         graph::{LARGEST, Object, Relation, SceneGraph},
         laion_sg::Record,
-        parse::{MAX_CHARS, ParseError, named, only_unusual, parse},
+        parse::{MAX_CHARS, ParseError, named, parse, unknown_word},
         relation::{contradictions, too_large},
         tabletop::caption::plain,
     },
@@ -83,12 +83,19 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
             if let Some(why) = too_large(&graph).filter(|_| strict) {
                 usage!("no picture can show this: {why}");
             }
-            Ok(Ask::Target(target(prompt, &graph, strict)))
+            Ok(Ask::Target(target(prompt, &graph)))
         }
         Err(ParseError::Empty) => usage!("the prompt is empty"),
         Err(error @ ParseError::Contradiction(_)) => usage!("{error}"),
-        Err(ParseError::Grammar(_)) => words(),
-        Err(error) if strict && !only_unusual(prompt, &error) => usage!("{error}"),
+        Err(error) if strict => match (unknown_word(prompt), error) {
+            (Some(unknown), ParseError::Grammar(_)) => usage!("{unknown}"),
+            (None, ParseError::Grammar(_) | ParseError::UnknownShape { .. } | ParseError::UnknownAttribute { .. })
+                if !named(prompt).is_empty() =>
+            {
+                words()
+            }
+            (_, error) => usage!("{error}"),
+        },
         Err(_) => words(),
     }
 }
@@ -101,7 +108,7 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
         Ask::Words { prompt, strict } => {
             // What is named the grammar knows, though not what is said of it.
             let graph = critic.parse(&prompt, &if strict { named(&prompt) } else { Vec::new() })?;
-            let (target, told) = found(&prompt, if strict { merged(graph) } else { graph }, strict);
+            let (target, told) = found(&prompt, graph);
             say(&printable(&told));
             target
         }
@@ -112,13 +119,13 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
 }
 
 /// The target by the graph that the VLM read in a prompt, and what to say of it. Relations that contradict each other are not
-/// asked for, as no round would end with them; the prompt is drawn all the same, as the VLM may have misread it.
-fn found(prompt: &str, mut graph: SceneGraph, strict: bool) -> (Target, String) {
+/// asked for, as no round would end with them; the prompt itself is drawn, as the VLM may have misread it.
+fn found(prompt: &str, mut graph: SceneGraph) -> (Target, String) {
     let impossible = contradictions(&graph).into_iter().next();
     if impossible.is_some() {
         graph.relations.clear();
     }
-    let target = target(prompt, &graph, strict);
+    let target = if impossible.is_some() { Target::new(prompt, &graph) } else { target(prompt, &graph) };
     let claims: Vec<String> = target.claims.iter().map(ToString::to_string).collect();
     let told = match (target.claims.is_empty(), graph.relations.is_empty()) {
         (_, true) if impossible.is_some() => format!(
@@ -133,28 +140,6 @@ fn found(prompt: &str, mut graph: SceneGraph, strict: bool) -> (Target, String) 
         _ => format!("the VLM reads \"{prompt}\" as: {}", claims.join("; ")),
     };
     (target, told)
-}
-
-/// The graph with objects of one phrase as one: the built-in VLM lists a thing again where it speaks of it again. What it
-/// says of a thing and itself means nothing.
-fn merged(graph: SceneGraph) -> SceneGraph {
-    let mut objects: Vec<Object> = Vec::new();
-    let mut place = |object: Object| {
-        objects.iter().position(|known| *known == object).unwrap_or_else(|| {
-            objects.push(object);
-            objects.len() - 1
-        })
-    };
-    let places: Vec<usize> = graph.objects.into_iter().map(&mut place).collect();
-    let mut relations: Vec<Relation> = Vec::new();
-    for relation in graph.relations {
-        let Relation { subject, predicate, object } = relation;
-        let relation = Relation { subject: places[subject], predicate, object: places[object] };
-        if relation.subject != relation.object && !relations.contains(&relation) {
-            relations.push(relation);
-        }
-    }
-    SceneGraph { objects, relations }
 }
 
 /// LAION-SG's records, one or a list, or plain scene graphs likewise; a record may be an error of its own.
@@ -213,17 +198,16 @@ fn from_graph(mut graph: SceneGraph, strict: bool) -> Result<Ask> {
     if prompt.is_empty() {
         usage!("a scene graph without objects says nothing to draw");
     }
-    Ok(Ask::Target(target(&prompt, &graph, strict)))
+    Ok(Ask::Target(target(&prompt, &graph)))
 }
 
-/// What a prompt with this graph asks for. Models that know the words of the tabletop world only draw it from the plainest of
-/// them: what they are told in other words than those of their training they draw wrong more often than not.
-fn target(prompt: &str, graph: &SceneGraph, strict: bool) -> Target {
+/// What a prompt with this graph asks for, with the plainest words for it if the tabletop world has any: a Diffuser that knows
+/// no others draws wrong, more often than not, what it is told in words that it was not trained on.
+fn target(prompt: &str, graph: &SceneGraph) -> Target {
     let target = Target::new(prompt, graph);
     let words = plain(graph);
-    // The VLM may have read what no words of the world say.
     let counts = |graph: &SceneGraph| (graph.objects.len(), graph.relations.len());
-    let is_said = strict && parse(&words).is_ok_and(|read| counts(&read) == counts(graph));
+    let is_said = parse(&words).is_ok_and(|read| counts(&read) == counts(graph));
     if is_said { target.drawn_as(words) } else { target }
 }
 
@@ -283,7 +267,7 @@ mod tests {
                 predicate: predicate.into(),
                 object,
             };
-            found("so it is", SceneGraph { objects, relations: relations.iter().map(relation).collect() }, false)
+            found("so it is", SceneGraph { objects, relations: relations.iter().map(relation).collect() })
         };
         let told = |labels, relations| found(labels, relations).1;
         let nothing = "no object and no relation was found in \"so it is\": it is drawn, but not checked";
@@ -299,16 +283,6 @@ mod tests {
     }
 
     #[test]
-    fn what_the_built_in_vlm_lists_twice_is_one_thing() {
-        let objects = ["cube", "ball", "cube"].map(|label| Object::new(label, Vec::new())).to_vec();
-        let relation = |subject, object| Relation { subject, predicate: "left of".into(), object };
-        let graph = merged(SceneGraph { objects, relations: vec![relation(0, 1), relation(2, 1), relation(1, 2)] });
-        assert_eq!((graph.objects.len(), graph.relations.len()), (2, 2));
-        let (target, told) = found("so it is", graph, true);
-        assert!(told.contains("no picture can show it") && target.claims.len() == 2, "{told}");
-    }
-
-    #[test]
     fn what_the_world_has_no_room_for_is_a_mistake_with_its_models_alone() {
         let large = "a large ball inside a small ring";
         let error = understand(large, true).err().unwrap().to_string();
@@ -317,21 +291,27 @@ mod tests {
         assert!(understand("a red blue ball", true).err().unwrap().to_string().contains("both red and blue"));
         let unusual = "There is a red ball. A blue cube has it to its left.";
         assert!(matches!(understand(unusual, true), Ok(Ask::Words { strict: true, .. })));
+        let unknown = |prompt: &str| understand(prompt, true).err().unwrap().to_string();
+        assert!(unknown("a red ball next to a giraffe").contains("unknown word \"giraffe\""));
+        assert!(unknown("to the left").contains("ends where an object"));
+        assert!(matches!(understand("a red ball next to a giraffe", false), Ok(Ask::Words { .. })));
     }
 
     #[test]
     fn models_that_know_few_words_draw_from_the_plainest() {
-        let drawn = |prompt: &str, strict| match understand(prompt, strict) {
-            Ok(Ask::Target(target)) => (target.prompt.clone(), target.words().to_owned()),
-            _ => panic!("{prompt}"),
-        };
         let (asked, plain) = ("a blue cube with a tiny red ball to its left", "a small red ball left of a blue cube");
-        assert_eq!(drawn(asked, true), (asked.into(), plain.into()));
-        assert_eq!(drawn(asked, false), (asked.into(), asked.into()));
-        assert_eq!(target(plain, &parse(plain).unwrap(), true).drawn_as, None);
-        // What the VLM reads into a prompt may be no words of the world.
-        let read = SceneGraph { objects: vec![Object::new("giraffe", Vec::new())], relations: Vec::new() };
-        assert_eq!(target("a tall one", &read, true).words(), "a tall one");
+        let target = |prompt: &str| super::target(prompt, &parse(prompt).unwrap());
+        assert_eq!((target(asked).prompt.as_str(), target(asked).words()), (asked, plain));
+        assert_eq!(target(plain).drawn_as, None);
+        // What the VLM reads into a prompt may be no words of the world, or what nothing can show.
+        let things = |labels: &[&str]| labels.iter().map(|label| Object::new(*label, Vec::new())).collect();
+        let read = |labels: &[&str], relations: &[(usize, usize)]| {
+            let relation = |(subject, object)| Relation { subject, predicate: "left of".into(), object };
+            SceneGraph { objects: things(labels), relations: relations.iter().copied().map(relation).collect() }
+        };
+        assert_eq!(found("so", read(&["ball", "cube"], &[(0, 1)])).0.words(), "a ball left of a cube");
+        assert_eq!(found("so", read(&["giraffe"], &[])).0.words(), "so");
+        assert_eq!(found("so", read(&["ball", "cube"], &[(0, 1), (1, 0)])).0.words(), "so");
     }
 
     #[test]

@@ -105,7 +105,13 @@ pub fn run(args: &Edit) -> Result<()> {
     let file = output.write_with(0, pixels, &parameters, &recipe.to_string())?;
     console.done();
     if args.print.json {
-        console.result(&json!({ "file": file, "seed": seed, "instruction": instruction }).to_string())?;
+        console.result(
+            &json!({
+                "file": file, "seed": seed, "instruction": instruction,
+                "carried_out_as": (words != instruction).then_some(&words),
+            })
+            .to_string(),
+        )?;
     } else {
         console.result(&file.display().to_string())?;
     }

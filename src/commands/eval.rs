@@ -103,10 +103,11 @@ fn evaluate(args: &EvalRun) -> Result<()> {
     Ok(())
 }
 
-/// How prompts are worded.
+/// How prompts are worded: for the built-in Diffuser as `generate` words what it understands.
 fn wording(args: &EvalRun) -> cli::Wording {
     args.wording.unwrap_or(match args.dataset {
-        Dataset::Tabletop => cli::Wording::Plain,
+        Dataset::Tabletop if built_in::are_named(args.painter.model.as_deref()) => cli::Wording::Plain,
+        Dataset::Tabletop => cli::Wording::Caption,
         Dataset::LaionSg => cli::Wording::Triples,
     })
 }

@@ -47,7 +47,9 @@ pub fn run(args: Generate) -> Result<()> {
     let (painter, critic, recipe) = open_models(&args, &plan, console.watch(stop))?;
     let mut jobs = Vec::new();
     for ask in plan.asks {
-        let target = ask::resolve(ask, &critic, plan.only, &|text| console.say(text))?;
+        let mut target = ask::resolve(ask, &critic, plan.only, &|text| console.say(text))?;
+        // Other Diffusers know more words, and the prompt's own say more to them.
+        target.drawn_as = target.drawn_as.filter(|_| plan.pipeline.is_built_in());
         if let Some(words) = &target.drawn_as {
             console.say(&format!("drawn as \"{}\"", printable(words)));
         }

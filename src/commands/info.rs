@@ -11,6 +11,7 @@ use crate::{
     usage,
 };
 use anyhow::{Context, Result};
+use serde_json::Value;
 use std::io::Write;
 
 pub fn run(args: &Info) -> Result<()> {
@@ -19,7 +20,7 @@ pub fn run(args: &Info) -> Result<()> {
     let chunk = texts.iter().find(|(keyword, _)| keyword == png::CHUNK).map(|(_, text)| text);
     if args.json {
         let Some(text) = chunk else { usage!("{} carries no recipe of rlrig", args.file.display()) };
-        let value: serde_json::Value =
+        let value: Value =
             serde_json::from_str(text).with_context(|| format!("the recipe of {} is damaged", args.file.display()))?;
         writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
         return Ok(());
@@ -32,6 +33,10 @@ pub fn run(args: &Info) -> Result<()> {
     }
     if texts.is_empty() {
         usage!("{} carries no text at all", args.file.display());
+    }
+    let edit = chunk.and_then(|text| serde_json::from_str::<Value>(text).ok());
+    if let Some(words) = edit.as_ref().and_then(|edit| edit["edit"]["carried_out_as"].as_str()) {
+        writeln!(out, "carried out as: {}", printable(words))?;
     }
     for (keyword, text) in texts.iter().filter(|(keyword, _)| keyword != png::CHUNK) {
         writeln!(out, "{}: {}", printable(keyword), printable(text))?;

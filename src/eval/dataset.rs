@@ -49,7 +49,8 @@ pub struct Sample {
 impl Sample {
     /// What a picture of it is held to; `only` adds that it shows nothing else.
     pub fn target(&self, only: bool) -> Target {
-        let target = Target { drawn_as: self.drawn_as.clone(), ..Target::new(self.prompt.clone(), &self.graph) };
+        let target = Target::new(self.prompt.clone(), &self.graph);
+        let target = self.drawn_as.iter().cloned().fold(target, Target::drawn_as);
         if only { target.and_nothing_else() } else { target }
     }
 }

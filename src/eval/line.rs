@@ -42,7 +42,7 @@ pub struct Line {
     /// The rounds after which this picture is the mode's result.
     pub result_after: Vec<usize>,
     pub prompt: String,
-    /// What those who draw read instead of the prompt.
+    /// What Diffuser and Actor read instead of the prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drawn_as: Option<String>,
     /// What made it from the picture of round `from`; absent for the drawing.

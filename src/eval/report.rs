@@ -299,11 +299,13 @@ fn galleries(mode: Mode, metric: &str, lines: &[Line], folder: &Path) -> Result<
 
 /// A result that opens the way to it.
 fn opened(story: &Story, folder: &Path) -> Result<String> {
+    let Line { prompt, drawn_as, .. } = story.result;
+    let asked = drawn_as.as_ref().map_or_else(|| prompt.clone(), |words| format!("{prompt} (drawn as \"{words}\")"));
     let mut html = format!(
         "<details><summary>{}<div>{}</div><small>{:.2} after round 1, {:.2} at the end</small></summary>\n\
          <div class=\"turns\">\n",
         image(story.result, folder)?,
-        escape(&story.result.prompt),
+        escape(&asked),
         story.first,
         story.last
     );

@@ -39,7 +39,7 @@ impl fmt::Display for Claim {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     pub prompt: String,
-    /// What those who draw read instead of the prompt: a Diffuser that knows few words draws best from these.
+    /// What Diffuser and Actor read instead of the prompt: models that know few words do best with these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drawn_as: Option<String>,
     pub claims: Vec<Claim>,
@@ -67,7 +67,7 @@ impl Target {
         Self { drawn_as: (words != self.prompt).then_some(words), ..self }
     }
 
-    /// What those who draw read.
+    /// What Diffuser and Actor read.
     pub fn words(&self) -> &str {
         self.drawn_as.as_deref().unwrap_or(&self.prompt)
     }

@@ -201,7 +201,7 @@ impl Trajectory {
     pub fn parameters(&self, size: (u32, u32)) -> Parameters<'_> {
         let r = &self.recipe;
         Parameters {
-            prompt: &self.target.prompt,
+            prompt: self.target.words(),
             steps: r.steps,
             solver: r.solver,
             guidance: r.guidance,

@@ -342,7 +342,9 @@ impl Read {
         let named = |i: usize| objects.get(i).is_some_and(|o| !o.label.is_empty());
         // Numbers of those that are kept.
         let number = |i: usize| (0..i).filter(|i| named(*i)).count();
-        let relations = self.relations.into_iter().filter(|(s, r, o)| named(*s) && named(*o) && !r.trim().is_empty());
+        // What is said of a thing and itself means nothing.
+        let means = |(s, r, o): &(usize, String, usize)| named(*s) && named(*o) && s != o && !r.trim().is_empty();
+        let relations = self.relations.into_iter().filter(means);
         let relations =
             relations.map(|(s, predicate, o)| Relation { subject: number(s), predicate, object: number(o) }).collect();
         let objects = objects.iter().filter(|o| !o.label.is_empty()).cloned().collect();

@@ -5,7 +5,7 @@ use super::{
     parse::ParseError,
     relation::Spatial,
     tabletop::world::{Colour, Shape, Size},
-    words::{self, COPULA, SEPARATORS},
+    words::{self, COPULA, LEAD_IN, SEPARATORS},
 };
 
 /// Lower-case words, and the punctuation that separates clauses.
@@ -47,6 +47,7 @@ pub(super) enum Article {
 }
 
 /// A reader over tokens, shared by prompts and edit instructions.
+#[derive(Clone)]
 pub(super) struct Cursor {
     pub tokens: Vec<String>,
     pub at: usize,
@@ -97,23 +98,35 @@ impl Cursor {
     pub fn eat_relation(&mut self) -> Option<Spatial> {
         let start = self.at;
         self.skip(&["directly", "just", "exactly"]);
-        let found = words::RELATIONS.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r);
-        if found.is_none() {
+        let found = words::RELATIONS.iter().find(|(phrase, _)| self.eat(phrase));
+        // Much is on something that is no object: a table, a background.
+        let is_vague = found.is_some_and(|(phrase, _)| *phrase == "on") && self.clone().mention().is_err();
+        if found.is_none() || is_vague {
             self.at = start;
+            return None;
         }
-        found
+        found.map(|(_, relation)| *relation)
     }
 
     pub fn eat_relation_to_it(&mut self) -> Option<Spatial> {
         words::RELATIONS_TO_IT.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r)
     }
 
-    /// A side of the picture, where nothing follows that it would be a side of; what `leads` may have its object behind it.
+    pub fn is_article(&self) -> bool {
+        matches!(self.peek(), Some("a" | "an" | "one" | "another" | "the"))
+    }
+
+    /// Whether nothing more belongs to a clause.
+    pub fn ends_clause(&self) -> bool {
+        self.peek().is_none_or(|w| SEPARATORS.contains(&w) || w == "which")
+    }
+
+    /// A side of the picture, where nothing follows that it would be a side of. Where it leads, its object may follow at once.
     pub fn eat_side(&mut self, leads: bool) -> Option<Spatial> {
         let start = self.at;
         for (phrase, side) in words::SIDES {
             let follows = |w: &str| {
-                let object = leads && phrase.contains(' ') && ["a", "an", "the"].contains(&w);
+                let object = leads && phrase.contains(' ') && (["a", "an", "the"].contains(&w) || LEAD_IN.contains(&w));
                 object || SEPARATORS.contains(&w) || COPULA.contains(&w)
             };
             if self.eat(phrase) && self.peek().is_none_or(follows) {

@@ -25,6 +25,11 @@ pub struct Object {
 }
 
 impl Object {
+    /// Whether `name` may stand for it: the same label, and no attribute that it has not.
+    pub fn is_meant_by(&self, name: &Self) -> bool {
+        self.label == name.label && name.attributes.iter().all(|a| self.attributes.contains(a))
+    }
+
     pub fn new(label: impl Into<String>, attributes: Vec<String>) -> Self {
         Self { label: label.into(), attributes }
     }

@@ -130,7 +130,8 @@ pub const FILLERS: &[&str] = &[
     "give", "should", "must", "may", "will", "has", "have", "having", "being", "was", "were", "there's", "it's",
     "directly", "just", "exactly", "right", "left", "side", "hand", "front", "top", "bottom", "middle", "object",
     "objects", "thing", "things", "shape", "shapes", "coloured", "colored", "sized", "appears", "shown", "showing",
-    "visible", "table",
+    "visible", "table", "beside", "between", "among", "around", "close", "far", "away", "touching", "against", "along",
+    "together", "opposite", "facing", "corner", "centre", "center", "ground", "floor", "very", "slightly", "bit",
 ];
 
 const SHAPES: &[(&str, Shape)] = &[

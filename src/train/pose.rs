@@ -66,7 +66,7 @@ pub struct Problem {
 impl Problem {
     /// What the Actor is asked first.
     pub fn question(&self) -> String {
-        prompts::reflect(&self.target.prompt, &self.verdicts, &[])
+        prompts::reflect(self.target.words(), &self.verdicts, &[])
     }
 }
 

@@ -115,16 +115,13 @@ pub fn indefinite(object: &Object) -> String {
 /// The shortest name that fits this one of `objects` alone, or with some chance a longer one.
 pub fn reference(rng: &mut Stream, objects: &[Object], index: usize, shortest: bool) -> Object {
     let object = &objects[index];
-    let fits = |attributes: &[String]| {
-        let named = |o: &Object| o.label == object.label && attributes.iter().all(|a| o.attributes.contains(a));
-        objects.iter().filter(|o| named(o)).count() == 1
-    };
     let n = object.attributes.len();
     // From the label alone to all attributes; attributes are dropped from the front, the size first.
     for skip in (1..=n).rev() {
-        let attributes = &object.attributes[skip..];
-        if fits(attributes) && (shortest || rng.chance(0.55)) {
-            return Object::new(object.label.clone(), attributes.to_vec());
+        let name = Object::new(object.label.clone(), object.attributes[skip..].to_vec());
+        let is_its_own = objects.iter().filter(|o| o.is_meant_by(&name)).count() == 1;
+        if is_its_own && (shortest || rng.chance(0.55)) {
+            return name;
         }
     }
     object.clone()

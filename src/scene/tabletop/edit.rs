@@ -200,7 +200,10 @@ impl Edit {
     }
 
     fn parse_verb(cursor: &mut Cursor) -> Result<Self, ParseError> {
-        if cursor.skip(&["move", "put", "place", "shift"]) {
+        // "put a ring above the cube" adds one, "put the ring above the cube" moves it.
+        let mut ahead = cursor.clone();
+        let adds = ahead.skip(&["put", "place"]) && ahead.mention().is_ok_and(|m| m.article == Article::A);
+        if !adds && cursor.skip(&["move", "put", "place", "shift"]) {
             let what = known(cursor)?;
             let (relation, anchor) = place(cursor)?.ok_or_else(|| missing(cursor, "a relation"))?;
             return Ok(Self::Move { what, relation, anchor });
@@ -212,7 +215,7 @@ impl Edit {
             }
             return Ok(Self::Swap { first, second: known(cursor)? });
         }
-        if cursor.skip(&["add", "draw"]) {
+        if cursor.skip(&["add", "draw", "put", "place"]) {
             let Mention { article, object: what } = cursor.mention()?;
             if article == Article::The {
                 return Err(ParseError::Grammar(format!("\"add the {}\" adds nothing new", what.phrase())));
@@ -399,10 +402,8 @@ fn where_to(relation: Spatial) -> &'static str {
 pub fn find(scene: &Scene, reference: &Object) -> Option<usize> {
     let (sides, attributes): (Vec<&String>, Vec<&String>) =
         reference.attributes.iter().partition(|a| Side::from_name(a).is_some());
-    let fits = |i: &usize| {
-        let object = scene.items[*i].object();
-        object.label == reference.label && attributes.iter().all(|a| object.attributes.contains(a))
-    };
+    let name = Object::new(reference.label.clone(), attributes.into_iter().cloned().collect());
+    let fits = |i: &usize| scene.items[*i].object().is_meant_by(&name);
     let found: Vec<usize> = (0..scene.items.len()).filter(fits).collect();
     match (found.as_slice(), sides.first().and_then(|name| Side::from_name(name))) {
         ([one], _) => Some(*one),
@@ -509,6 +510,7 @@ mod tests {
             ("Please turn the cube yellow.", "make the cube yellow"),
             ("get rid of the green ball, please", "remove the green ball"),
             ("shrink the sphere", "make the ball smaller"),
+            ("put a green ring over the cube", "add a green ring above the cube"),
             ("place the ball on the left side of the box", "move the ball to the left of the cube"),
         ] {
             assert_eq!(Edit::parse(said).unwrap().plain(), plain);

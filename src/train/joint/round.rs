@@ -172,7 +172,7 @@ impl Joint {
         };
         let question = |r: &usize| {
             let State { problem, verdicts, failed, .. } = &states[*r];
-            prompts::reflect(&problem.target.prompt, verdicts, &failed.iter().map(String::as_str).collect::<Vec<_>>())
+            prompts::reflect(problem.target.words(), verdicts, &failed.iter().map(String::as_str).collect::<Vec<_>>())
         };
         let asked = source_of.into_iter().zip(rows.iter().map(question)).collect();
         let stream = |r: &usize| Stream::new(*seed, &format!("joint edits {round}"), first + *r as u64);
