@@ -4,8 +4,9 @@
 
 use rlrig::{
     eval::{
-        dataset::{self, Selection, Wording},
+        dataset::{self, Selection},
         records::Records,
+        wording::Wording,
     },
     train::log::peak_memory,
 };

@@ -5,8 +5,9 @@
 use assert_cmd::Command;
 use rlrig::{
     eval::{
-        dataset::{self, Selection, Wording},
+        dataset::{self, Selection},
         flaws::Flaws,
+        wording::Wording,
     },
     io::png,
     scene::{

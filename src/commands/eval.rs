@@ -4,7 +4,7 @@ use super::{adapters::Adapters, eval_edits, eval_join, eval_verdicts, interrupt,
 use crate::{
     cli::{self, Dataset, EditorKind, Eval, EvalCommand, EvalRun},
     eval::{
-        dataset::{self, DataFile, Sample, Samples, Selection, Wording},
+        dataset::{self, DataFile, Sample, Samples, Selection},
         flaws::Flaws,
         folder::Folder,
         line::{Key, Line},
@@ -12,6 +12,7 @@ use crate::{
         play::Play,
         results::results,
         table,
+        wording::Wording,
     },
     flow::Klein,
     io::hub::Hub,

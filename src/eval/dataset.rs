@@ -4,6 +4,7 @@ use super::{
     flaws::Flaws,
     record::Entry,
     records::{Records, Spot},
+    wording::Wording,
 };
 use crate::{
     io,
@@ -11,7 +12,7 @@ use crate::{
     scene::{
         graph::SceneGraph,
         relation::Spatial,
-        tabletop::{caption::plain, split::Split, tasks},
+        tabletop::{split::Split, tasks},
     },
     tensor::rng::Stream,
     usage,
@@ -52,35 +53,6 @@ impl Sample {
         let target = Target::new(self.prompt.clone(), &self.graph);
         let target = self.drawn_as.iter().cloned().fold(target, Target::drawn_as);
         if only { target.and_nothing_else() } else { target }
-    }
-}
-
-/// How a prompt is worded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wording {
-    /// The triples of the graph, joined by ";", as in the paper.
-    Triples,
-    /// The caption of the data set.
-    Caption,
-    /// The caption, then the triples.
-    Both,
-    /// The caption, drawn as the graph in plain words.
-    Plain,
-}
-
-impl Wording {
-    /// A graph's prompt. Without a caption it is the triples.
-    fn prompt(self, caption: &str, graph: &SceneGraph) -> String {
-        match self {
-            Self::Caption | Self::Plain if !caption.is_empty() => caption.to_owned(),
-            Self::Both if !caption.is_empty() => format!("{caption}; {}", graph.triple_text()),
-            _ => graph.triple_text(),
-        }
-    }
-
-    /// What is drawn from instead of that prompt, if anything.
-    fn drawn_as(self, graph: &SceneGraph) -> Option<String> {
-        (self == Self::Plain).then(|| plain(graph))
     }
 }
 

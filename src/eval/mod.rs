@@ -24,3 +24,4 @@ pub mod single_edits;
 pub mod single_verdicts;
 pub mod stats;
 pub mod table;
+pub mod wording;
