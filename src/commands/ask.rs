@@ -11,9 +11,10 @@ use crate::{
     scene::{
         graph::{LARGEST, Object, Relation, SceneGraph},
         laion_sg::Record,
-        parse::{MAX_CHARS, ParseError, named, parse, unknown_word},
+        parse::{MAX_CHARS, ParseError, parse},
         relation::{contradictions, too_large},
         tabletop::caption::plain,
+        unusual::{mistake, named},
     },
     usage,
 };
@@ -87,14 +88,9 @@ pub fn understand(prompt: &str, strict: bool) -> Result<Ask> {
         }
         Err(ParseError::Empty) => usage!("the prompt is empty"),
         Err(error @ ParseError::Contradiction(_)) => usage!("{error}"),
-        Err(error) if strict => match (unknown_word(prompt), error) {
-            (Some(unknown), ParseError::Grammar(_)) => usage!("{unknown}"),
-            (None, ParseError::Grammar(_) | ParseError::UnknownShape { .. } | ParseError::UnknownAttribute { .. })
-                if !named(prompt).is_empty() =>
-            {
-                words()
-            }
-            (_, error) => usage!("{error}"),
+        Err(error) if strict => match mistake(prompt, error) {
+            Some(mistake) => usage!("{mistake}"),
+            None => words(),
         },
         Err(_) => words(),
     }

@@ -10,11 +10,12 @@ use crate::{
         single_verdicts::{Acted, Asked, Caption, Checked, VerdictLine, VerdictResults},
         table::markdown_cell,
     },
+    models::built_in,
     rig::{
         roles::{Actor, Checker, Picture, Situation, expect_each},
         vlm_roles::Critic,
     },
-    scene::tabletop::render::render,
+    scene::{tabletop::render::render, unusual::named},
     usage,
 };
 use anyhow::{Result, bail};
@@ -44,7 +45,8 @@ pub fn run(args: &EvalRun) -> Result<()> {
         "dtype": open::dtype_name(dtype), "rlrig": env!("CARGO_PKG_VERSION"),
     });
     let start = Instant::now();
-    let work = Work { asked, limit, batch: args.batch, critic: &critic, console: &console, stop };
+    let is_built_in = built_in::are_named(args.critic.vlm.as_deref());
+    let work = Work { asked, limit, batch: args.batch, critic: &critic, is_built_in, console: &console, stop };
     let mut results = VerdictResults::default();
     let lines = work.check(&mut results)? + &work.act(&mut results)? + &work.read(&mut results)?;
     console.done();
@@ -76,6 +78,7 @@ struct Work<'a> {
     limit: usize,
     batch: usize,
     critic: &'a Critic,
+    is_built_in: bool,
     console: &'a Console,
     stop: &'static AtomicBool,
 }
@@ -109,12 +112,15 @@ impl Work<'_> {
         })
     }
 
-    /// Scene graphs of captions, and a line for each.
+    /// Scene graphs of captions, and a line for each. The built-in VLM is told what they name, as where a prompt is drawn.
     fn read(&self, results: &mut VerdictResults) -> Result<String> {
         self.in_batches("captions read", &mut |indices| {
             let captions: Vec<Caption> = indices.map(|index| self.asked.caption(index)).collect();
             let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
-            let graphs = expect_each("the VLM", texts.len(), self.critic.parse_each(&texts)?)?;
+            let graphs = match self.is_built_in {
+                true => texts.iter().map(|text| self.critic.parse(text, &named(text))).collect::<Result<_>>()?,
+                false => expect_each("the VLM", texts.len(), self.critic.parse_each(&texts)?)?,
+            };
             Ok(captions.iter().zip(&graphs).map(|(caption, graph)| results.read(caption, graph)).collect())
         })
     }

@@ -8,26 +8,39 @@ use super::{
     words::{self, COPULA, LEAD_IN, SEPARATORS},
 };
 
-/// Lower-case words, and the punctuation that separates clauses.
+/// Whether a word is one of shape, colour or size.
+pub(super) fn is_of_things(word: &str) -> bool {
+    words::shape(word).is_some() || words::colour(word).is_some() || words::size(word).is_some()
+}
+
+/// Lower-case words, and the punctuation that separates clauses. A "can" that is a verb is left out: elsewhere it is a cylinder.
 pub(super) fn tokens(text: &str) -> Vec<String> {
-    let mut out = Vec::new();
+    let mut out: Vec<String> = Vec::new();
     let mut word = String::new();
-    for c in text.chars().flat_map(char::to_lowercase) {
-        if c.is_alphanumeric() || c == '-' || c == '\'' {
+    let mut push = |word: String| {
+        let is_verb = matches!(word.as_str(), "be" | "see" | "you" | "we" | "i");
+        if is_verb && out.last().is_some_and(|last| last == "can") {
+            out.pop();
+        }
+        match word.strip_suffix("'s") {
+            Some(stem @ ("it" | "that" | "there")) => out.extend([stem.to_owned(), "is".to_owned()]),
+            Some(stem) => out.push(stem.to_owned()),
+            None => out.push(word),
+        }
+    };
+    for c in text.chars().flat_map(char::to_lowercase).chain([' ']) {
+        if c.is_alphanumeric() || c == '\'' {
             word.push(c);
             continue;
         }
         if !word.is_empty() {
-            out.push(std::mem::take(&mut word));
+            push(std::mem::take(&mut word));
         }
         match c {
-            ',' | ';' => out.push(c.to_string()),
-            '.' | '!' | '?' | ':' | '\n' => out.push(".".into()),
+            ',' | ';' => push(c.to_string()),
+            '.' | '!' | '?' | ':' | '\n' => push(".".into()),
             _ => {}
         }
-    }
-    if !word.is_empty() {
-        out.push(word);
     }
     out
 }
@@ -43,7 +56,48 @@ pub(super) struct Mention {
 pub(super) enum Article {
     None,
     A,
+    Another,
     The,
+}
+
+impl Article {
+    /// Whether it says that the thing was not named before.
+    pub fn is_new(self) -> bool {
+        matches!(self, Self::A | Self::Another)
+    }
+}
+
+/// Colour and size as they were said.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Adjectives {
+    size: Option<Size>,
+    colour: Option<Colour>,
+}
+
+impl Adjectives {
+    /// Takes a word, if it is one of size or colour.
+    fn take(&mut self, word: &str) -> Result<bool, ParseError> {
+        let clash = if let Some(s) = words::size(word) {
+            self.size.replace(s).filter(|old| *old != s).map(|old| (old.name(), s.name()))
+        } else if let Some(c) = words::colour(word) {
+            self.colour.replace(c).filter(|old| *old != c).map(|old| (old.name(), c.name()))
+        } else {
+            return Ok(false);
+        };
+        clash.map_or(Ok(true), |(old, new)| Err(ParseError::Clash(old, new)))
+    }
+
+    /// An object's attributes: the size first.
+    fn attributes(self) -> Vec<String> {
+        let size = self.size.map(|s| s.name().to_string()).into_iter();
+        size.chain(self.colour.map(|c| c.name().to_string())).collect()
+    }
+
+    /// Those with the attributes that an object has already.
+    pub fn joined(mut self, attributes: &[String]) -> Result<Vec<String>, ParseError> {
+        attributes.iter().try_for_each(|word| self.take(word).map(|_| ()))?;
+        Ok(self.attributes())
+    }
 }
 
 /// A reader over tokens, shared by prompts and edit instructions.
@@ -97,7 +151,7 @@ impl Cursor {
 
     pub fn eat_relation(&mut self) -> Option<Spatial> {
         let start = self.at;
-        self.skip(&["directly", "just", "exactly"]);
+        self.skip(&["directly", "just", "exactly", "partly", "partially", "slightly"]);
         let found = words::RELATIONS.iter().find(|(phrase, _)| self.eat(phrase));
         // Much is on something that is no object: a table, a background.
         let is_vague = found.is_some_and(|(phrase, _)| *phrase == "on") && self.clone().mention().is_err();
@@ -110,6 +164,34 @@ impl Cursor {
 
     pub fn eat_relation_to_it(&mut self) -> Option<Spatial> {
         words::RELATIONS_TO_IT.iter().find(|(phrase, _)| self.eat(phrase)).map(|(_, r)| *r)
+    }
+
+    /// Skips verbs and what else says nothing before a thing: "is", "there is", "you see".
+    pub fn skip_verbs(&mut self) -> bool {
+        let start = self.at;
+        while self.skip(COPULA) || self.skip(LEAD_IN) {}
+        self.at > start
+    }
+
+    /// Whether a sentence begins here.
+    pub fn begins_sentence(&self) -> bool {
+        self.at == 0 || self.tokens[self.at - 1] == "."
+    }
+
+    /// Adjectives, if any follow, also with "and" between them.
+    pub fn adjectives(&mut self) -> Result<Option<Adjectives>, ParseError> {
+        let (mut said, mut any) = (Adjectives::default(), false);
+        loop {
+            let start = self.at;
+            if any {
+                self.skip(&["and", ","]);
+            }
+            if !self.peek().map_or(Ok(false), |word| said.take(word))? {
+                self.at = start;
+                return Ok(any.then_some(said));
+            }
+            (self.at, any) = (self.at + 1, true);
+        }
     }
 
     pub fn is_article(&self) -> bool {
@@ -140,33 +222,29 @@ impl Cursor {
     /// A noun phrase: article, size and colour in any order, shape.
     pub fn mention(&mut self) -> Result<Mention, ParseError> {
         let article = match self.peek() {
-            Some("a" | "an" | "one" | "another") => Article::A,
+            Some("a" | "an" | "one") => Article::A,
+            Some("another") => Article::Another,
             Some("the") => Article::The,
             _ => Article::None,
         };
         if article != Article::None {
             self.at += 1;
         }
-        let (mut size, mut colour) = (None::<Size>, None::<Colour>);
+        let mut adjectives = Adjectives::default();
         loop {
             let Some(word) = self.peek().map(str::to_string) else {
                 return Err(ParseError::Grammar("the prompt ends where an object should be named".into()));
             };
             self.at += 1;
             if let Some(shape) = words::shape(&word) {
-                let attributes = size.map(|s| s.name().to_string()).into_iter();
-                let attributes = attributes.chain(colour.map(|c| c.name().to_string())).collect();
-                return Ok(Mention { article, object: Object::new(shape.name(), attributes) });
+                return Ok(Mention { article, object: Object::new(shape.name(), adjectives.attributes()) });
             }
-            let clash = if let Some(s) = words::size(&word) {
-                size.replace(s).filter(|old| *old != s).map(|old| (old.name(), s.name()))
-            } else if let Some(c) = words::colour(&word) {
-                colour.replace(c).filter(|old| *old != c).map(|old| (old.name(), c.name()))
-            } else {
+            if !adjectives.take(&word)? {
                 return Err(self.unknown(word));
-            };
-            if let Some((old, new)) = clash {
-                return Err(ParseError::Clash(old, new));
+            }
+            // "a small, red ball"
+            if self.peek() == Some(",") && self.tokens.get(self.at + 1).is_some_and(|word| is_of_things(word)) {
+                self.at += 1;
             }
         }
     }
@@ -176,8 +254,7 @@ impl Cursor {
         if word.len() == 1 && !word.chars().all(char::is_alphanumeric) {
             return ParseError::Grammar(format!("\"{word}\" where an object should be named"));
         }
-        let known = |w: &str| words::shape(w).is_some() || words::colour(w).is_some() || words::size(w).is_some();
-        if self.peek().is_some_and(known) {
+        if self.peek().is_some_and(is_of_things) {
             let suggestion = words::nearest(&word, words::adjectives()).map(str::to_string);
             ParseError::UnknownAttribute { word, suggestion }
         } else {

@@ -10,4 +10,5 @@ pub mod laion_sg;
 pub mod parse;
 pub mod relation;
 pub mod tabletop;
+pub mod unusual;
 mod words;

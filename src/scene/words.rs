@@ -7,6 +7,10 @@ use super::{
 
 /// Every phrase that means a relation, the longest first where one begins another.
 pub const RELATIONS: &[(&str, Spatial)] = &[
+    ("to the left hand side of", LeftOf),
+    ("on the left hand side of", LeftOf),
+    ("to the right hand side of", RightOf),
+    ("on the right hand side of", RightOf),
     ("to the left side of", LeftOf),
     ("on the left side of", LeftOf),
     ("to the right side of", RightOf),
@@ -22,6 +26,7 @@ pub const RELATIONS: &[(&str, Spatial)] = &[
     ("right to", RightOf),
     ("in front of", InFrontOf),
     ("on top of", Above),
+    ("atop", Above),
     ("higher than", Above),
     ("lower than", Below),
     ("inside of", Inside),
@@ -40,6 +45,10 @@ pub const RELATIONS: &[(&str, Spatial)] = &[
 
 /// Phrases that relate something to what "it" stands for.
 pub const RELATIONS_TO_IT: &[(&str, Spatial)] = &[
+    ("to the left of it", LeftOf),
+    ("to the right of it", RightOf),
+    ("left of it", LeftOf),
+    ("right of it", RightOf),
     ("on its left side", LeftOf),
     ("to its left", LeftOf),
     ("on its left", LeftOf),
@@ -105,33 +114,31 @@ pub const COPULA: &[&str] = &[
     "should",
     "must",
     "will",
-    "can",
     "be",
     "seen",
     "that",
 ];
 /// Words before a clause that say nothing about it.
 pub const LEAD_IN: &[&str] = &[
-    "there", "there's", "is", "are", "show", "me", "draw", "paint", "make", "give", "put", "place", "generate",
-    "create", "please", "imagine", "i", "i'd", "we", "you", "see", "have", "would",
+    "there", "is", "are", "show", "me", "draw", "paint", "make", "give", "put", "place", "generate", "create",
+    "please", "imagine", "i", "i'd", "we", "you", "see", "have", "would", "could",
 ];
 /// And phrases that say nothing either.
 pub const WISHES: &[&str] = &["like to", "want to", "like", "want"];
 pub const SEPARATORS: &[&str] = &[",", ";", ".", "and", "while", "also", "then", "but", "please"];
 pub const PICTURES: &[&str] = &["picture", "image", "photo", "photograph", "drawing", "painting", "scene", "rendering"];
 /// Words between "a picture" and what it shows.
-pub const OF_PICTURES: &[&str] = &["of", "with", "showing", "shows", "where", "in", "which", "that"];
+pub const OF_PICTURES: &[&str] =
+    &["of", "with", "showing", "shows", "where", "in", "which", "that", "containing", "contains"];
 
 /// Words that name nothing which could be drawn.
 pub const FILLERS: &[&str] = &[
-    "a", "an", "the", "it", "its", "they", "them", "their", "this", "these", "those", "here", "where", "which", "who",
-    "whose", "to", "of", "on", "at", "by", "from", "for", "with", "so", "as", "but", "or", "than", "next", "near",
-    "both", "each", "other", "another", "one", "i", "we", "want", "would", "like", "let", "put", "place", "make",
-    "give", "should", "must", "may", "will", "has", "have", "having", "being", "was", "were", "there's", "it's",
-    "directly", "just", "exactly", "right", "left", "side", "hand", "front", "top", "bottom", "middle", "object",
-    "objects", "thing", "things", "shape", "shapes", "coloured", "colored", "sized", "appears", "shown", "showing",
-    "visible", "table", "beside", "between", "among", "around", "close", "far", "away", "touching", "against", "along",
-    "together", "opposite", "facing", "corner", "centre", "center", "ground", "floor", "very", "slightly", "bit",
+    "an", "they", "them", "their", "this", "these", "those", "here", "who", "whose", "by", "from", "for", "so", "as",
+    "or", "next", "near", "both", "each", "other", "another", "one", "let", "may", "has", "having", "being", "was",
+    "were", "directly", "just", "exactly", "hand", "object", "objects", "thing", "things", "shape", "shapes",
+    "coloured", "colored", "sized", "table", "beside", "between", "among", "around", "close", "far", "away",
+    "touching", "against", "along", "together", "opposite", "facing", "corner", "centre", "center", "ground", "floor",
+    "very", "slightly", "bit",
 ];
 
 const SHAPES: &[(&str, Shape)] = &[

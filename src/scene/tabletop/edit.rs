@@ -202,7 +202,7 @@ impl Edit {
     fn parse_verb(cursor: &mut Cursor) -> Result<Self, ParseError> {
         // "put a ring above the cube" adds one, "put the ring above the cube" moves it.
         let mut ahead = cursor.clone();
-        let adds = ahead.skip(&["put", "place"]) && ahead.mention().is_ok_and(|m| m.article == Article::A);
+        let adds = ahead.skip(&["put", "place"]) && ahead.mention().is_ok_and(|m| m.article.is_new());
         if !adds && cursor.skip(&["move", "put", "place", "shift"]) {
             let what = known(cursor)?;
             let (relation, anchor) = place(cursor)?.ok_or_else(|| missing(cursor, "a relation"))?;
@@ -234,8 +234,10 @@ impl Edit {
         }
         if cursor.eat("change the colour of") || cursor.eat("change the color of") {
             let what = known(cursor)?;
-            let colour = cursor.eat("to").then(|| cursor.next().and_then(|w| words::colour(&w))).flatten();
-            return colour.map(|colour| Self::Recolour { what, colour }).ok_or_else(|| missing(cursor, "a colour"));
+            let colour = cursor.eat("to").then(|| cursor.peek().and_then(words::colour)).flatten();
+            let colour = colour.ok_or_else(|| missing(cursor, "a colour"))?;
+            cursor.next();
+            return Ok(Self::Recolour { what, colour });
         }
         if cursor.skip(&["enlarge"]) {
             return Ok(Self::Resize { what: known(cursor)?, size: Size::Large });
@@ -245,7 +247,7 @@ impl Edit {
         }
         if cursor.skip(&["make", "paint", "colour", "color", "recolour", "recolor", "turn"]) {
             let what = known(cursor)?;
-            let word = cursor.next().unwrap_or_default();
+            let Some(word) = cursor.next() else { return Err(missing(cursor, "a colour or a size")) };
             let size = match word.as_str() {
                 "larger" | "bigger" => Some(Size::Large),
                 "smaller" => Some(Size::Small),
@@ -581,6 +583,8 @@ mod tests {
         let error = |text: &str| Edit::parse(text).unwrap_err().to_string();
         assert!(error("fly to the moon").contains("begins with one of move"));
         assert!(error("move the ball").contains("a relation"));
+        assert!(error("change the colour of the ball to orange").contains("\"orange\" where a colour"));
+        assert!(error("make the ball").contains("\"the end\" where a colour or a size"));
         assert!(error("make the ball sparkling").contains("\"sparkling\" where a colour or a size"));
         assert!(error("replace the ball").contains("\"with\""));
         assert!(error("remove the bal").contains("did you mean \"ball\""));
