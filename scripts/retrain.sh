@@ -77,4 +77,9 @@ draw looked-at-once 400 --split val --mode diffuser --subset-seed 3
 draw looked-at-again 300 --split val --mode loop --subset-seed 5
 "$rlrig" eval calibrate runs/looked-at runs/looked-at-once runs/looked-at-again \
     --out weights/tabletop/vlm/calibration.json
+
+train diffuser-longer
+for part in transformer text_encoder; do
+    cp "runs/diffuser-longer/model/$part/"* "weights/tabletop/$part/"
+done
 cargo build --release
