@@ -33,7 +33,8 @@ fn prompts_that_nothing_can_be_drawn_of() {
     refused("did you mean \"cube\"?", &["--prompt", "a red cubbe"]);
     refused("both red and blue", &["--prompt", "a red blue ball left of a cube"]);
     refused("does not fit", &["--prompt", "a large ball inside a small ring"]);
-    let long = ["a small red ball left of a large blue cube"; 9].join("; ");
+    let colours = ["red", "yellow", "green", "cyan", "blue", "purple", "pink", "black"];
+    let long = colours.map(|c| format!("a small {c} ball left of a large {c} cube")).join("; ");
     refused("is too long: the built-in Diffuser reads 64 tokens", &["--prompt", &long]);
     refused(
         "no picture can show this",
