@@ -271,6 +271,24 @@ fn an_edit_says_what_the_built_in_editor_never_learned() {
 }
 
 #[test]
+fn what_the_grammar_cannot_read_is_read_between_what_it_names() {
+    let rig = Rig::new();
+    let said = |prompt: &str| {
+        let how = ["--seed", "1", "--steps", "1", "--rounds", "1", "--out", "out.png", "--force"];
+        let output = rig.command(&[&["generate", "--prompt", prompt], &how[..]].concat()).output().unwrap();
+        assert!(output.status.success(), "{prompt}: {}", stderr(&output));
+        (stderr(&output), recipe(&rig, "out.png").target)
+    };
+    let (told, target) = said("a tiny red sphere near the table");
+    assert!(told.contains("no relation was found") && told.contains("drawn as \"a small red ball\""), "{told}");
+    assert_eq!(target.claims.len(), 2);
+    let (told, target) = said("a red ball and a large blue cube are next to a green ring");
+    assert!(told.contains("red ball; large blue cube; green ring"), "{told}");
+    let claims: Vec<String> = target.claims.iter().map(ToString::to_string).collect();
+    assert_eq!(claims[..3], ["red ball", "large blue cube", "green ring"]);
+}
+
+#[test]
 fn the_built_in_diffuser_is_told_in_plain_words_what_is_understood() {
     let rig = Rig::new();
     let drawn = |prompt: &str, out: &str| {

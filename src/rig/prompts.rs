@@ -109,7 +109,6 @@ pub fn parse_schema(named: &[String]) -> Value {
         let each: Vec<Value> = named.iter().map(|name| json!({ "const": name })).collect();
         number = json!({ "enum": (0..named.len()).collect::<Vec<_>>() });
         predicate = json!({ "enum": Spatial::ALL.map(Spatial::name) });
-        // One thing lies nowhere.
         objects = json!({ "type": "array", "prefixItems": each, "items": false });
         most = 4 * (named.len() - 1);
     }

@@ -84,6 +84,10 @@ impl Critic {
 
     /// The scene graph of a text, as the model reads it; between the objects that are named, if any are.
     pub fn parse(&self, text: &str, named: &[Object]) -> Result<SceneGraph> {
+        // One thing lies nowhere: there is nothing to ask.
+        if let [only] = named {
+            return Ok(SceneGraph { objects: vec![only.clone()], relations: Vec::new() });
+        }
         let named: Vec<String> = named.iter().map(Object::phrase).collect();
         self.parse_by(&[text], &prompts::parse_schema(&named))?.pop().context("the VLM gave no answer")
     }
