@@ -1,7 +1,10 @@
 //! The command line of `rlrig eval`.
 
 use super::{CriticArgs, CycleArgs, EditorKind, ModelArgs, OnlyArgs, PainterArgs, Print, Sampling};
-use crate::{eval::modes::Mode, flow::Inversion};
+use crate::{
+    eval::{modes::Mode, wording::Wording},
+    flow::Inversion,
+};
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -81,19 +84,6 @@ pub enum Dataset {
     Tabletop,
     /// LAION-SG's JSON
     LaionSg,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Wording {
-    /// The triples of the scene graph, joined by ";", as in the paper
-    Triples,
-    /// The data set's caption
-    Caption,
-    /// The caption, then the triples
-    Both,
-    /// The scene graph in plain words, as `generate` gives the built-in Diffuser what it understands of a prompt: then
-    /// no model sees a caption, not even a paraphrase
-    Plain,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -55,7 +55,8 @@ pub fn run(args: &Edit) -> Result<()> {
             }
         }
     }
-    if words != instruction {
+    let carried_out_as = (words != instruction).then_some(&words);
+    if let Some(words) = carried_out_as {
         console.say(&format!("carried out as \"{words}\""));
     }
     let roles = open::adapted(&[built_in::EDITOR], args.editor);
@@ -80,7 +81,7 @@ pub fn run(args: &Edit) -> Result<()> {
         "rlrig": env!("CARGO_PKG_VERSION"),
         "edit": {
             "instruction": instruction,
-            "carried_out_as": (words != instruction).then_some(&words),
+            "carried_out_as": carried_out_as,
             "image": args.image.file_name().and_then(|n| n.to_str()),
             "seed": seed,
             "steps": steps,
@@ -105,13 +106,8 @@ pub fn run(args: &Edit) -> Result<()> {
     let file = output.write_with(0, pixels, &parameters, &recipe.to_string())?;
     console.done();
     if args.print.json {
-        console.result(
-            &json!({
-                "file": file, "seed": seed, "instruction": instruction,
-                "carried_out_as": (words != instruction).then_some(&words),
-            })
-            .to_string(),
-        )?;
+        let told = json!({ "file": file, "seed": seed, "instruction": instruction, "carried_out_as": carried_out_as });
+        console.result(&told.to_string())?;
     } else {
         console.result(&file.display().to_string())?;
     }

@@ -105,23 +105,18 @@ fn evaluate(args: &EvalRun) -> Result<()> {
 }
 
 /// How prompts are worded: for the built-in Diffuser as `generate` words what it understands.
-fn wording(args: &EvalRun) -> cli::Wording {
+fn wording(args: &EvalRun) -> Wording {
     args.wording.unwrap_or(match args.dataset {
-        Dataset::Tabletop if built_in::are_named(args.painter.model.as_deref()) => cli::Wording::Plain,
-        Dataset::Tabletop => cli::Wording::Caption,
-        Dataset::LaionSg => cli::Wording::Triples,
+        Dataset::Tabletop if built_in::are_named(args.painter.model.as_deref()) => Wording::Plain,
+        Dataset::Tabletop => Wording::Caption,
+        Dataset::LaionSg => Wording::Triples,
     })
 }
 
 /// The prompts of all splits, the flaws of each file, and the files.
 fn samples(args: &EvalRun) -> Result<(Samples, Vec<Flaws>, Vec<DataFile>)> {
     let selection = Selection {
-        wording: match wording(args) {
-            cli::Wording::Caption => Wording::Caption,
-            cli::Wording::Triples => Wording::Triples,
-            cli::Wording::Both => Wording::Both,
-            cli::Wording::Plain => Wording::Plain,
-        },
+        wording: wording(args),
         min_relations: args.min_relations,
         min_objects: args.objects,
         predicates: args.relation.clone(),
@@ -319,7 +314,7 @@ impl Models {
             "data": files, "split": args.split, "limit": args.limit, "subset_seed": args.subset_seed,
             "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation,
             "spatial_only": args.spatial_only,
-            "shard": args.shard, "wording": format!("{:?}", wording(args)).to_lowercase(),
+            "shard": args.shard, "wording": wording(args),
             "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },
         });

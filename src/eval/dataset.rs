@@ -51,7 +51,10 @@ impl Sample {
     /// What a picture of it is held to; `only` adds that it shows nothing else.
     pub fn target(&self, only: bool) -> Target {
         let target = Target::new(self.prompt.clone(), &self.graph);
-        let target = self.drawn_as.iter().cloned().fold(target, Target::drawn_as);
+        let target = match &self.drawn_as {
+            Some(words) => target.drawn_as(words.clone()),
+            None => target,
+        };
         if only { target.and_nothing_else() } else { target }
     }
 }

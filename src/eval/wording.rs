@@ -1,17 +1,21 @@
 //! The words of a prompt: those of its data set, or of its graph.
 
 use crate::scene::{graph::SceneGraph, tabletop::caption::plain};
+use clap::ValueEnum;
+use serde::Serialize;
 
-/// How a prompt is worded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a prompt is worded, by its name in flags and files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Wording {
-    /// The triples of the graph, joined by ";", as in the paper.
+    /// The triples of the scene graph, joined by ";", as in the paper.
     Triples,
-    /// The caption of the data set.
+    /// The data set's caption.
     Caption,
     /// The caption, then the triples.
     Both,
-    /// The caption, drawn as the graph in plain words.
+    /// The caption, drawn as the scene graph in plain words, as `generate` gives the built-in Diffuser what it understands
+    /// of a prompt: then no model sees the caption, not even a paraphrase.
     Plain,
 }
 

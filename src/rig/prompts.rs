@@ -100,18 +100,16 @@ pub fn parse(prompt: &str) -> String {
 
 /// The JSON schema of an answer to [`parse`]: any, or where the objects of the text are known, between these alone.
 pub fn parse_schema(named: &[String]) -> Value {
-    let (number, predicate, objects, most);
-    if named.is_empty() {
-        number = json!({ "type": "integer", "minimum": 0, "maximum": 99 });
-        predicate = json!({ "type": "string" });
-        (objects, most) = (json!({ "type": "array", "items": { "type": "string" }, "maxItems": 16 }), 32);
+    let (number, predicate, objects, most) = if named.is_empty() {
+        let objects = json!({ "type": "array", "items": { "type": "string" }, "maxItems": 16 });
+        (json!({ "type": "integer", "minimum": 0, "maximum": 99 }), json!({ "type": "string" }), objects, 32)
     } else {
         let each: Vec<Value> = named.iter().map(|name| json!({ "const": name })).collect();
-        number = json!({ "enum": (0..named.len()).collect::<Vec<_>>() });
-        predicate = json!({ "enum": Spatial::ALL.map(Spatial::name) });
-        objects = json!({ "type": "array", "prefixItems": each, "items": false });
-        most = 4 * (named.len() - 1);
-    }
+        let numbers: Vec<usize> = (0..named.len()).collect();
+        let objects = json!({ "type": "array", "prefixItems": each, "items": false });
+        let predicates = Spatial::ALL.map(Spatial::name);
+        (json!({ "enum": numbers }), json!({ "enum": predicates }), objects, 4 * (named.len() - 1))
+    };
     let relation = json!({ "type": "array", "prefixItems": [number, predicate, number], "items": false });
     json!({
         "type": "object",

@@ -118,9 +118,9 @@ impl Cursor {
 
     /// Takes the next token.
     pub fn next(&mut self) -> Option<String> {
-        let token = self.tokens.get(self.at).cloned();
+        let token = self.tokens.get(self.at)?.clone();
         self.at += 1;
-        token
+        Some(token)
     }
 
     pub fn done(&self) -> bool {
@@ -194,8 +194,22 @@ impl Cursor {
         }
     }
 
+    fn article(&self) -> Article {
+        match self.peek() {
+            Some("a" | "an" | "one") => Article::A,
+            Some("another") => Article::Another,
+            Some("the") => Article::The,
+            _ => Article::None,
+        }
+    }
+
     pub fn is_article(&self) -> bool {
-        matches!(self.peek(), Some("a" | "an" | "one" | "another" | "the"))
+        self.article() != Article::None
+    }
+
+    /// Skips what may stand between what leads and its object: a comma, and after what `begins` a sentence a colon.
+    pub fn skip_pause(&mut self, begins: bool) -> bool {
+        self.skip(if begins { &[",", "."] } else { &[","] })
     }
 
     /// Whether nothing more belongs to a clause.
@@ -207,12 +221,11 @@ impl Cursor {
     pub fn eat_side(&mut self, leads: bool) -> Option<Spatial> {
         let start = self.at;
         for (phrase, side) in words::SIDES {
-            let follows = |w: &str| {
-                let object = leads && phrase.contains(' ') && (["a", "an", "the"].contains(&w) || LEAD_IN.contains(&w));
-                object || SEPARATORS.contains(&w) || COPULA.contains(&w)
-            };
-            if self.eat(phrase) && self.peek().is_none_or(follows) {
-                return Some(*side);
+            if self.eat(phrase) {
+                let object = |w: &str| leads && phrase.contains(' ') && (self.is_article() || LEAD_IN.contains(&w));
+                if self.peek().is_none_or(|w| object(w) || SEPARATORS.contains(&w) || COPULA.contains(&w)) {
+                    return Some(*side);
+                }
             }
             self.at = start;
         }
@@ -221,12 +234,7 @@ impl Cursor {
 
     /// A noun phrase: article, size and colour in any order, shape.
     pub fn mention(&mut self) -> Result<Mention, ParseError> {
-        let article = match self.peek() {
-            Some("a" | "an" | "one") => Article::A,
-            Some("another") => Article::Another,
-            Some("the") => Article::The,
-            _ => Article::None,
-        };
+        let article = self.article();
         if article != Article::None {
             self.at += 1;
         }
