@@ -45,9 +45,6 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     };
     write().map_err(|error| match error.kind() {
         ErrorKind::AlreadyExists => exists(path),
-        ErrorKind::StorageFull => {
-            anyhow::Error::new(error).context(format!("no space left to write {}", path.display()))
-        }
         _ => anyhow::Error::new(error).context(format!("cannot write {}", path.display())),
     })
 }

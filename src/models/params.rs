@@ -8,7 +8,8 @@ use crate::tensor::{Precision, rng::Stream};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var, safetensors::MmapedSafetensors};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -74,44 +75,60 @@ impl Params {
     pub fn open(folder: &Folder, stem: &str, dtype: DType, device: &Device) -> Result<Self> {
         let single = format!("{stem}.safetensors");
         let index = format!("{stem}.safetensors.index.json");
-        let shards: Vec<String> = if folder.has(&single) {
-            vec![single.clone()]
+        // Which tensors an index says that a shard has.
+        let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        if folder.has(&single) {
+            shards.insert(single, Vec::new());
         } else if folder.has(&index) {
             #[derive(serde::Deserialize)]
             struct Index {
                 weight_map: BTreeMap<String, String>,
             }
             let index: Index = folder.json(&index)?;
-            let shards: BTreeSet<String> = index.weight_map.into_values().collect();
+            for (tensor, shard) in index.weight_map {
+                shards.entry(shard).or_default().push(tensor);
+            }
             // A shard name is only ever a file of this folder.
-            if let Some(bad) = shards.iter().find(|s| s.contains(['/', '\\'])) {
+            if let Some(bad) = shards.keys().find(|s| s.contains(['/', '\\'])) {
                 bail!("{}: the index names {bad:?}, which is no file of the folder", folder.name());
             }
-            if let Some(missing) = shards.iter().find(|shard| !folder.has(shard)) {
+            if let Some(missing) = shards.keys().find(|shard| !folder.has(shard)) {
                 bail!("{} is missing, a part of the weights (interrupted download?)", folder.file(missing));
             }
-            shards.into_iter().collect()
         } else {
             bail!("{} has neither {single} nor {index}", folder.name());
+        }
+        let origin = folder.file(shards.keys().next().filter(|_| shards.len() == 1).unwrap_or(&index));
+        let whole =
+            |shard: &str| format!("{} is no whole safetensors file (interrupted download?)", folder.file(shard));
+        let check = |shard: &str, tensors: &[String], has: &dyn Fn(&str) -> bool| {
+            let lacking = tensors.iter().find(|name| !has(name));
+            lacking.map_or(Ok(()), |name| {
+                bail!("{} lacks the tensor {name}, which {index} says it has", folder.file(shard))
+            })
         };
-        let origin = folder.file(if shards.len() == 1 { &shards[0] } else { &index });
         let source = match folder.disk() {
             Some(path) => {
-                let paths: Vec<_> = shards.iter().map(|s| path.join(s)).collect();
-                // SAFETY: as with every memory-mapped checkpoint, the file must not be changed while it is in use.
-                let files = unsafe { MmapedSafetensors::multi(&paths) }
-                    .with_context(|| format!("{origin} is no whole safetensors file (interrupted download?)"))?;
+                // SAFETY: as with every memory-mapped checkpoint, the files must not be changed while they are in use.
+                let map = |paths: &[PathBuf]| unsafe { MmapedSafetensors::multi(paths) };
+                let paths: Vec<PathBuf> = shards.keys().map(|shard| path.join(shard)).collect();
+                // Each by itself first, so that an error names the file.
+                for (path, (shard, tensors)) in paths.iter().zip(&shards) {
+                    let file = map(std::slice::from_ref(path)).with_context(|| whole(shard))?;
+                    check(shard, tensors, &|name| file.get(name).is_ok())?;
+                }
+                let files = map(&paths).with_context(|| whole(&index))?;
                 let names = files.tensors().into_iter().map(|(name, _)| name).collect();
                 Source::Mapped { files, names }
             }
             None => {
                 let mut tensors = HashMap::new();
-                for shard in &shards {
+                for (shard, named) in &shards {
                     let bytes = folder.read(shard)?;
-                    tensors.extend(
-                        candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
-                            .with_context(|| format!("{} is no whole safetensors file", folder.file(shard)))?,
-                    );
+                    let loaded = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
+                    let loaded = loaded.with_context(|| whole(shard))?;
+                    check(shard, named, &|name| loaded.contains_key(name))?;
+                    tensors.extend(loaded);
                 }
                 Source::Loaded(tensors)
             }

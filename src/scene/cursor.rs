@@ -87,6 +87,10 @@ impl Adjectives {
         clash.map_or(Ok(true), |(old, new)| Err(ParseError::Clash(old, new)))
     }
 
+    fn any(self) -> bool {
+        self.size.is_some() || self.colour.is_some()
+    }
+
     /// An object's attributes: the size first.
     fn attributes(self) -> Vec<String> {
         let size = self.size.map(|s| s.name().to_string()).into_iter();
@@ -244,7 +248,8 @@ impl Cursor {
                 return Err(ParseError::Grammar("the prompt ends where an object should be named".into()));
             };
             self.at += 1;
-            if let Some(shape) = words::shape(&word) {
+            let shape = if word == "one" && adjectives.any() { Some(self.one()?) } else { words::shape(&word) };
+            if let Some(shape) = shape {
                 return Ok(Mention { article, object: Object::new(shape.name(), adjectives.attributes()) });
             }
             if !adjectives.take(&word)? {
@@ -255,6 +260,13 @@ impl Cursor {
                 self.at += 1;
             }
         }
+    }
+
+    /// What "a blue one" is: of the shape of all that is named before.
+    fn one(&self) -> Result<Shape, ParseError> {
+        let mut shapes = self.tokens[..self.at].iter().filter_map(|word| words::shape(word));
+        let first = shapes.next().filter(|first| shapes.all(|shape| shape == *first));
+        first.ok_or_else(|| ParseError::Grammar("it is not clear what \"one\" stands for".into()))
     }
 
     /// An unknown word: an attribute if a shape or another attribute follows, else a shape.

@@ -5,7 +5,7 @@
 //! "which" for the object named last, with "with ... to its left", or with a further relation of the same subject. "The"
 //! refers back to an object already named, "a" names a new one; without an article (as in triples) equal phrases are
 //! equal objects. "It is left of a cube" goes on with the subject before, "to its left is a cube" with the only thing named
-//! before. What is on one side of the picture lies so to what is on the other ("a ball on the left and a cube on the right").
+//! before. "A blue one" is of the only shape there is. What is on one side of the picture lies so to what is on the other ("a ball on the left and a cube on the right").
 
 use super::{
     cursor::{Article, Cursor, Mention},
@@ -26,6 +26,8 @@ pub enum ParseError {
     UnknownAttribute { word: String, suggestion: Option<String> },
     #[error("unknown word \"{word}\"{}", hint(.suggestion.as_deref(), nouns_and_adjectives()))]
     UnknownWord { word: String, suggestion: Option<String> },
+    #[error("\"{0}\" asks for several things at once; name each by itself, as in \"a ball and another ball\"")]
+    Several(String),
     #[error("one object cannot be both {0} and {1}")]
     Clash(&'static str, &'static str),
     #[error("\"the {phrase}\" may mean more than one of the objects named before")]
@@ -449,6 +451,11 @@ mod tests {
         assert_eq!(triples("red ball above can; cube left of can"), "red ball above cylinder; cube left of cylinder");
         let another = "There is one red ball; above it is another red ball";
         assert_eq!(triples(another), "red ball above red ball");
+        assert_eq!(triples("a red ball above a blue one"), "red ball above blue ball");
+        assert_eq!(
+            triples("a red ball and a blue ball, the blue one is above the red one"),
+            "blue ball above red ball"
+        );
     }
 
     #[test]
@@ -458,6 +465,8 @@ mod tests {
             "a red ball is above a blue cube and a green ring",
             "Above the ring is a red ball and a blue cube.",
             "a ball above a cube and left of a ring right of a star",
+            "a red ball above a blue cube and a green one",
+            "a red one",
         ]);
         // With a comma it is a list.
         assert_eq!(triples("a ball above a cube, and a ring"), "ball above cube; ring");

@@ -16,6 +16,7 @@ pub fn mistake(text: &str, error: ParseError) -> Option<ParseError> {
         _ => return Some(error),
     };
     match unknown_word(text) {
+        Some(word) if words::is_count(&word) => Some(ParseError::Several(word)),
         Some(word) if stumbled == Some(&word) => Some(error),
         Some(word) => {
             let suggestion = words::nearest(&word, nouns_and_adjectives()).map(str::to_owned);
@@ -31,7 +32,7 @@ fn unknown_word(text: &str) -> Option<String> {
     let lists = [COPULA, LEAD_IN, WISHES, SEPARATORS, PICTURES, OF_PICTURES, words::FILLERS].concat();
     let says = |phrase: &str, word: &str| phrase.split(' ').any(|part| part == word);
     let means = |word: &str| {
-        word.len() == 1
+        (word.len() == 1 && !words::is_count(word))
             || words::shape(word).is_some()
             || words::colour(word).is_some()
             || words::size(word).is_some()
@@ -77,6 +78,8 @@ mod tests {
         assert!(said("a ball beside a giraffe").starts_with("unknown word \"giraffe\"; known are ball, "));
         assert!(said("a ball without a cube").contains("\"without\""));
         assert!(said("a giraffe left of a cube").starts_with("unknown shape \"giraffe\""));
+        assert!(said("two red balls left of a cube").starts_with("\"two\" asks for several things"));
+        assert!(said("a cube beside 3 balls").starts_with("\"3\" asks"), "{}", said("a cube beside 3 balls"));
         assert!(said("a red blue ball").contains("both red and blue"));
         assert!(said("there is one").contains("ends where an object"), "{}", said("there is one"));
     }

@@ -141,6 +141,12 @@ pub const FILLERS: &[&str] = &[
     "very", "slightly", "bit",
 ];
 
+/// Words that count more than one thing, or none in particular.
+const COUNTS: &[&str] = &[
+    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some", "several", "many", "few", "pair",
+    "couple", "dozen",
+];
+
 const SHAPES: &[(&str, Shape)] = &[
     ("sphere", Shape::Ball),
     ("block", Shape::Cube),
@@ -158,6 +164,10 @@ const COLOURS: &[(&str, Colour)] =
 
 const SIZES: &[(&str, Size)] =
     &[("big", Size::Large), ("huge", Size::Large), ("little", Size::Small), ("tiny", Size::Small)];
+
+pub fn is_count(word: &str) -> bool {
+    COUNTS.contains(&word) || word.parse::<u64>().is_ok()
+}
 
 fn lookup<T: Copy>(word: &str, synonyms: &[(&str, T)]) -> Option<T> {
     synonyms.iter().find(|(s, _)| *s == word).map(|(_, t)| *t)
