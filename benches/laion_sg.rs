@@ -1,6 +1,6 @@
 //! LAION-SG's JSON, made up as it is read: a gigabyte through the reader of records, and a file through the choice of
-//! samples and their reading in turn; the rate, and the memory at the most before and after, which must not grow with
-//! the file.
+//! samples and their reading in turn; the rate, and the memory at the most before and after, which grows
+//! by no more than a hash for each record.
 
 use rlrig::{
     eval::{
@@ -81,16 +81,21 @@ impl Read for Synthetic {
 }
 
 /// What reading may need beyond what the process held before.
-const ALLOWED: u64 = 16 << 20;
+const ALLOWED: u64 = 12 << 20;
+/// And for each record that is read: the hash of its id, by which a second one is known, in a table that doubles.
+const ALLOWED_READ: u64 = 32;
 /// And for each sample that is chosen: its place, in a vector that doubles.
 const ALLOWED_EACH: u64 = 64;
 
-/// An error if the process has held more than is allowed with `chosen` samples since it held `before`.
-fn hold(before: Option<u64>, chosen: usize) -> anyhow::Result<()> {
+/// An error if the process has held more than is allowed with `read` records and `chosen` samples since it held `before`.
+fn hold(before: Option<u64>, read: usize, chosen: usize) -> anyhow::Result<()> {
     if let Some((before, after)) = before.zip(peak_memory()) {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         println!("memory at the most: {:.1} MiB before, {:.1} MiB after", mib(before), mib(after));
-        anyhow::ensure!(after - before <= ALLOWED + ALLOWED_EACH * chosen as u64, "memory grows with the file");
+        anyhow::ensure!(
+            after - before <= ALLOWED + ALLOWED_READ * read as u64 + ALLOWED_EACH * chosen as u64,
+            "memory grows with the file"
+        );
     }
     Ok(())
 }
@@ -107,7 +112,7 @@ fn main() -> anyhow::Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     println!("{n} records, {relations} relations, {:.0} MB/s", BYTES as f64 / 1e6 / seconds);
     drop(records);
-    hold(before, 0)?;
+    hold(before, n, 0)?;
 
     let mut file = tempfile::NamedTempFile::new()?;
     std::io::copy(&mut Synthetic::new(BYTES_OF_FILE), &mut file)?;
@@ -131,7 +136,7 @@ fn main() -> anyhow::Result<()> {
             samples.iter().map(|sample| Ok(sample?.graph.relations.len())).sum::<anyhow::Result<usize>>()?;
         let seconds = start.elapsed().as_secs_f64();
         println!("{} samples, {relations} relations, read in {seconds:.2} s, by {selection:?}", samples.len());
-        hold(before, samples.len())?;
+        hold(before, n, samples.len())?;
     }
     Ok(())
 }

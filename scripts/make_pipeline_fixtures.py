@@ -6,6 +6,7 @@
 The tokenizer is that of tests/fixtures/text_encoder (scripts/make_text_encoder_fixtures.py), which must lie beside it.
 """
 
+import inspect
 import json
 import pathlib
 import shutil
@@ -109,8 +110,16 @@ def draw(pipe, prompt, noise, steps, guidance, image=None):
     return {"latents": tokens[0], "pictures": torch.from_numpy(pictures)}
 
 
+def defaults():
+    """What klein takes where a call does not say otherwise."""
+    parameters = inspect.signature(Flux2KleinPipeline.__call__).parameters
+    names = {"max_length": "max_sequence_length", "layers": "text_encoder_out_layers"}
+    return {ours: parameters[theirs].default for ours, theirs in names.items()}
+
+
 def main(out):
     build(out)
+    (out / "defaults.json").write_text(json.dumps(defaults()) + "\n")
     pipe = Flux2KleinPipeline.from_pretrained(out)  # as any user would, our extra key in place
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(1)

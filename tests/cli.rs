@@ -332,6 +332,38 @@ fn an_edit_says_when_it_cuts_the_picture() {
 }
 
 #[test]
+fn the_built_in_editor_edits_pictures_of_any_size_in_its_own() {
+    let rig = Rig::new();
+    let edit = |image: &str| {
+        let args = ["edit", "--image", image, "--instruction", "make the red ball green", "--seed", "1"];
+        let output =
+            rig.command(&[&args[..], &["--steps", "4", "--out", "b.png", "--force"]].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        (png::read(&rig.path("b.png")).unwrap(), stderr(&output))
+    };
+    let source = image::RgbImage::from_fn(128, 128, |x, y| image::Rgb([200, x as u8, y as u8]));
+    png::write(&rig.path("a.png"), &source, &[], true).unwrap();
+    let large = image::RgbImage::from_fn(300, 256, |x, y| *source.get_pixel((x.clamp(22, 277) - 22) / 2, y / 2));
+    png::write(&rig.path("large.png"), &large, &[], true).unwrap();
+    let ((own, quiet), (scaled, told)) = (edit("a.png"), edit("large.png"));
+    assert!(told.contains("128x128 pixels alone: this one of 300x256 is scaled and cut") && !quiet.contains("scaled"));
+    let off = own.iter().zip(scaled.iter()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / own.len() as f64;
+    assert!(scaled.dimensions() == (128, 128) && off < 4.0, "off by {off}");
+}
+
+#[test]
+fn things_that_cannot_be_told_apart_are_told_of() {
+    let rig = Rig::new();
+    let said = |prompt: &str| {
+        let output =
+            rig.run("generate", &["--prompt", prompt, "--seed", "1", "--rounds", "1", "--out", "a.png", "--force"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output).contains("two things are \"red ball\"")
+    };
+    assert!(said("a red ball above another red ball") && !said("a red ball above another blue ball"));
+}
+
+#[test]
 fn check_gives_a_verdict_for_every_claim() {
     let rig = Rig::new();
     let stripes = image::RgbImage::from_fn(50, 40, |x, y| image::Rgb([200, (5 * x) as u8, (6 * y) as u8]));

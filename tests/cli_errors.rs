@@ -40,6 +40,11 @@ fn prompts_that_nothing_can_be_drawn_of() {
         "no picture can show this",
         &["--prompt", "a red ball is left of a blue cube; the blue cube is left of the red ball"],
     );
+    refused(
+        "no picture can show this",
+        &["--prompt", "a red ball left of a blue cube, and a blue cube left of a red ball"],
+    );
+    refused("\"two\" asks for several things at once", &["--prompt", "two red balls left of a cube"]);
     refused("say what to draw", &[]);
     refused("cannot be used with", &["--prompt", "a red ball", "--prompt-file", "x"]);
     fs::write(rig.path("empty.txt"), "\n \n").unwrap();
@@ -143,6 +148,14 @@ fn outputs_that_cannot_be_written() {
     if Path::new("/proc/version").exists() {
         bad(1, "cannot write to /proc", &["--out", "/proc/a.png"]);
     }
+    image::RgbImage::new(64, 64).save(rig.path("source.png")).unwrap();
+    let edit = |code: i32, expected: &str, out: &str| {
+        let args = ["--image", "source.png", "--instruction", "move the ball", "--seed", "1", "--out", out];
+        rig.bad(code, expected, "edit", &args);
+    };
+    edit(2, "there.png exists", "there.png");
+    edit(2, "there is no folder", "no/such/a.png");
+    fs::remove_file(rig.path("source.png")).unwrap();
     fs::create_dir(rig.path("turns")).unwrap();
     fs::write(rig.path("turns/mine.txt"), "mine").unwrap();
     bad(2, "is not empty", &["--out", "a.png", "--trajectory", "turns"]);
@@ -267,6 +280,16 @@ fn model_folders_that_are_broken() {
         ("norm_num_groups 0", set(vae, "/norm_num_groups", 0.into())),
         ("levels must be 1 to 10, not 66", set(vae, "/block_out_channels", vec![8; 66].into())),
         ("patch_size must be 1 to 16", set(vae, "/patch_size", vec![1u64 << 40; 2].into())),
+        ("sample_size must be 1 to 4096, not 4294967424", set(vae, "/sample_size", 4_294_967_424u64.into())),
+        (
+            "axes_dims_rope [9223372036854775808, 9223372036854775808, ",
+            Box::new(move |rig| {
+                bend(rig, transformer, |v| {
+                    v["axes_dims_rope"][0] = (1u64 << 63).into();
+                    v["axes_dims_rope"][1] = (1u64 << 63).into();
+                });
+            }),
+        ),
         ("latent_channels must be 1 to 65536", set(vae, "/latent_channels", (1u64 << 63).into())),
         ("embed_tokens.weight is", set(text, "/hidden_size", 32.into())),
         ("hidden_size must be 1 to 1048576, not 1000000000", set(text, "/hidden_size", 1_000_000_000u64.into())),
@@ -284,6 +307,15 @@ fn model_folders_that_are_broken() {
         ("num_key_value_heads must be 1 to", set(text, "/num_key_value_heads", 0.into())),
         ("vocab_size must be 1 to", set(text, "/vocab_size", (1u64 << 40).into())),
         ("max_length: 1000000000000", set(text, "/prompt_embedding/max_length", 1_000_000_000_000u64.into())),
+        (
+            "max_length: 1000000000000",
+            Box::new(move |rig| {
+                bend(rig, text, |v| {
+                    v["max_position_embeddings"] = (1u64 << 62).into();
+                    v["prompt_embedding"]["max_length"] = 1_000_000_000_000u64.into();
+                });
+            }),
+        ),
         ("layers: [99, ", set(text, "/prompt_embedding/layers/0", 99.into())),
         ("tokenizer.json is no tokenizer", write("klein/tokenizer/tokenizer.json", b"{}".to_vec())),
         ("cannot read vlm/config.json", remove("vlm/config.json")),

@@ -7,7 +7,13 @@ mod rlrig;
 use self::rlrig::{Rig, stderr, write_adapter, write_vlm};
 use ::rlrig::eval::modes::Mode;
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 const FEW: [&str; 6] = ["--limit", "3", "--rounds", "2", "--accept", "0.99"];
 
@@ -326,6 +332,39 @@ fn a_killed_run_goes_on_and_shards_join_to_the_same_result() {
     fs::remove_file(rig.path("b/results.json")).unwrap();
     refused("is not finished", &["a", "b"]);
     assert!(!rig.path("half").exists());
+}
+
+#[test]
+fn a_run_that_is_killed_while_it_draws_ends_as_one_that_was_not() {
+    let rig = Rig::new();
+    let args = ["--limit", "4", "--rounds", "2", "--accept", "0.99", "--batch", "1", "--seed", "0", "7", "--suite"];
+    let evaluate = |out: &str, more: &[&str]| rig.good("eval", &[&args[..], &["--out", out], more].concat());
+    evaluate("whole", &[]);
+
+    let models = ["eval", "--model", "klein", "--steps", "2", "--vlm", "vlm"];
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin!("rlrig"));
+    command.current_dir(rig.dir.path()).args([&models[..], &args[..], &["--out", "killed"]].concat());
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let (samples, start) = (rig.path("killed/samples.jsonl"), Instant::now());
+    while !samples.exists() {
+        assert!(start.elapsed() < Duration::from_secs(60), "nothing is drawn");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!rig.path("killed/results.json").exists(), "it was done before it was killed");
+    let made = fs::read_to_string(&samples).unwrap().lines().count();
+    // In other batches and on another number of threads.
+    let resumed = ["--resume", "--batch", "5"];
+    let output = rig
+        .command(&[&models[..], &args[..6], &args[8..], &["--out", "killed"], &resumed].concat())
+        .env("RAYON_NUM_THREADS", "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let wanted = lines(&rig, "whole");
+    assert!(made < wanted.len(), "{made} of {}", wanted.len());
+    assert_eq!(lines(&rig, "killed"), wanted);
 }
 
 #[test]

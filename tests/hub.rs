@@ -2,10 +2,17 @@
 
 #![allow(clippy::unwrap_used)]
 
-use rlrig::{
+mod rlrig;
+
+use self::rlrig::{PROMPT, Rig, stderr};
+use ::rlrig::{
     error::Usage,
     eval::dataset::choose_file,
-    io::hub::{Hub, Local},
+    io::{
+        files_under,
+        hub::{Hub, Local},
+        png,
+    },
 };
 use sha2::{Digest, Sha256};
 use std::{
@@ -18,7 +25,8 @@ use tiny_http::{Header, Request, Response, Server};
 
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// A hub with `org/tiny`, a gated and a broken model. It keeps the log of what was asked.
+/// A hub with `org/tiny`, a gated and a broken model, and each folder of a shelf as `shelf/NAME`. It keeps the log of what was
+/// asked.
 struct FakeHub {
     url: String,
     log: Arc<Mutex<Vec<String>>>,
@@ -39,6 +47,11 @@ fn header(name: &str, value: &str) -> Header {
 
 impl FakeHub {
     fn start() -> Self {
+        Self::with_shelf(Path::new("nowhere"))
+    }
+
+    fn with_shelf(shelf: &Path) -> Self {
+        let shelf = shelf.to_owned();
         let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
         let url = format!("http://{}", server.server_addr().to_ip().unwrap());
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -48,7 +61,7 @@ impl FakeHub {
                 let token = find(&request, "authorization").unwrap_or_default();
                 let range = find(&request, "range").unwrap_or_default();
                 logged.lock().unwrap().push(format!("{} {range} {token}", request.url()));
-                answer(request, &range, &token);
+                answer(request, &range, &token, &shelf);
             }
         });
         Self { url, log, server }
@@ -78,7 +91,7 @@ fn find(request: &Request, name: &str) -> Option<String> {
     request.headers().iter().find(|h| h.field.to_string().eq_ignore_ascii_case(name)).map(|h| h.value.to_string())
 }
 
-fn answer(request: Request, range: &str, token: &str) {
+fn answer(request: Request, range: &str, token: &str, shelf: &Path) {
     let url = request.url().to_owned();
     let json = |files: &[&str]| {
         let siblings: Vec<_> = files.iter().map(|f| serde_json::json!({ "rfilename": f })).collect();
@@ -100,7 +113,19 @@ fn answer(request: Request, range: &str, token: &str) {
         "/org/tiny/resolve/main/config.json" => file(request, range, b"{\"a\": 1}", "abc"),
         "/org/tiny/resolve/main/sub/model.safetensors" => file(request, range, &weights(), &hex(&weights())),
         "/org/broken/resolve/main/model.safetensors" => file(request, range, &weights(), &hex(b"other")),
-        _ => request.respond(Response::empty(404)),
+        other => match other.strip_prefix("/api/models/shelf/").and_then(|rest| rest.strip_suffix("/revision/main")) {
+            Some(name) => {
+                let files = files_under(&shelf.join(name)).unwrap();
+                request.respond(json(&files.iter().map(String::as_str).collect::<Vec<_>>()))
+            }
+            None => {
+                let found = other.strip_prefix("/shelf/").and_then(|rest| rest.split_once("/resolve/main/"));
+                match found.and_then(|(name, path)| fs::read(shelf.join(name).join(path)).ok()) {
+                    Some(bytes) => file(request, range, &bytes, &hex(&bytes)),
+                    None => request.respond(Response::empty(404)),
+                }
+            }
+        },
     };
     answered.unwrap();
 }
@@ -118,6 +143,27 @@ fn file(request: Request, range: &str, content: &[u8], etag: &str) -> std::io::R
             .with_header(header("x-repo-commit", SHA))
             .with_header(header("content-range", &format!("bytes {from}-{}/{}", to - 1, content.len()))),
     )
+}
+
+#[test]
+fn models_of_a_hub_draw_and_judge_as_folders_do() {
+    let rig = Rig::new();
+    let hub = FakeHub::with_shelf(rig.dir.path());
+    let args = ["generate", "--prompt", PROMPT, "--seed", "1", "--rounds", "2", "--steps", "2"];
+    let draw = |models: &[&str], offline: &str| {
+        let mut command = rig.command(&[&args[..], models].concat());
+        let output = command.env("HF_ENDPOINT", &hub.url).env("HF_HUB_OFFLINE", offline).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    };
+    draw(&["--model", "klein", "--vlm", "vlm", "--out", "folders.png"], "1");
+    assert!(hub.asked().is_empty());
+    let named = ["--model", "shelf/klein", "--vlm", "shelf/vlm", "--out"];
+    draw(&[&named[..], &["hub.png"]].concat(), "0");
+    assert!(hub.asked().iter().any(|asked| asked.starts_with("/shelf/klein/resolve/main/transformer/")));
+    draw(&[&named[..], &["again.png"]].concat(), "1");
+    assert!(hub.asked().is_empty(), "offline nothing is asked for");
+    let [folders, hub, again] = ["folders.png", "hub.png", "again.png"].map(|name| png::read(&rig.path(name)).unwrap());
+    assert!(folders == hub && hub == again);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use golden::{Golden, assert_close, fixture};
 use image::RgbImage;
 use rlrig::{
     error::Cancelled,
+    flow::pipeline::PromptEmbedding,
     flow::{
         Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Unwatched, Velocity, Watch,
         field::pack,
@@ -374,6 +375,12 @@ fn what_a_model_in_shards_lacks_is_named() {
     assert!(outside.contains(&format!("\"../{second}\", which is no file of the folder")), "{outside}");
     let broken = refused(&|folder| fs::write(folder.join(index), "{}").unwrap());
     assert!(broken.contains(index) && broken.contains("weight_map"), "{broken}");
+}
+
+#[test]
+fn prompts_are_embedded_as_in_diffusers_unless_a_config_says_otherwise() {
+    let text = fs::read_to_string(fixture("klein").join("defaults.json")).unwrap();
+    assert_eq!(PromptEmbedding::default(), serde_json::from_str(&text).unwrap());
 }
 
 #[test]

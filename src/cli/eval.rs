@@ -38,13 +38,15 @@ pub enum EvalCommand {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  rlrig eval compare runs/before:loop runs/after:loop")]
+#[command(
+    after_help = "Examples:\n  rlrig eval compare runs/before:loop runs/after:loop\n  rlrig eval compare runs/after:loop@2 runs/after:loop@3"
+)]
 pub struct EvalCompare {
-    /// A run's folder, all its modes or one
-    #[arg(value_name = "DIR[:MODE]")]
+    /// A run's folder, all its modes or one, at the end or after so many rounds
+    #[arg(value_name = "DIR[:MODE[@ROUNDS]]")]
     pub a: String,
     /// The other
-    #[arg(value_name = "DIR[:MODE]")]
+    #[arg(value_name = "DIR[:MODE[@ROUNDS]]")]
     pub b: String,
     /// One JSON document on stdout
     #[arg(long)]

@@ -109,6 +109,11 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
             target
         }
     };
+    if let Some(twice) = target.said_twice() {
+        say(&printable(&format!(
+            "two things are \"{twice}\": the Checker is asked for each by these words, and may find one of them twice"
+        )));
+    }
     // A recipe's may say it already.
     target.claims.retain(|claim| !matches!(claim, Claim::Only(_)));
     Ok(if only { target.and_nothing_else() } else { target })

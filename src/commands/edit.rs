@@ -22,6 +22,7 @@ use crate::{
     usage,
 };
 use anyhow::{Result, bail};
+use image::{DynamicImage, imageops::FilterType};
 use serde_json::json;
 
 pub fn run(args: &Edit) -> Result<()> {
@@ -37,7 +38,7 @@ pub fn run(args: &Edit) -> Result<()> {
         usage!("--out {}: name one .png file", args.out.display());
     }
     let seed = args.seed.unwrap_or_else(fresh_seed);
-    let picture = Picture::from_pixels(png::read(&args.image)?);
+    let mut picture = png::read(&args.image)?;
     let output = Output::new(Some(&args.out), &[seed], args.force, !args.no_metadata)?;
     let (device, dtype) = open::device(&args.models)?;
     let found = open::find_pipeline(&args.painter, args.print.quiet)?;
@@ -64,6 +65,16 @@ pub fn run(args: &Edit) -> Result<()> {
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
     let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);
+    let (w, h) = klein.default_size();
+    if found.is_built_in() && picture.dimensions() != (w, h) {
+        let (from_w, from_h) = picture.dimensions();
+        console.say(&format!(
+            "the built-in Editor knows pictures of {w}x{h} pixels alone: this one of {from_w}x{from_h} is scaled and cut to that"
+        ));
+        picture = DynamicImage::from(picture).resize_to_fill(w, h, FilterType::Triangle).into_rgb8();
+    }
+    let given = picture.dimensions();
+    let picture = Picture::from_pixels(picture);
     let painter = Painter::new(klein, painting, console.watch(stop)).with_adapted(adapted);
 
     if args.seed.is_none() {
@@ -96,7 +107,6 @@ pub fn run(args: &Edit) -> Result<()> {
     });
     let pixels = edited[0].pixels()?;
     let (size, model) = (pixels.dimensions(), &found.source.name);
-    let given = picture.pixels()?.dimensions();
     if size != given {
         let ((w, h), (from_w, from_h)) = (size, given);
         let why = "pictures are cut to whole tokens, large ones scaled down first";

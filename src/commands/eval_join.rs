@@ -4,7 +4,7 @@ use super::{eval::shard_numbers, show::Console};
 use crate::{
     cli::{EvalCalibrate, EvalCompare, EvalMerge},
     eval::{
-        compare::{self, Compared},
+        compare::{self, Compared, Side},
         folder::{Folder, different},
         line::Line,
         metrics::Answer,
@@ -29,7 +29,7 @@ use std::{
 /// Paired differences of the modes that both runs have, or of the two that are named.
 pub fn compare(args: &EvalCompare) -> Result<()> {
     let console = Console::new(true, 0);
-    let ((a, mode_a), (b, mode_b)) = (side(&args.a)?, side(&args.b)?);
+    let ((a, side_a), (b, side_b)) = (side(&args.a)?, side(&args.b)?);
     let ((folder_a, config_a), (folder_b, config_b)) = (Folder::open(Path::new(a))?, Folder::open(Path::new(b))?);
     // Older runs say nothing of it: theirs were confirmed.
     let graph = |config: &Value| config["graph"].as_str().unwrap_or("confirmed").to_owned();
@@ -42,14 +42,19 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     }
     let (lines_a, lines_b) = (folder_a.lines(), folder_b.lines());
     let has = |lines: &[Line]| lines.iter().map(|line| line.mode).collect::<BTreeSet<Mode>>();
-    let both: Vec<(Mode, Mode)> = match (mode_a, mode_b) {
-        (None, None) => has(lines_a).intersection(&has(lines_b)).map(|mode| (*mode, *mode)).collect(),
+    let all = |mode: &Mode| Side { mode: *mode, rounds: None };
+    let both: Vec<(Side, Side)> = match (side_a, side_b) {
+        (None, None) => has(lines_a).intersection(&has(lines_b)).map(|mode| (all(mode), all(mode))).collect(),
         (a, b) => a.or(b).map(|either| (a.unwrap_or(either), b.unwrap_or(either))).into_iter().collect(),
     };
     let compared: Vec<Compared> =
         both.into_iter().flat_map(|(a, b)| compare::compare((a, lines_a), (b, lines_b))).collect();
     if compared.is_empty() {
-        usage!("{} and {} have no prompt in common in the modes asked for", args.a, args.b);
+        usage!(
+            "{} and {} have no prompt of the same seed in common, in the modes and rounds asked for",
+            args.a,
+            args.b
+        );
     }
     let mut notes: Vec<String> = other_judge(&config_a, &config_b).into_iter().collect();
     for (name, _) in [(a, &folder_a), (b, &folder_b)].iter().filter(|(_, folder)| !folder.is_finished()) {
@@ -70,12 +75,7 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
         let [mean_a, mean_b] = [mean_a, mean_b].map(|e| format!("{:.3} ({:.3} to {:.3})", e.mean, e.lo, e.hi));
         console.result(&format!(
             "| {} | {} | {metric} | {} | {mean_a} | {mean_b} | {:+.3} ({:+.3} to {:+.3}) | {p:.4} |",
-            a.name(),
-            b.name(),
-            e.n,
-            e.mean,
-            e.lo,
-            e.hi
+            a, b, e.n, e.mean, e.lo, e.hi
         ))?;
     }
     for note in notes {
@@ -101,13 +101,20 @@ fn other_judge(a: &Value, b: &Value) -> Option<String> {
     })
 }
 
-/// A folder, and a mode behind a colon.
-fn side(text: &str) -> Result<(&str, Option<Mode>)> {
-    let Some((folder, name)) = text.rsplit_once(':').filter(|_| !Path::new(text).is_dir()) else {
+/// A folder, behind a colon a mode, and behind an `@` rounds.
+fn side(text: &str) -> Result<(&str, Option<Side>)> {
+    let Some((folder, of)) = text.rsplit_once(':').filter(|_| !Path::new(text).is_dir()) else {
         return Ok((text, None));
     };
+    let (name, rounds) = match of.split_once('@') {
+        Some((name, rounds)) => match rounds.parse() {
+            Ok(rounds @ 1..) => (name, Some(rounds)),
+            _ => usage!("{text}: behind the @ is how many rounds, from 1, not \"{rounds}\""),
+        },
+        None => (of, None),
+    };
     match Mode::ALL.into_iter().find(|mode| mode.name() == name) {
-        Some(mode) => Ok((folder, Some(mode))),
+        Some(mode) => Ok((folder, Some(Side { mode, rounds }))),
         None => {
             let known = Mode::ALL.map(Mode::name).join(", ");
             usage!("{text}: there is no folder of this name, and \"{name}\" is no mode; known are {known}")

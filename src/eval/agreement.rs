@@ -72,7 +72,7 @@ pub fn agreement(prompts: &[Tally]) -> Option<Agreement> {
         resamples.statistic(&statistic, with_claims)
     };
     Some(Agreement {
-        accuracy: of(|all| Some(all.accuracy()))?,
+        accuracy: of(|all| Some(all.accuracy()))?.of_shares(),
         kappa: of(Tally::kappa),
         calibration_error: of(|all| Some(all.bins.error()))?.basic(),
         claims: joined(&mut (0..prompts.len())).claims(),
@@ -168,8 +168,9 @@ mod tests {
             let found = agreement(&[tally(first), tally(second)]).unwrap();
             proptest::prop_assert_eq!(found.claims, claims.len());
             proptest::prop_assert!(is_close(found.accuracy.mean, accuracy) && is_close(found.calibration_error.mean, error));
-            for estimate in [found.accuracy, found.calibration_error] {
-                proptest::prop_assert!(0.0 <= estimate.lo && estimate.hi <= 1.0, "{:?}", estimate);
+            for Estimate { mean, lo, hi, .. } in [found.accuracy, found.calibration_error] {
+                // By another order of the sum the ends may differ from it in the last digits.
+                proptest::prop_assert!(0.0 <= lo && lo <= mean + 1e-9 && mean <= hi + 1e-9 && hi <= 1.0, "{} {} {}", lo, mean, hi);
             }
         }
     }

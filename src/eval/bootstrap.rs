@@ -24,9 +24,21 @@ pub struct Estimate {
 impl Estimate {
     /// The interval of the basic bootstrap, for an error of at most 1: each resample's estimate is off from the mean as the mean is from
     /// the truth. A sum of absolute values, as a calibration error is, is larger in resamples, and the percentiles' interval
-    /// would lie above the truth.
+    /// would lie above the truth. It has the estimate in it, also where all resamples' are larger.
     pub fn basic(self) -> Self {
-        Self { lo: (2.0 * self.mean - self.hi).max(0.0), hi: (2.0 * self.mean - self.lo).min(1.0), ..self }
+        let (lo, hi) = (2.0 * self.mean - self.hi, 2.0 * self.mean - self.lo);
+        Self { lo: lo.clamp(0.0, self.mean), hi: hi.min(1.0).max(self.mean), ..self }
+    }
+
+    /// Of numbers from 0 to 1. Where all of them are 0, or all 1, resamples are all the same, which does not mean that there is
+    /// no doubt: the interval is then that of Clopper and Pearson (1934) for as many failures or successes.
+    pub fn of_shares(self) -> Self {
+        let doubt = 1.0 - 0.025f64.powf(1.0 / self.n as f64);
+        match (self.lo, self.hi) {
+            (0.0, 0.0) => Self { hi: doubt, ..self },
+            (1.0, 1.0) => Self { lo: 1.0 - doubt, ..self },
+            _ => self,
+        }
     }
 
     /// In percent.
@@ -128,6 +140,23 @@ mod tests {
         let e = Resamples::new(400).estimate(&values).unwrap();
         assert_eq!((e.mean, e.n), (0.5, 400));
         assert!((e.lo - 0.451).abs() < 0.006 && (e.hi - 0.549).abs() < 0.006, "{e:?}");
+    }
+
+    #[test]
+    fn values_that_are_all_alike_leave_some_doubt() {
+        let of = |x: f64| Resamples::new(20).estimate(&[Some(x); 20]).unwrap().of_shares();
+        // Clopper and Pearson's for 20 of 20: 0.8316 to 1.
+        assert!((of(1.0).lo - 0.8316).abs() < 1e-4 && of(1.0).hi == 1.0);
+        assert!((of(0.0).hi - 0.1684).abs() < 1e-4 && of(0.0).lo == 0.0);
+        assert_eq!((of(0.5).lo, of(0.5).hi), (0.5, 0.5));
+    }
+
+    #[test]
+    fn an_interval_has_its_estimate_in_it() {
+        let above = Estimate { mean: 0.02, lo: 0.03, hi: 0.08, n: 9 }.basic();
+        assert_eq!((above.lo, above.hi), (0.0, 0.02));
+        let about = Estimate { mean: 0.5, lo: 0.4, hi: 0.7, n: 9 }.basic();
+        assert!((about.lo - 0.3).abs() < 1e-12 && (about.hi - 0.6).abs() < 1e-12);
     }
 
     #[test]

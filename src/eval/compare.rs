@@ -3,17 +3,36 @@
 use super::{
     bootstrap::{Difference, Estimate, Resamples, difference},
     line::Line,
+    metrics::Metrics,
     modes::Mode,
 };
 use crate::rig::roles::Claim;
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
-/// One metric of two modes.
+/// Whose results are compared: a mode's, after all rounds or after so many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Side {
+    pub mode: Mode,
+    pub rounds: Option<usize>,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rounds = self.rounds.map_or(String::new(), |rounds| format!("@{rounds}"));
+        write!(f, "{}{rounds}", self.mode.name())
+    }
+}
+
+/// One metric, or cost, of two modes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Compared {
-    pub a: Mode,
-    pub b: Mode,
+    /// The mode, and behind an `@` the rounds.
+    pub a: String,
+    pub b: String,
     pub metric: String,
     /// Over the prompts that both have.
     pub mean_a: Estimate,
@@ -22,10 +41,10 @@ pub struct Compared {
     pub difference: Difference,
 }
 
-/// Compares the results of mode `b` with those of mode `a`, by the prompts (and seeds) that both have: of the same id, and
+/// Compares the results of `b` with those of `a`, by the prompts (and seeds) that both have: of the same id, and
 /// with the same claims, since a world's scenes are numbered alike under another `--subset-seed`.
-pub fn compare((a, of_a): (Mode, &[Line]), (b, of_b): (Mode, &[Line])) -> Vec<Compared> {
-    let (of_a, of_b) = (final_metrics(a, of_a), final_metrics(b, of_b));
+pub fn compare((a, of_a): (Side, &[Line]), (b, of_b): (Side, &[Line])) -> Vec<Compared> {
+    let (of_a, of_b) = (results(a, of_a), results(b, of_b));
     let metrics: BTreeSet<&String> = of_a.values().flat_map(|values| values.keys()).collect();
     let compared = |metric: &&String| {
         // Seeds of one prompt are one value.
@@ -42,7 +61,7 @@ pub fn compare((a, of_a): (Mode, &[Line]), (b, of_b): (Mode, &[Line])) -> Vec<Co
             |side: fn(&(f64, f64)) -> f64| resamples.estimate(&pairs.iter().map(side).map(Some).collect::<Vec<_>>());
         let (mean_a, mean_b) = (mean(|p| p.0)?, mean(|p| p.1)?);
         let difference = difference(&pairs.iter().map(|(x, y)| y - x).collect::<Vec<_>>())?;
-        Some(Compared { a, b, metric: (*metric).clone(), mean_a, mean_b, difference })
+        Some(Compared { a: a.to_string(), b: b.to_string(), metric: (*metric).clone(), mean_a, mean_b, difference })
     };
     metrics.iter().filter_map(compared).collect()
 }
@@ -56,12 +75,25 @@ fn prompt(line: &Line) -> Prompt<'_> {
     (&line.split, &line.id, of_scene.map(|answer| answer.claim.to_string()).collect())
 }
 
-/// The metrics of each prompt's result after all rounds, for each seed.
-fn final_metrics(mode: Mode, lines: &[Line]) -> BTreeMap<(Prompt<'_>, u64), &super::metrics::Metrics> {
-    let of_mode = || lines.iter().filter(|line| line.mode == mode);
-    let last = of_mode().flat_map(|line| &line.result_after).max();
-    let results = of_mode().filter(|line| last.is_some_and(|last| line.result_after.contains(last)));
-    results.map(|line| ((prompt(line), line.seed), &line.metrics)).collect()
+/// The metrics of each prompt's result, and what it cost until then, for each seed.
+fn results(side: Side, lines: &[Line]) -> BTreeMap<(Prompt<'_>, u64), Metrics> {
+    let of_mode = || lines.iter().filter(|line| line.mode == side.mode);
+    let last = side.rounds.or(of_mode().flat_map(|line| &line.result_after).max().copied()).unwrap_or_default();
+    let mut found: BTreeMap<_, Metrics> = BTreeMap::new();
+    for line in of_mode().filter(|line| line.round <= last) {
+        let values = found.entry((prompt(line), line.seed)).or_default();
+        for (name, cost) in
+            [("evaluations", line.cost.evaluations as f64), ("seconds", line.cost.seconds), ("rounds", 1.0)]
+        {
+            *values.entry(name.to_owned()).or_default() += cost;
+        }
+        if line.result_after.contains(&last) {
+            values.extend(line.metrics.clone());
+        }
+    }
+    // After more rounds than there were nothing is known.
+    let is_known = of_mode().any(|line| line.result_after.contains(&last));
+    if is_known { found } else { BTreeMap::new() }
 }
 
 #[cfg(test)]
@@ -69,27 +101,40 @@ mod tests {
     use super::*;
     use crate::eval::line::tests::mended;
 
+    fn all(mode: Mode) -> Side {
+        Side { mode, rounds: None }
+    }
+
     #[test]
     fn a_run_that_mends_is_surely_better_and_a_run_equals_itself() {
         let drawn: Vec<Line> = (0..20).flat_map(|i| mended(i, Mode::Diffuser)).collect();
         let looped: Vec<Line> = (0..30).flat_map(|i| mended(i, Mode::Loop)).collect();
         let found =
-            |a: (Mode, &[Line]), b: (Mode, &[Line])| compare(a, b).into_iter().find(|c| c.metric == "ent_iou").unwrap();
-        let better = found((Mode::Diffuser, &drawn), (Mode::Loop, &looped));
+            |a: (Side, &[Line]), b: (Side, &[Line])| compare(a, b).into_iter().find(|c| c.metric == "ent_iou").unwrap();
+        let [diffuser, rewrite, of_loop] = [Mode::Diffuser, Mode::Rewrite, Mode::Loop].map(all);
+        let better = found((diffuser, &drawn), (of_loop, &looped));
         assert_eq!((better.mean_a.mean, better.mean_b.mean, better.difference.estimate.n), (0.0, 1.0, 20));
-        let a = found((Mode::Loop, &looped), (Mode::Loop, &looped)).mean_a;
+        let a = found((of_loop, &looped), (of_loop, &looped)).mean_a;
         assert!(a.lo <= a.mean && a.mean <= a.hi && a.n == 30, "{a:?}");
         assert!(better.difference.p < 0.001 && better.difference.estimate.lo == 1.0, "{better:?}");
-        let same = found((Mode::Loop, &looped), (Mode::Loop, &looped)).difference;
+        let same = found((of_loop, &looped), (of_loop, &looped)).difference;
         assert_eq!((same.p, same.estimate.mean, same.estimate.n), (1.0, 0.0, 30));
-        assert!(compare((Mode::Rewrite, &drawn), (Mode::Loop, &looped)).is_empty());
+        assert!(compare((rewrite, &drawn), (of_loop, &looped)).is_empty());
+
+        // What the second round is worth, and costs.
+        let at = |rounds| Side { rounds: Some(rounds), ..of_loop };
+        let second = compare((at(1), &looped), (at(2), &looped));
+        let difference = |name: &str| second.iter().find(|c| c.metric == name).unwrap().difference.estimate.mean;
+        assert_eq!((difference("ent_iou"), difference("rounds"), difference("evaluations")), (1.0, 1.0, 40.0));
+        assert_eq!((second[0].a.as_str(), second[0].b.as_str()), ("loop@1", "loop@2"));
+        assert!(compare((at(1), &looped), (at(9), &looped)).is_empty());
     }
 
     #[test]
     fn prompts_are_one_if_their_scenes_are_whether_or_not_more_may_be_there() {
         let looped: Vec<Line> = (0..30).flat_map(|i| mended(i, Mode::Loop)).collect();
         let common = |others: &[Line]| {
-            let found = compare((Mode::Loop, &looped), (Mode::Loop, others));
+            let found = compare((all(Mode::Loop), &looped), (all(Mode::Loop), others));
             found.iter().find(|c| c.metric == "ent_iou").unwrap().difference.estimate.n
         };
         // From the eleventh prompt on scenes of other colours, which the graph by labels does not tell.

@@ -2,6 +2,7 @@
 
 use super::{
     flaws::Flaws,
+    places::is_spatial,
     record::Entry,
     records::{Records, Spot},
     wording::Wording,
@@ -11,7 +12,6 @@ use crate::{
     rig::roles::Target,
     scene::{
         graph::SceneGraph,
-        relation::Spatial,
         tabletop::{split::Split, tasks},
     },
     tensor::rng::Stream,
@@ -358,58 +358,6 @@ fn spatial(mut graph: SceneGraph) -> SceneGraph {
     graph
 }
 
-/// Words of place that LAION-SG's relations use, beside those that have a definition in code.
-const PLACES: &[&str] = &[
-    "above",
-    "across from",
-    "adjacent to",
-    "against",
-    "along",
-    "among",
-    "around",
-    "at",
-    "atop",
-    "attached to",
-    "behind",
-    "below",
-    "beneath",
-    "beside",
-    "between",
-    "close to",
-    "covering",
-    "far from",
-    "in",
-    "in front of",
-    "inside",
-    "left of",
-    "near",
-    "next to",
-    "on",
-    "on top of",
-    "opposite",
-    "over",
-    "overlapping",
-    "right of",
-    "surrounded by",
-    "surrounding",
-    "to the left of",
-    "to the right of",
-    "under",
-    "underneath",
-    "within",
-];
-
-/// Whether a relation says where things are: a word of place, alone or behind a verb of posture ("standing next to").
-pub fn is_spatial(predicate: &str) -> bool {
-    let text = predicate.to_lowercase();
-    let posture =
-        ["is", "are", "sitting", "standing", "lying", "located", "placed", "positioned", "resting", "situated"];
-    let rest =
-        text.split_once(' ').filter(|(first, _)| posture.contains(first)).map_or(text.as_str(), |(_, rest)| rest);
-    let rest = rest.strip_prefix("on the ").filter(|r| r.starts_with("left") || r.starts_with("right")).unwrap_or(rest);
-    Spatial::from_name(rest).is_some() || PLACES.contains(&rest)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -567,15 +515,5 @@ mod tests {
         let says = |s: &Sample| s.graph.relations.iter().any(|r| depth.predicates.contains(&r.predicate));
         let samples = tabletop(Split::Test, 0, &depth).unwrap();
         assert!(samples.len() == 30 && samples.iter().all(says));
-    }
-
-    #[test]
-    fn words_of_place_are_known() {
-        for yes in ["left of", "on the left of", "to the right of", "standing next to", "surrounded by", "On top of"] {
-            assert!(is_spatial(yes), "{yes}");
-        }
-        for no in ["wearing", "walking along", "adorn", "made of", ""] {
-            assert!(!is_spatial(no), "{no}");
-        }
     }
 }

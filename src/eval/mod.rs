@@ -14,6 +14,7 @@ pub mod folder;
 pub mod line;
 pub mod metrics;
 pub mod modes;
+pub mod places;
 pub mod play;
 pub mod plot;
 pub mod record;

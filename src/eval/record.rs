@@ -10,7 +10,7 @@ use crate::scene::{
     parse::MAX_CHARS,
 };
 use serde_json::{Map, Value};
-use std::collections::{HashMap, hash_map};
+use std::collections::{HashMap, HashSet, hash_map};
 
 /// What is used of a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,12 +47,13 @@ pub(super) fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Op
     let items = list(record, "items", &mut flaw)?;
     let relations = list(record, "relations", &mut flaw)?;
 
-    let (mut places, mut graph) = (HashMap::new(), SceneGraph::default());
+    let (mut places, mut known, mut graph) = (HashMap::new(), HashSet::new(), SceneGraph::default());
     for item in items {
         let Some(item) = object(item, &mut flaw) else { continue };
-        let (Some(id), Some(label)) = (number(item, "item_id", &mut flaw), text(item, "label", &mut flaw)) else {
-            continue;
-        };
+        let id = number(item, "item_id", &mut flaw);
+        // What is left out is there all the same: a relation that names it is left out with it, and is no flaw of its own.
+        known.extend(id);
+        let (Some(id), Some(label)) = (id, text(item, "label", &mut flaw)) else { continue };
         let label = printable(&label, &mut flaw);
         if label.is_empty() {
             flaw(Flaw::EmptyText);
@@ -83,6 +84,7 @@ pub(super) fn read(record: &Map<String, Value>, at: At, flaws: &mut Flaws) -> Op
             _ if is_too_long(&predicate) => flaw(Flaw::LongText),
             (Some(subject), Some(object)) if subject == object => flaw(Flaw::SelfRelation),
             (Some(&subject), Some(&object)) => graph.relations.push(Relation { subject, predicate, object }),
+            _ if known.contains(&subject) && known.contains(&object) => {}
             _ => flaw(Flaw::DanglingId),
         }
     }
@@ -129,16 +131,21 @@ fn printable(text: &str, flaw: &mut impl FnMut(Flaw)) -> String {
     text.replace(char::is_control, " ").trim().to_owned()
 }
 
+/// A whole number that was written with a point.
+fn whole(x: f64) -> Option<i64> {
+    (x.fract() == 0.0 && x.abs() < 1e15).then_some(x as i64)
+}
+
 fn number(record: &Map<String, Value>, key: &str, flaw: &mut impl FnMut(Flaw)) -> Option<i64> {
     let value = record.get(key);
     let found = match value {
         Some(Value::Number(number)) => number.as_i64().or_else(|| {
-            let whole = number.as_f64().filter(|x| x.fract() == 0.0 && x.abs() < 1e15)?;
+            let whole = whole(number.as_f64()?)?;
             flaw(Flaw::WrongType);
-            Some(whole as i64)
+            Some(whole)
         }),
         Some(Value::String(text)) => {
-            let found = text.trim().parse().ok();
+            let found = text.trim().parse().ok().or_else(|| whole(text.trim().parse().ok()?));
             if found.is_some() {
                 flaw(Flaw::NumberAsString);
             }

@@ -76,6 +76,7 @@ pub fn page(results: &Results, lines: &[Line], folder: &Path) -> Result<String> 
          <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
     );
     html += &facts(results);
+    html += &flaws(results);
     html += &table(results);
     let (metric, name) = headline(results);
     html += &format!("<h2>{name} by round and by cost</h2>\n<div class=\"plots\">\n");
@@ -105,6 +106,20 @@ fn facts(results: &Results) -> String {
     let config = results.config.as_object().into_iter().flatten().filter(tells);
     let facts: Vec<String> = config.map(|(key, value)| format!("{key} {value}")).collect();
     format!("<p class=\"faint\">{}</p>\n", escape(&facts.join(" \u{b7} ")))
+}
+
+/// What was wrong with the data, by kind.
+fn flaws(results: &Results) -> String {
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    let files = results.flaws.as_array().into_iter().flatten();
+    for (kind, found) in files.filter_map(Value::as_object).flatten() {
+        *counts.entry(kind).or_default() += found["count"].as_u64().unwrap_or_default();
+    }
+    if counts.is_empty() {
+        return String::new();
+    }
+    let said: Vec<String> = counts.iter().map(|(kind, count)| format!("{count} {}", kind.replace('_', " "))).collect();
+    format!("<p class=\"faint\">Flaws of the data: {}</p>\n", escape(&said.join(", ")))
 }
 
 fn table(results: &Results) -> String {
@@ -354,13 +369,16 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             io::png::write(&path, &image::RgbImage::new(900, 600), &[], true).unwrap();
         }
-        let found = results(json!({ "seed": [0], "calibration": { "a": 1 } }), json!({}), json!([]), &lines);
+        let flaws =
+            json!([{ "dangling_id": { "count": 2 } }, { "dangling_id": { "count": 1 }, "malformed": { "count": 1 } }]);
+        let found = results(json!({ "seed": [0], "calibration": { "a": 1 } }), json!({}), flaws, &lines);
         let html = page(&found, &lines, dir.path()).unwrap();
         assert!(!html.contains("<script") && html.contains("&lt;script&gt;"));
         assert!(!html.contains("http:") && !html.contains("https:") && !html.contains("url("));
         assert_eq!(html.matches("<svg").count(), 2);
         assert!(html.contains("prefers-color-scheme:dark") && html.contains("add all"));
         for part in [
+            "Flaws of the data: 3 dangling id, 1 malformed<",
             "<h2>By relation</h2>",
             "<h2>By objects</h2>",
             "<th>SG-IoU, oracle</th>",
@@ -378,6 +396,24 @@ mod tests {
         let (_, fixed) = html.split_once("Fixed by the later rounds").unwrap();
         let (fixed, broken) = fixed.split_once("Broken by the later rounds").unwrap();
         assert!(fixed.matches("<details>").count() >= 4 && !broken.contains("<details>"));
+        // What the rounds broke, and what is best and worst of it.
+        let mut broken = lines.clone();
+        for line in broken.iter_mut().filter(|line| line.mode == Mode::Loop) {
+            let rank = if line.round == 1 { 1.0 } else { 0.0 };
+            line.metrics.extend(["oracle_mean", "oracle_perfect"].map(|name| (name.to_owned(), rank)));
+        }
+        let mended = broken.iter().find(|line| line.mode == Mode::Loop).map(Line::key);
+        for line in broken.iter_mut().filter(|line| Some(line.key()) == mended) {
+            line.prompt = "the only one".into();
+            line.metrics.extend(["oracle_mean", "oracle_perfect"].map(|name| (name.to_owned(), 1.0)));
+        }
+        let html = galleries(Mode::Loop, "oracle_mean", &broken, dir.path()).unwrap();
+        let parts: Vec<(usize, bool)> = html
+            .split("<h2>")
+            .skip(1)
+            .map(|part| (part.matches("<details>").count(), part.contains("the only one")))
+            .collect();
+        assert_eq!(parts, [(1, true), (4, false), (0, false), (4, false)], "best, worst, fixed, broken");
         // A picture is mended as well where its triples held before.
         for line in &mut lines {
             line.metrics.insert("oracle_mean".into(), 1.0);

@@ -71,7 +71,9 @@ fn mode_results(lines: &[&Line]) -> ModeResults {
         let of = |name: &String| estimates(last.iter().copied().filter(|line| by(line) == *name), metrics);
         names.iter().map(|name| (name.clone(), of(name))).collect()
     };
-    let objects = grouped(&|line| line.reference.objects.len().to_string());
+    // All of them: the reference lists those alone that a relation names.
+    let is_object = |answer: &&Answer| matches!(answer.claim, Claim::Object(_));
+    let objects = grouped(&|line| line.claims.iter().filter(is_object).count().to_string());
     ModeResults {
         metrics: estimates(last.iter().copied(), metrics),
         cost: costs(lines),
@@ -83,8 +85,13 @@ fn mode_results(lines: &[&Line]) -> ModeResults {
     }
 }
 
-/// Means over prompts of what `values` gives of their lines.
+/// Means over prompts of what `values` gives of their lines, shares all of them.
 fn estimates<'a>(lines: impl Iterator<Item = &'a Line>, values: impl Fn(&Line) -> Metrics) -> Estimates {
+    means(lines, values).into_iter().map(|(name, mean)| (name, mean.of_shares())).collect()
+}
+
+/// Means over prompts.
+fn means<'a>(lines: impl Iterator<Item = &'a Line>, values: impl Fn(&Line) -> Metrics) -> Estimates {
     // Of each value its sum, and of how many.
     type Sums = BTreeMap<String, (f64, usize)>;
     let mut prompts: BTreeMap<(&str, &str), Sums> = BTreeMap::new();
@@ -116,7 +123,7 @@ fn costs(lines: &[&Line]) -> Estimates {
         }
     }
     let first = lines.iter().copied().filter(|line| line.round == 1);
-    estimates(first, |line| sums.get(&line.key()).cloned().unwrap_or_default())
+    means(first, |line| sums.get(&line.key()).cloned().unwrap_or_default())
 }
 
 fn edits(lines: &[&Line]) -> Estimates {
@@ -147,12 +154,15 @@ fn by_relation(lines: &[&Line]) -> BTreeMap<String, Estimates> {
 }
 
 /// Each picture once: modes draw the same ones, of which the Checker then says the same, unless one has an adapter that
-/// another lacks; and what rewritten prompts draw counts as edited.
+/// another lacks; and what rewritten prompts draw counts as edited, if there was anything to say otherwise.
 fn distinct<'a>(lines: &[&'a Line]) -> Vec<&'a Line> {
     let (mut drawn, mut pictures) = (BTreeSet::new(), Vec::new());
     for line in lines.iter().copied() {
         let said: Vec<u64> = line.claims.iter().map(|answer| answer.checker.to_bits()).collect();
-        if line.edit.is_some() || drawn.insert((&line.split, &line.id, line.seed, line.round, said)) {
+        let words = line.drawn_as.as_ref().unwrap_or(&line.prompt);
+        if line.edit.as_ref().is_some_and(|edit| edit.instruction != *words)
+            || drawn.insert((&line.split, &line.id, line.seed, line.round, said))
+        {
             pictures.push(line);
         }
     }
@@ -199,7 +209,10 @@ fn agreements(lines: &[&Line], judged: bool) -> BTreeMap<String, Agreement> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::{edits::Review, line::tests::mended};
+    use crate::eval::{
+        edits::Review,
+        line::{Edited, tests::mended},
+    };
 
     fn lines() -> Vec<Line> {
         (0..12).flat_map(|i| [mended(i, Mode::Diffuser), mended(i, Mode::Loop)].concat()).collect()
@@ -241,6 +254,12 @@ mod tests {
         let mut twice = redrawn.clone();
         twice.extend(redrawn.iter().cloned().map(|line| Line { mode: Mode::BestOfN, ..line }));
         assert_eq!(document(&redrawn).agreement, document(&twice).agreement);
+        // And that of a prompt in which there was nothing to rewrite.
+        let mut rewritten = lines();
+        let again = |line: &Line| Edited { from: 1, instruction: line.prompt.clone(), review: None };
+        rewritten.iter_mut().for_each(|line| line.edit = line.edit.as_ref().map(|_| again(line)));
+        twice.extend(rewritten.into_iter().map(|line| Line { mode: Mode::Rewrite, ..line }));
+        assert_eq!(document(&redrawn).agreement, document(&twice).agreement);
     }
 
     #[test]
@@ -256,6 +275,19 @@ mod tests {
         let mut lines = lines();
         lines.extend(lines.clone().into_iter().map(|line| Line { split: "train".into(), ..line }));
         assert_eq!(document(&lines).modes[&Mode::Loop].metrics["sg_iou"].n, 24);
+    }
+
+    #[test]
+    fn objects_count_whether_or_not_a_relation_names_them() {
+        let mut lines = lines();
+        let told = document(&lines).modes[&Mode::Loop].by_objects.clone();
+        for line in &mut lines {
+            let more = Answer { claim: Claim::Object("pink star".into()), ..line.claims[0].clone() };
+            line.claims.push(more);
+        }
+        let found = document(&lines).modes[&Mode::Loop].by_objects.clone();
+        assert!(found.keys().copied().eq(told.keys().map(|n| n + 1)), "{:?}", found.keys());
+        assert!(found.values().eq(told.values()));
     }
 
     #[test]

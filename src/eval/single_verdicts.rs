@@ -240,11 +240,11 @@ mod tests {
         assert_eq!(names(&right), names(&wrong));
         assert_eq!(right.len(), 4 + Spatial::ALL.len(), "{right:?}");
         for (name, Agreement { accuracy, kappa, calibration_error, claims }) in &right {
-            assert!(accuracy.lo == 1.0 && calibration_error.hi == 0.0 && accuracy.n <= 300, "{name}");
+            assert!(accuracy.mean == 1.0 && calibration_error.hi == 0.0 && accuracy.n <= 300, "{name}");
             assert!(kappa.is_some_and(|kappa| kappa.mean == 1.0) && *claims >= accuracy.n, "{name}");
         }
         for (name, Agreement { accuracy, kappa, calibration_error, .. }) in &wrong {
-            assert!(accuracy.hi == 0.0 && calibration_error.lo == 1.0, "{name}");
+            assert!(accuracy.mean == 0.0 && calibration_error.lo == 1.0, "{name}");
             assert!(kappa.is_some_and(|kappa| kappa.mean < 0.0), "{name}");
         }
         assert!(good.shares().iter().all(|(.., share)| share.good == share.all && share.all >= 200));

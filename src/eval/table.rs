@@ -124,23 +124,23 @@ mod tests {
         let rows: Vec<&str> = text.lines().collect();
         assert!(rows[0].starts_with("| mode | SG-IoU | Ent-IoU | Rel-IoU | judge |"), "{text}");
         assert!(
-            rows[2].starts_with("| diffuser | 0.000 (0.000 to 0.000) |")
+            rows[2].starts_with("| diffuser | 0.000 (0.000 to 0.602) |")
                 && rows[2].ends_with("| 1.00 (1.00 to 1.00) | 40 (40 to 40) | 1.0 (1.0 to 1.0) |")
         );
         assert!(
-            rows[3].starts_with("| loop | 1.000 (1.000 to 1.000) |")
+            rows[3].starts_with("| loop | 1.000 (0.398 to 1.000) |")
                 && rows[3].contains("| 2.00 (2.00 to 2.00) | 80 (80 to 80) |")
         );
         assert!(rows[5].starts_with("| loop, round |") && rows.len() == 14);
         assert!(
-            rows[13].starts_with("| loop | 1.000 (1.000 to 1.000) | 0.000") && rows[13].ends_with(" | 4 |"),
+            rows[13].starts_with("| loop | 1.000 (0.398 to 1.000) | 0.000") && rows[13].ends_with(" | 4 |"),
             "{text}"
         );
         assert!(rows[11..].iter().all(|row| row.matches('|').count() == Review::NAMES.len() + 3), "{text}");
         let columns = rows[0].matches('|').count();
         assert!(rows[1..4].iter().all(|row| row.matches('|').count() == columns));
         let tex = latex(&found);
-        assert!(tex.contains("diffuser & 0.000 {\\scriptsize [0.000, 0.000]} &") && tex.contains("\\bottomrule"));
+        assert!(tex.contains("diffuser & 0.000 {\\scriptsize [0.000, 0.602]} &") && tex.contains("\\bottomrule"));
     }
 
     #[test]

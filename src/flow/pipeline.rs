@@ -68,6 +68,8 @@ struct Embeddings {
 const KEPT_EMBEDDINGS: usize = 64;
 /// How many pixels are decoded together, which bounds the memory that takes.
 const DECODED_PIXELS: usize = 1 << 20;
+/// A prompt of more tokens is none: memory is taken for all of them.
+const LONGEST_PROMPT: usize = 1 << 15;
 /// A reference with more pixels than this is scaled down to it, as klein does.
 const REFERENCE_PIXELS: u32 = 1 << 20;
 
@@ -157,7 +159,7 @@ impl Klein {
         ensure!(got == want, "the transformer's joint_attention_dim is {got}, but prompts have {want} channels");
         ensure!(
             prompt_embedding.layers.iter().all(|l| *l <= states.num_hidden_layers)
-                && (1..=states.max_position_embeddings).contains(&prompt_embedding.max_length),
+                && (1..=states.max_position_embeddings.min(LONGEST_PROMPT)).contains(&prompt_embedding.max_length),
             "the text encoder has no states {prompt_embedding:?}"
         );
         Ok(Self {

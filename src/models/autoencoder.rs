@@ -94,6 +94,7 @@ impl Config {
             ("levels", self.block_out_channels.len(), 10),
             ("latent_channels", self.latent_channels, 1 << 16),
             ("patch_size", self.patch_size.0, 16),
+            ("sample_size", self.sample_size, 1 << 12),
         ] {
             ensure!((1..=most).contains(&size), "the autoencoder's {name} must be 1 to {most}, not {size}");
         }

@@ -9,6 +9,7 @@ use candle_core::Tensor;
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::HashSet,
     fmt,
     sync::{Arc, OnceLock},
 };
@@ -70,6 +71,16 @@ impl Target {
     /// What Diffuser and Actor read.
     pub fn words(&self) -> &str {
         self.drawn_as.as_deref().unwrap_or(&self.prompt)
+    }
+
+    /// An object that is claimed twice in the same words, if there is one.
+    pub fn said_twice(&self) -> Option<&str> {
+        let mut seen = HashSet::new();
+        let mut objects = self.claims.iter().filter_map(|claim| match claim {
+            Claim::Object(object) => Some(object.as_str()),
+            Claim::Relation { .. } | Claim::Only(_) => None,
+        });
+        objects.find(|object| !seen.insert(*object))
     }
 
     /// Claims besides that nothing else is in the picture, where there is any object at all. Says so once.

@@ -11,4 +11,4 @@ pub mod parse;
 pub mod relation;
 pub mod tabletop;
 pub mod unusual;
-mod words;
+pub mod words;

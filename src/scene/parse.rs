@@ -26,7 +26,7 @@ pub enum ParseError {
     UnknownAttribute { word: String, suggestion: Option<String> },
     #[error("unknown word \"{word}\"{}", hint(.suggestion.as_deref(), nouns_and_adjectives()))]
     UnknownWord { word: String, suggestion: Option<String> },
-    #[error("\"{0}\" asks for several things at once; name each by itself, as in \"a ball and another ball\"")]
+    #[error("\"{0}\" asks for several things at once; name each by itself, as in \"a red ball and a blue ball\"")]
     Several(String),
     #[error("one object cannot be both {0} and {1}")]
     Clash(&'static str, &'static str),
@@ -60,9 +60,9 @@ fn hint(suggestion: Option<&str>, known: impl Iterator<Item = &'static str>) -> 
 /// Parses a prompt into a scene graph in canonical order, or says why there is none.
 pub fn parse(text: &str) -> Result<SceneGraph, ParseError> {
     let mut parser = Parser::new(text);
-    parser.prompt()?;
+    parser.prompt(text)?;
     let graph = parser.graph.canonical();
-    match contradictions(&graph).into_iter().next() {
+    match contradictions(&parser.merged()).into_iter().next() {
         Some(why) => Err(ParseError::Contradiction(why)),
         None => Ok(graph),
     }
@@ -81,6 +81,8 @@ struct Parser {
     owner: Option<usize>,
     /// What is on some side of the picture.
     sides: Vec<(usize, Spatial)>,
+    /// What was named as "another" of its kind.
+    others: Vec<usize>,
 }
 
 impl Parser {
@@ -95,10 +97,14 @@ impl Parser {
             last: None,
             owner: None,
             sides: Vec::new(),
+            others: Vec::new(),
         }
     }
 
-    fn prompt(&mut self) -> Result<(), ParseError> {
+    fn prompt(&mut self, text: &str) -> Result<(), ParseError> {
+        if text.trim().is_empty() {
+            return Err(ParseError::Empty);
+        }
         loop {
             self.cursor.skip(SEPARATORS);
             if self.cursor.done() {
@@ -111,7 +117,7 @@ impl Parser {
             self.clause()?;
         }
         self.relate_sides()?;
-        if self.graph.objects.is_empty() { Err(ParseError::Empty) } else { Ok(()) }
+        if self.graph.objects.is_empty() { Err(ParseError::Grammar("the prompt has no words".into())) } else { Ok(()) }
     }
 
     /// Skips "there is", "show me", "a picture of" and the like.
@@ -321,6 +327,19 @@ impl Parser {
         if self.sides.is_empty() || (0..self.graph.objects.len()).all(lies) { Ok(()) } else { unclear() }
     }
 
+    /// The graph with equal things as one, unless another was asked for: "a ball left of a cube, a cube left of a ball" is
+    /// meant to be about two things, and if it is not, nobody can tell by looking.
+    fn merged(&self) -> SceneGraph {
+        let mut graph = self.graph.clone();
+        let same = |i: usize| {
+            let equal = |j: &usize| graph.objects[*j] == graph.objects[i] && !self.others.contains(j);
+            if self.others.contains(&i) { i } else { (0..i).find(equal).unwrap_or(i) }
+        };
+        let merge = |r: &Relation| Relation { subject: same(r.subject), object: same(r.object), ..r.clone() };
+        graph.relations = graph.relations.iter().map(merge).filter(|r| r.subject != r.object).collect();
+        graph
+    }
+
     fn unexpected(&self) -> ParseError {
         let what = self.cursor.peek().unwrap_or("the end");
         ParseError::Grammar(format!(
@@ -361,7 +380,9 @@ impl Parser {
             None if objects.len() >= MAX_OBJECTS => return Err(ParseError::TooMany),
             None => {
                 self.graph.objects.push(object);
-                self.graph.objects.len() - 1
+                let index = self.graph.objects.len() - 1;
+                self.others.extend((article == Article::Another).then_some(index));
+                index
             }
         };
         self.last = Some(index);
@@ -513,10 +534,16 @@ mod tests {
         assert!(error("a red ball and a red ball, the red ball is above a cube").contains("more than one"));
         assert_eq!(parse(" \n"), Err(ParseError::Empty));
         assert_eq!(parse("there is"), Err(ParseError::Grammar("the prompt names no object".into())));
-        assert!(matches!(
-            parse("a red ball left of a blue cube, and the blue cube left of the red ball"),
-            Err(ParseError::Contradiction(_))
-        ));
+        for impossible in [
+            "a red ball left of a blue cube, and the blue cube left of the red ball",
+            "a red ball left of a blue cube, and a blue cube left of a red ball",
+            "a ball above a cube. A cube is above a ring, and a ring above a ball",
+        ] {
+            assert!(matches!(parse(impossible), Err(ParseError::Contradiction(_))), "{impossible}");
+        }
+        assert!(parse("a red ball left of a blue cube, and another blue cube left of the red ball").is_ok());
+        assert!(parse("a red ball left of a red ball").is_ok());
+        assert_eq!(parse("\u{1f34e}"), Err(ParseError::Grammar("the prompt has no words".into())));
         assert_eq!(parse(&"a ball, ".repeat(1000)), Err(ParseError::TooMany));
     }
 
