@@ -346,7 +346,10 @@ fn the_built_in_editor_edits_pictures_of_any_size_in_its_own() {
     let large = image::RgbImage::from_fn(300, 256, |x, y| *source.get_pixel((x.clamp(22, 277) - 22) / 2, y / 2));
     png::write(&rig.path("large.png"), &large, &[], true).unwrap();
     let ((own, quiet), (scaled, told)) = (edit("a.png"), edit("large.png"));
-    assert!(told.contains("128x128 pixels alone: this one of 300x256 is scaled and cut") && !quiet.contains("scaled"));
+    assert!(
+        told.contains("128x128 pixels alone: this one of 300x256 is scaled to that, and cut where it is longer")
+            && !quiet.contains("scaled")
+    );
     let off = own.iter().zip(scaled.iter()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / own.len() as f64;
     assert!(scaled.dimensions() == (128, 128) && off < 4.0, "off by {off}");
 }
@@ -358,7 +361,7 @@ fn things_that_cannot_be_told_apart_are_told_of() {
         let output =
             rig.run("generate", &["--prompt", prompt, "--seed", "1", "--rounds", "1", "--out", "a.png", "--force"]);
         assert!(output.status.success(), "{}", stderr(&output));
-        stderr(&output).contains("two things are \"red ball\"")
+        stderr(&output).contains("are called \"red ball\": the Checker")
     };
     assert!(said("a red ball above another red ball") && !said("a red ball above another blue ball"));
 }

@@ -80,6 +80,8 @@ fn the_suite_writes_every_mode_and_every_picture() {
     assert!(!stderr(&compared).contains("is not finished"));
     let compared: Value = serde_json::from_slice(&compared.stdout).unwrap();
     assert!(compared.as_array().unwrap().iter().any(|c| c["metric"] == "sg_iou" && c["difference"]["n"] == 3));
+    let beyond = rig.command(&["eval", "compare", "run:loop@1", "run:loop@9"]).output().unwrap();
+    rlrig::refuses(&beyond, 2, "loop@9: loop has results after 1 to 2 rounds", "compare");
     // What is not finished lacks the prompts that take longest.
     fs::remove_file(rig.path("run/results.json")).unwrap();
     let compared = rig.command(&["eval", "compare", "run:diffuser", "run:loop"]).output().unwrap();
@@ -344,9 +346,10 @@ fn a_run_that_is_killed_while_it_draws_ends_as_one_that_was_not() {
     let models = ["eval", "--model", "klein", "--steps", "2", "--vlm", "vlm"];
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin!("rlrig"));
     command.current_dir(rig.dir.path()).args([&models[..], &args[..], &["--out", "killed"]].concat());
+    command.env_remove("RAYON_NUM_THREADS").env("RLRIG_LOG", "error");
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let (samples, start) = (rig.path("killed/samples.jsonl"), Instant::now());
-    while !samples.exists() {
+    while !fs::read_to_string(&samples).is_ok_and(|text| text.contains('\n')) {
         assert!(start.elapsed() < Duration::from_secs(60), "nothing is drawn");
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -111,7 +111,8 @@ pub fn resolve(ask: Ask, critic: &Critic, only: bool, say: &dyn Fn(&str)) -> Res
     };
     if let Some(twice) = target.said_twice() {
         say(&printable(&format!(
-            "two things are \"{twice}\": the Checker is asked for each by these words, and may find one of them twice"
+            "several things in \"{}\" are called \"{twice}\": the Checker is asked for each by these words, and does not count them",
+            target.prompt
         )));
     }
     // A recipe's may say it already.

@@ -22,7 +22,10 @@ use crate::{
     usage,
 };
 use anyhow::{Result, bail};
-use image::{DynamicImage, imageops::FilterType};
+use image::{
+    RgbImage,
+    imageops::{self, FilterType},
+};
 use serde_json::json;
 
 pub fn run(args: &Edit) -> Result<()> {
@@ -65,13 +68,15 @@ pub fn run(args: &Edit) -> Result<()> {
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
     let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);
-    let (w, h) = klein.default_size();
-    if found.is_built_in() && picture.dimensions() != (w, h) {
-        let (from_w, from_h) = picture.dimensions();
+    let side = klein.default_size();
+    let scaled_from = Some(picture.dimensions()).filter(|given| found.is_built_in() && *given != side);
+    if let Some((from_w, from_h)) = scaled_from {
+        let (w, h) = side;
         console.say(&format!(
-            "the built-in Editor knows pictures of {w}x{h} pixels alone: this one of {from_w}x{from_h} is scaled and cut to that"
+            "the built-in Editor knows pictures of {w}x{h} pixels alone: this one of {from_w}x{from_h} is scaled to that, and \
+             cut where it is longer"
         ));
-        picture = DynamicImage::from(picture).resize_to_fill(w, h, FilterType::Triangle).into_rgb8();
+        picture = fitted(&picture, side);
     }
     let given = picture.dimensions();
     let picture = Picture::from_pixels(picture);
@@ -94,6 +99,7 @@ pub fn run(args: &Edit) -> Result<()> {
             "instruction": instruction,
             "carried_out_as": carried_out_as,
             "image": args.image.file_name().and_then(|n| n.to_str()),
+            "scaled_from": scaled_from,
             "seed": seed,
             "steps": steps,
             "solver": solver,
@@ -122,4 +128,14 @@ pub fn run(args: &Edit) -> Result<()> {
         console.result(&file.display().to_string())?;
     }
     Ok(())
+}
+
+/// A picture scaled to a size, the middle of it if it is of another shape.
+fn fitted(picture: &RgbImage, (w, h): (u32, u32)) -> RgbImage {
+    let (from_w, from_h) = picture.dimensions();
+    // Cut first: of one that is very long most goes.
+    let most = |a: u32, b: u32, of: u32| (u64::from(of) * u64::from(a) / u64::from(b)).max(1) as u32;
+    let (cut_w, cut_h) = (from_w.min(most(w, h, from_h)), from_h.min(most(h, w, from_w)));
+    let (x, y) = ((from_w - cut_w) / 2, (from_h - cut_h) / 2);
+    imageops::resize(&*imageops::crop_imm(picture, x, y, cut_w, cut_h), w, h, FilterType::Triangle)
 }

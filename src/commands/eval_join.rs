@@ -45,16 +45,21 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     let all = |mode: &Mode| Side { mode: *mode, rounds: None };
     let both: Vec<(Side, Side)> = match (side_a, side_b) {
         (None, None) => has(lines_a).intersection(&has(lines_b)).map(|mode| (all(mode), all(mode))).collect(),
-        (a, b) => a.or(b).map(|either| (a.unwrap_or(either), b.unwrap_or(either))).into_iter().collect(),
+        // The rounds of one are not those of the other.
+        (a, b) => a.or(b).map(|one| (a.unwrap_or(all(&one.mode)), b.unwrap_or(all(&one.mode)))).into_iter().collect(),
     };
+    for (side, lines) in both.iter().flat_map(|(a, b)| [(a, lines_a), (b, lines_b)]) {
+        match (side.rounds, compare::most_rounds(side.mode, lines)) {
+            (Some(rounds), most @ 1..) if rounds > most => {
+                usage!("{side}: {} has results after 1 to {most} rounds", side.mode.name())
+            }
+            _ => {}
+        }
+    }
     let compared: Vec<Compared> =
         both.into_iter().flat_map(|(a, b)| compare::compare((a, lines_a), (b, lines_b))).collect();
     if compared.is_empty() {
-        usage!(
-            "{} and {} have no prompt of the same seed in common, in the modes and rounds asked for",
-            args.a,
-            args.b
-        );
+        usage!("{} and {} have no prompt of the same seed in common, in the modes asked for", args.a, args.b);
     }
     let mut notes: Vec<String> = other_judge(&config_a, &config_b).into_iter().collect();
     for (name, _) in [(a, &folder_a), (b, &folder_b)].iter().filter(|(_, folder)| !folder.is_finished()) {

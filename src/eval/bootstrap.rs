@@ -1,7 +1,7 @@
 //! How sure a mean is: bootstrap intervals over prompts, and a paired test of a difference.
 //!
 //! The percentile bootstrap (Efron 1979) draws as many prompts as there are, with replacement, 1,000 times; the interval
-//! holds the middle 95% of the means. Prompts are the units, not pictures or claims, which are not independent. The test
+//! holds the middle 95% of the means. Shares that are all 0, or all 1, have the interval of [`Estimate::of_shares`]. Prompts are the units, not pictures or claims, which are not independent. The test
 //! of a paired difference flips the signs of the prompts' differences at random: under the null hypothesis that the two
 //! runs are alike, every flip is as probable as what was seen.
 

@@ -83,6 +83,13 @@ pub struct Cost {
     pub seconds: f64,
 }
 
+impl Cost {
+    /// By name, for a prompt to be summed over its pictures, each of them a round.
+    pub fn named(self) -> [(&'static str, f64); 3] {
+        [("evaluations", self.evaluations as f64), ("seconds", self.seconds), ("rounds", 1.0)]
+    }
+}
+
 /// What makes the pictures of one prompt one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {

@@ -36,7 +36,7 @@ const PLACES: &[&str] = &[
     "encircling",
     "facing",
     "far from",
-    "from",
+    "hanging from",
     "in the background of",
     "in the center of",
     "in the corner of",

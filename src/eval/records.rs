@@ -44,7 +44,7 @@ pub struct Records<R> {
     /// The line at which that is.
     begun_at: u64,
     pub flaws: Flaws,
-    /// Hashes of the ids seen, which is all that grows with the file: up to 27 bytes for a record, while the table doubles.
+    /// Hashes of the ids seen, which is all that grows with the file: up to 31 bytes for a record, while the table doubles.
     seen: HashSet<u64>,
     /// Records cut out, those among them that look like LAION-SG's, and those that were given.
     all: usize,

@@ -116,9 +116,7 @@ fn costs(lines: &[&Line]) -> Estimates {
     let mut sums: BTreeMap<Key, Metrics> = BTreeMap::new();
     for line in lines {
         let sum = sums.entry(line.key()).or_default();
-        for (name, value) in
-            [("evaluations", line.cost.evaluations as f64), ("seconds", line.cost.seconds), ("rounds", 1.0)]
-        {
+        for (name, value) in line.cost.named() {
             *sum.entry(name.to_owned()).or_default() += value;
         }
     }

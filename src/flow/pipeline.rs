@@ -159,8 +159,13 @@ impl Klein {
         ensure!(got == want, "the transformer's joint_attention_dim is {got}, but prompts have {want} channels");
         ensure!(
             prompt_embedding.layers.iter().all(|l| *l <= states.num_hidden_layers)
-                && (1..=states.max_position_embeddings.min(LONGEST_PROMPT)).contains(&prompt_embedding.max_length),
+                && (1..=states.max_position_embeddings).contains(&prompt_embedding.max_length),
             "the text encoder has no states {prompt_embedding:?}"
+        );
+        ensure!(
+            prompt_embedding.max_length <= LONGEST_PROMPT,
+            "prompts of {} tokens: prompt_embedding.max_length is at most {LONGEST_PROMPT}",
+            prompt_embedding.max_length
         );
         Ok(Self {
             transformer,

@@ -109,11 +109,13 @@ impl Adjectives {
 pub(super) struct Cursor {
     pub tokens: Vec<String>,
     pub at: usize,
+    /// What was named so far, each of them once.
+    named: Vec<Object>,
 }
 
 impl Cursor {
     pub fn new(text: &str) -> Self {
-        Self { tokens: tokens(text), at: 0 }
+        Self { tokens: tokens(text), at: 0, named: Vec::new() }
     }
 
     pub fn peek(&self) -> Option<&str> {
@@ -200,7 +202,7 @@ impl Cursor {
 
     fn article(&self) -> Article {
         match self.peek() {
-            Some("a" | "an" | "one") => Article::A,
+            Some("a" | "an" | "one" | "1") => Article::A,
             Some("another") => Article::Another,
             Some("the") => Article::The,
             _ => Article::None,
@@ -236,21 +238,36 @@ impl Cursor {
         None
     }
 
-    /// A noun phrase: article, size and colour in any order, shape.
+    /// A noun phrase: article, size and colour in any order, shape or "one".
     pub fn mention(&mut self) -> Result<Mention, ParseError> {
+        let mention = self.noun_phrase()?;
+        if !self.named.contains(&mention.object) {
+            self.named.push(mention.object.clone());
+        }
+        Ok(mention)
+    }
+
+    fn noun_phrase(&mut self) -> Result<Mention, ParseError> {
         let article = self.article();
         if article != Article::None {
             self.at += 1;
         }
         let mut adjectives = Adjectives::default();
         loop {
-            let Some(word) = self.peek().map(str::to_string) else {
+            let word = self.peek().unwrap_or_default().to_owned();
+            let is_of_thing = is_of_things(&word);
+            if article == Article::Another && !adjectives.any() && !is_of_thing {
+                return Err(ParseError::Pronoun("another"));
+            }
+            if word.is_empty() {
                 return Err(ParseError::Grammar("the prompt ends where an object should be named".into()));
-            };
+            }
             self.at += 1;
-            let shape = if word == "one" && adjectives.any() { Some(self.one()?) } else { words::shape(&word) };
-            if let Some(shape) = shape {
+            if let Some(shape) = words::shape(&word) {
                 return Ok(Mention { article, object: Object::new(shape.name(), adjectives.attributes()) });
+            }
+            if word == "one" && adjectives.any() {
+                return Ok(Mention { article, object: self.one(article, adjectives)? });
             }
             if !adjectives.take(&word)? {
                 return Err(self.unknown(word));
@@ -262,16 +279,28 @@ impl Cursor {
         }
     }
 
-    /// What "a blue one" is: of the shape of all that is named before.
-    fn one(&self) -> Result<Shape, ParseError> {
-        let mut shapes = self.tokens[..self.at].iter().filter_map(|word| words::shape(word));
-        let first = shapes.next().filter(|first| shapes.all(|shape| shape == *first));
-        first.ok_or_else(|| ParseError::Grammar("it is not clear what \"one\" stands for".into()))
+    /// What "the red one" is: the only thing so far that is red, or as "a red one" a thing of the only shape so far. "A small
+    /// one" has the colour of the only thing so far as well.
+    fn one(&self, article: Article, said: Adjectives) -> Result<Object, ParseError> {
+        let attributes = said.attributes();
+        let is_so = |object: &&Object| attributes.iter().all(|said| object.attributes.contains(said));
+        let mut meant = self.named.iter().filter(is_so);
+        if let (Article::The, Some(only), None) = (article, meant.next(), meant.next()) {
+            return Ok(only.clone());
+        }
+        let Some(first) = self.named.first().filter(|first| self.named.iter().all(|o| o.label == first.label)) else {
+            return Err(ParseError::Pronoun("one"));
+        };
+        let colour = first.attributes.iter().find_map(|word| words::colour(word));
+        let inherited = colour.filter(|_| said.colour.is_none() && self.named.len() == 1);
+        let said = Adjectives { colour: said.colour.or(inherited), ..said };
+        Ok(Object::new(first.label.clone(), said.attributes()))
     }
 
     /// An unknown word: an attribute if a shape or another attribute follows, else a shape.
     fn unknown(&self, word: String) -> ParseError {
-        if word.len() == 1 && !word.chars().all(char::is_alphanumeric) {
+        let is_noun = word.chars().all(char::is_alphanumeric) && !COPULA.contains(&word.as_str());
+        if !is_noun {
             return ParseError::Grammar(format!("\"{word}\" where an object should be named"));
         }
         if self.peek().is_some_and(is_of_things) {

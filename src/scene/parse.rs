@@ -5,7 +5,7 @@
 //! "which" for the object named last, with "with ... to its left", or with a further relation of the same subject. "The"
 //! refers back to an object already named, "a" names a new one; without an article (as in triples) equal phrases are
 //! equal objects. "It is left of a cube" goes on with the subject before, "to its left is a cube" with the only thing named
-//! before. "A blue one" is of the only shape there is. What is on one side of the picture lies so to what is on the other ("a ball on the left and a cube on the right").
+//! before. "The blue one" is the only blue thing named, "a blue one" of the only shape. What is on one side of the picture lies so to what is on the other ("a ball on the left and a cube on the right").
 
 use super::{
     cursor::{Article, Cursor, Mention},
@@ -28,6 +28,8 @@ pub enum ParseError {
     UnknownWord { word: String, suggestion: Option<String> },
     #[error("\"{0}\" asks for several things at once; name each by itself, as in \"a red ball and a blue ball\"")]
     Several(String),
+    #[error("it is not clear what \"{0}\" stands for; name the thing itself")]
+    Pronoun(&'static str),
     #[error("one object cannot be both {0} and {1}")]
     Clash(&'static str, &'static str),
     #[error("\"the {phrase}\" may mean more than one of the objects named before")]
@@ -62,8 +64,11 @@ pub fn parse(text: &str) -> Result<SceneGraph, ParseError> {
     let mut parser = Parser::new(text);
     parser.prompt(text)?;
     let graph = parser.graph.canonical();
+    if let Some(why) = contradictions(&graph).into_iter().next() {
+        return Err(ParseError::Contradiction(why));
+    }
     match contradictions(&parser.merged()).into_iter().next() {
-        Some(why) => Err(ParseError::Contradiction(why)),
+        Some(why) => Err(ParseError::Contradiction(format!("{why}; if two of a kind are meant, say \"another\""))),
         None => Ok(graph),
     }
 }
@@ -327,16 +332,26 @@ impl Parser {
         if self.sides.is_empty() || (0..self.graph.objects.len()).all(lies) { Ok(()) } else { unclear() }
     }
 
-    /// The graph with equal things as one, unless another was asked for: "a ball left of a cube, a cube left of a ball" is
-    /// meant to be about two things, and if it is not, nobody can tell by looking.
+    /// The graph as it is where a statement repeats: "a ball left of a cube, a cube left of a ball" is about two things, not
+    /// four, unless "another" is said. What a statement relates to anything new, or to "the" thing of before, is its own.
     fn merged(&self) -> SceneGraph {
         let mut graph = self.graph.clone();
-        let same = |i: usize| {
-            let equal = |j: &usize| graph.objects[*j] == graph.objects[i] && !self.others.contains(j);
-            if self.others.contains(&i) { i } else { (0..i).find(equal).unwrap_or(i) }
+        // Things that are related belong to one statement, which has the number of its first thing.
+        let mut statement: Vec<usize> = (0..graph.objects.len()).collect();
+        for relation in &graph.relations {
+            let [a, b] = [relation.subject, relation.object].map(|i| statement[i]);
+            statement.iter_mut().filter(|s| **s == a.max(b)).for_each(|s| *s = a.min(b));
+        }
+        let all = || 0..statement.len();
+        let earlier = |i: usize| {
+            let is_same = |j: &usize| self.graph.objects[*j] == self.graph.objects[i] && statement[*j] != statement[i];
+            (0..i).find(is_same).filter(|_| !self.others.contains(&i))
         };
-        let merge = |r: &Relation| Relation { subject: same(r.subject), object: same(r.object), ..r.clone() };
-        graph.relations = graph.relations.iter().map(merge).filter(|r| r.subject != r.object).collect();
+        let repeats = |s: usize| all().filter(|i| statement[*i] == s).all(|i| earlier(i).is_some());
+        let same = |i: usize| earlier(i).filter(|_| repeats(statement[i])).unwrap_or(i);
+        for relation in &mut graph.relations {
+            (relation.subject, relation.object) = (same(relation.subject), same(relation.object));
+        }
         graph
     }
 
@@ -472,7 +487,9 @@ mod tests {
         assert_eq!(triples("red ball above can; cube left of can"), "red ball above cylinder; cube left of cylinder");
         let another = "There is one red ball; above it is another red ball";
         assert_eq!(triples(another), "red ball above red ball");
-        assert_eq!(triples("a red ball above a blue one"), "red ball above blue ball");
+        assert_eq!(triples("1 red ball above a blue one"), "red ball above blue ball");
+        assert_eq!(triples("a large red ball above a small one"), "large red ball above small red ball");
+        assert_eq!(triples("a red ball and a blue cube, the red one is above the cube"), "red ball above blue cube");
         assert_eq!(
             triples("a red ball and a blue ball, the blue one is above the red one"),
             "blue ball above red ball"
@@ -486,8 +503,6 @@ mod tests {
             "a red ball is above a blue cube and a green ring",
             "Above the ring is a red ball and a blue cube.",
             "a ball above a cube and left of a ring right of a star",
-            "a red ball above a blue cube and a green one",
-            "a red one",
         ]);
         // With a comma it is a list.
         assert_eq!(triples("a ball above a cube, and a ring"), "ball above cube; ring");
@@ -530,6 +545,15 @@ mod tests {
         assert!(error("a crimson ball").contains("\"crimson\""));
         assert!(error("a red blue ball").contains("both red and blue"));
         assert!(error("a red ball left of").contains("ends"));
+        for unclear in [
+            "a red ball above a blue cube, and a green one",
+            "a red one",
+            "a ball and another",
+            "a ball and another one",
+        ] {
+            assert!(error(unclear).contains("is not clear what"), "{unclear}: {}", error(unclear));
+        }
+        assert!(error("a ball is red and one is blue").starts_with("\"is\" where an object"));
         assert!(error("a red ball beside a cube").contains("\"beside\" where a relation"));
         assert!(error("a red ball and a red ball, the red ball is above a cube").contains("more than one"));
         assert_eq!(parse(" \n"), Err(ParseError::Empty));
@@ -537,12 +561,21 @@ mod tests {
         for impossible in [
             "a red ball left of a blue cube, and the blue cube left of the red ball",
             "a red ball left of a blue cube, and a blue cube left of a red ball",
-            "a ball above a cube. A cube is above a ring, and a ring above a ball",
+            "a ball above a cube, and a ball below a cube",
         ] {
             assert!(matches!(parse(impossible), Err(ParseError::Contradiction(_))), "{impossible}");
         }
-        assert!(parse("a red ball left of a blue cube, and another blue cube left of the red ball").is_ok());
-        assert!(parse("a red ball left of a red ball").is_ok());
+        for possible in [
+            "a red ball left of a blue cube, and another blue cube left of the red ball",
+            "a red ball left of a blue cube, and another blue cube left of another red ball",
+            "a red ball left of a blue cube, and a red ball right of the blue cube",
+            "a blue cube with a red ball to its left and a red ball to its right",
+            "a red ball left of a blue cube and right of a blue cube",
+            "a red ball above a blue cube above a red ball",
+            "a red ball left of a red ball",
+        ] {
+            assert!(parse(possible).is_ok(), "{possible}");
+        }
         assert_eq!(parse("\u{1f34e}"), Err(ParseError::Grammar("the prompt has no words".into())));
         assert_eq!(parse(&"a ball, ".repeat(1000)), Err(ParseError::TooMany));
     }
@@ -557,7 +590,7 @@ mod tests {
         fn no_jumble_of_known_words_makes_the_parser_panic(
             words in proptest::collection::vec(proptest::sample::select(vec![
                 "a", "the", "red", "small", "ball", "ring", "left of", "above it", "with", "which", "is", "and", ",", ";", "in",
-                "it", "to its left", "on the left", "at the top", "above", "on", "can", "there",
+                "it", "to its left", "on the left", "at the top", "above", "on", "can", "there", "another", "one",
             ]), 0..20)
         ) {
             let _ = parse(&words.join(" "));

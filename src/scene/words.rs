@@ -141,12 +141,6 @@ pub const FILLERS: &[&str] = &[
     "very", "slightly", "bit",
 ];
 
-/// Words that count more than one thing, or none in particular.
-const COUNTS: &[&str] = &[
-    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some", "several", "many", "few", "pair",
-    "couple", "dozen",
-];
-
 const SHAPES: &[(&str, Shape)] = &[
     ("sphere", Shape::Ball),
     ("block", Shape::Cube),
@@ -165,8 +159,11 @@ const COLOURS: &[(&str, Colour)] =
 const SIZES: &[(&str, Size)] =
     &[("big", Size::Large), ("huge", Size::Large), ("little", Size::Small), ("tiny", Size::Small)];
 
-pub fn is_count(word: &str) -> bool {
-    COUNTS.contains(&word) || word.parse::<u64>().is_ok()
+/// Whether a word is the plural of a shape's.
+pub fn is_plural(word: &str) -> bool {
+    let singular = word.strip_suffix('s');
+    singular
+        .is_some_and(|word| shape(word).is_some() || word.strip_suffix('e').is_some_and(|word| shape(word).is_some()))
 }
 
 fn lookup<T: Copy>(word: &str, synonyms: &[(&str, T)]) -> Option<T> {
