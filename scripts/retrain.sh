@@ -3,12 +3,14 @@
 # how long each part took. Pictures that a part learns from are drawn before it, by the models so far. Every part is a run
 # folder of its own in runs/: what is finished is skipped, what was interrupted goes on.
 #   scripts/retrain.sh [DEVICE]     # cpu, cuda, metal or auto, the default
-# It replaces what is in weights/. `REHEARSE=8 scripts/retrain.sh cpu`, in a copy of the repository, goes the same way in miniature,
-# two steps for each part and so many prompts for each drawing: it shows within minutes that the parts fit together.
+# It replaces what is in weights/. `REHEARSE=10 scripts/retrain.sh cpu`, in a copy of the repository, goes the same way in miniature,
+# two steps for each part and so many prompts for each drawing: it shows that the parts fit together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-auto}
 rlrig=target/release/rlrig
+# Every tenth prompt is held out, and there has to be one.
+[ "${REHEARSE:-10}" -ge 10 ] || { echo "REHEARSE=$REHEARSE: give 10 or more prompts" >&2; exit 2; }
 
 train() {
     local run=runs/$1 what=(--config "configs/tabletop/$1.toml" --out "runs/$1")
