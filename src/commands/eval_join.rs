@@ -42,11 +42,15 @@ pub fn compare(args: &EvalCompare) -> Result<()> {
     }
     let (lines_a, lines_b) = (folder_a.lines(), folder_b.lines());
     let has = |lines: &[Line]| lines.iter().map(|line| line.mode).collect::<BTreeSet<Mode>>();
-    let all = |mode: &Mode| Side { mode: *mode, rounds: None };
     let both: Vec<(Side, Side)> = match (side_a, side_b) {
-        (None, None) => has(lines_a).intersection(&has(lines_b)).map(|mode| (all(mode), all(mode))).collect(),
+        (None, None) => {
+            has(lines_a).intersection(&has(lines_b)).map(|mode| (Side::from(*mode), Side::from(*mode))).collect()
+        }
         // The rounds of one are not those of the other.
-        (a, b) => a.or(b).map(|one| (a.unwrap_or(all(&one.mode)), b.unwrap_or(all(&one.mode)))).into_iter().collect(),
+        (a, b) => {
+            let other = |one: Side| Side::from(one.mode);
+            a.or(b).map(|one| (a.unwrap_or(other(one)), b.unwrap_or(other(one)))).into_iter().collect()
+        }
     };
     for (side, lines) in both.iter().flat_map(|(a, b)| [(a, lines_a), (b, lines_b)]) {
         match (side.rounds, compare::most_rounds(side.mode, lines)) {

@@ -20,6 +20,12 @@ pub struct Side {
     pub rounds: Option<usize>,
 }
 
+impl From<Mode> for Side {
+    fn from(mode: Mode) -> Self {
+        Self { mode, rounds: None }
+    }
+}
+
 impl fmt::Display for Side {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rounds = self.rounds.map_or(String::new(), |rounds| format!("@{rounds}"));
@@ -104,17 +110,13 @@ mod tests {
     use super::*;
     use crate::eval::line::tests::mended;
 
-    fn all(mode: Mode) -> Side {
-        Side { mode, rounds: None }
-    }
-
     #[test]
     fn a_run_that_mends_is_surely_better_and_a_run_equals_itself() {
         let drawn: Vec<Line> = (0..20).flat_map(|i| mended(i, Mode::Diffuser)).collect();
         let looped: Vec<Line> = (0..30).flat_map(|i| mended(i, Mode::Loop)).collect();
         let found =
             |a: (Side, &[Line]), b: (Side, &[Line])| compare(a, b).into_iter().find(|c| c.metric == "ent_iou").unwrap();
-        let [diffuser, rewrite, of_loop] = [Mode::Diffuser, Mode::Rewrite, Mode::Loop].map(all);
+        let [diffuser, rewrite, of_loop] = [Mode::Diffuser, Mode::Rewrite, Mode::Loop].map(Side::from);
         let better = found((diffuser, &drawn), (of_loop, &looped));
         assert_eq!((better.mean_a.mean, better.mean_b.mean, better.difference.estimate.n), (0.0, 1.0, 20));
         let a = found((of_loop, &looped), (of_loop, &looped)).mean_a;
@@ -137,7 +139,7 @@ mod tests {
     fn prompts_are_one_if_their_scenes_are_whether_or_not_more_may_be_there() {
         let looped: Vec<Line> = (0..30).flat_map(|i| mended(i, Mode::Loop)).collect();
         let common = |others: &[Line]| {
-            let found = compare((all(Mode::Loop), &looped), (all(Mode::Loop), others));
+            let found = compare((Mode::Loop.into(), &looped), (Mode::Loop.into(), others));
             found.iter().find(|c| c.metric == "ent_iou").unwrap().difference.estimate.n
         };
         // From the eleventh prompt on scenes of other colours, which the graph by labels does not tell.

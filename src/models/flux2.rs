@@ -84,12 +84,8 @@ impl Config {
         if self.patch_size != 1 {
             bail!("the transformer's config.json has patch_size {}; FLUX.2 packs its latents before", self.patch_size);
         }
-        // Each alone first: a sum can overflow.
-        let fits = self.axes_dims_rope.iter().all(|d| *d <= self.attention_head_dim);
-        if !fits
-            || self.axes_dims_rope.iter().sum::<usize>() != self.attention_head_dim
-            || self.axes_dims_rope.iter().any(|d| d % 2 == 1)
-        {
+        let rotary = self.axes_dims_rope.iter().try_fold(0usize, |sum, d| sum.checked_add(*d));
+        if rotary != Some(self.attention_head_dim) || self.axes_dims_rope.iter().any(|d| d % 2 == 1) {
             bail!(
                 "the transformer's axes_dims_rope {:?} must be even and add up to attention_head_dim {}",
                 self.axes_dims_rope,

@@ -73,24 +73,24 @@ impl Target {
         self.drawn_as.as_deref().unwrap_or(&self.prompt)
     }
 
+    /// The objects that are claimed.
+    fn objects(&self) -> impl Iterator<Item = &str> {
+        self.claims.iter().filter_map(|claim| match claim {
+            Claim::Object(object) => Some(object.as_str()),
+            Claim::Relation { .. } | Claim::Only(_) => None,
+        })
+    }
+
     /// An object that is claimed twice in the same words, if there is one.
     pub fn said_twice(&self) -> Option<&str> {
         let mut seen = HashSet::new();
-        let mut objects = self.claims.iter().filter_map(|claim| match claim {
-            Claim::Object(object) => Some(object.as_str()),
-            Claim::Relation { .. } | Claim::Only(_) => None,
-        });
-        objects.find(|object| !seen.insert(*object))
+        self.objects().find(|object| !seen.insert(*object))
     }
 
     /// Claims besides that nothing else is in the picture, where there is any object at all. Says so once.
     pub fn and_nothing_else(mut self) -> Self {
         self.claims.retain(|claim| !matches!(claim, Claim::Only(_)));
-        let object = |claim: &Claim| match claim {
-            Claim::Object(object) => Some(object.clone()),
-            Claim::Relation { .. } | Claim::Only(_) => None,
-        };
-        let objects: Vec<String> = self.claims.iter().filter_map(object).collect();
+        let objects: Vec<String> = self.objects().map(str::to_owned).collect();
         if !objects.is_empty() {
             self.claims.push(Claim::Only(objects));
         }
