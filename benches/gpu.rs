@@ -156,7 +156,6 @@ fn klein(device: &Device) -> Result<()> {
     let device_of = device.clone();
     let params = Params::made(dtype, device, move |_, shape| made(shape, dtype, &device_of));
     let model = Flux2::new(&config, &params)?;
-    println!("parameters: {}", params.tensors().values().map(Tensor::elem_count).sum::<usize>());
     let mut positions = text_positions(length);
     positions.extend(image_positions(0, side, side));
     let angles = model.angles(&positions, device)?;
@@ -244,7 +243,6 @@ fn vlm(device: &Device) -> Result<()> {
     let device_of = device.clone();
     let params = Params::made(dtype, device, move |_, shape| made(shape, dtype, &device_of));
     let model = Qwen3VL::new(&config, &params)?;
-    println!("parameters: {}", params.tensors().values().map(Tensor::elem_count).sum::<usize>());
     let side = if small { 4 } else { 64 };
     let grids = vec![[side, side]];
     let values = made(&[side * side, config.vision_config.patch_numbers()], dtype, device)?;

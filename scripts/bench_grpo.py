@@ -1,10 +1,11 @@
-"""A step of Reflection-GRPO beside PyTorch, on the shipped weights, in one run on one machine: stage 1, the Actor, and stage 2,
-the Editor.
+"""A step of Reflection-GRPO beside PyTorch, on the shipped weights, in one run on one machine: stage 1, the Actor, stage 2, the
+Editor, and both at once.
 
 Both do the same work on the same numbers of rows. Stage 1: a group of edits is written for each picture, the distinct ones
 are carried out with guidance, the Checker answers every claim about the pictures, and a LoRA on the VLM's decoder is updated
 once. Stage 2: stochastic rollouts of a group of edits with guidance, their pictures, the Checker's answers, and one update of
-a LoRA on the transformer over the window's steps. PyTorch has diffusers' transformer and autoencoder, peft's LoRA, and
+a LoRA on the transformer over the window's steps. Both at once: a group of edits is written, each is carried out by stochastic
+steps and judged, and both adapters are updated. PyTorch has diffusers' transformer and autoencoder, peft's LoRA, and
 transformers' generation without a schema; the negative branch of guidance is evaluated without gradients in both. Prints
 tables of seconds. Needs a built rlrig and the packages of scripts/requirements-fixtures.txt:
 
@@ -27,14 +28,13 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights" / "tabletop"
 THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count()
-# Pictures of an update, and what configs/tabletop/grpo-{actor,editor}.toml have.
+# Pictures of an update, and what configs/tabletop/grpo-{actor,editor,joint}.toml have.
 PROBLEMS, STEPS, WINDOW, GUIDANCE = 2, 8, 2, 3.0
-GROUP = {"actor": 16, "editor": 12}
-RANK = {"actor": 16, "editor": 32}
-LAYERS = {
-    "actor": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
-    "editor": "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out to_qkv_mlp_proj to_out",
-}
+GROUP = {"actor": 16, "editor": 12, "joint": 8}
+RANK = {"actor": 16, "editor": 32, "joint": 16}
+# What has a LoRA, in the VLM's decoder and in the transformer.
+DECODER = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+TRANSFORMER = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out to_qkv_mlp_proj to_out"
 
 
 def rlrig(stage):
@@ -51,10 +51,14 @@ def rlrig(stage):
             # PyTorch's Checker looks once as well, and nothing is drawn first.
             "models.looks": 1,
             f"{stage}.evaluation": 1,
-            f"{stage}.min_objects": 2,
-            f"{stage}.max_objects": 2,
         }
-        keys |= {"actor": {"actor.source": "render", "actor.pool": 0, "actor.tries": 1}, "editor": {"editor.drawn": 0}}[stage]
+        stages = {
+            "actor": {"actor.source": "render", "actor.pool": 0, "actor.tries": 1},
+            "editor": {"editor.drawn": 0},
+            "joint": {"actor.source": "render", "joint.rounds": 2},
+        }
+        two_objects = {f"{part}.{bound}_objects": 2 for part in ("actor", "editor") for bound in ("min", "max")}
+        keys |= stages[stage] | two_objects
         command = [ROOT / "target" / "release" / "rlrig", "train", "grpo", "--out", run]
         command += ["--config", ROOT / "configs" / "tabletop" / f"grpo-{stage}.toml"]
         command += [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
@@ -66,12 +70,12 @@ def rlrig(stage):
     return parts | {"update": best["step_time"] - sum(parts.values())}, best
 
 
-def trained(model, stage):
-    """The parameters of a new LoRA on the layers that the config names."""
+def trained(model, layers, rank):
+    """The parameters of a new LoRA on these layers."""
     model.requires_grad_(False)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    targets = [name for name in linear if name.endswith(tuple("." + layer for layer in LAYERS[stage].split()))]
-    inject_adapter_in_model(LoraConfig(r=RANK[stage], lora_alpha=2 * RANK[stage], target_modules=targets), model)
+    targets = [name for name in linear if name.endswith(tuple("." + layer for layer in layers.split()))]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -148,95 +152,110 @@ class Asking:
             self.vlm.generate(**self.given(question, min(64, claims - start)), max_new_tokens=30, do_sample=False)
 
 
-def actor(pipeline, vlm, measured):
-    """A function for each part of a step of stage 1."""
-    rows, length = PROBLEMS * GROUP["actor"], round(measured["completions/mean_length"])
-    parameters, asking = trained(vlm.model.language_model, "actor"), Asking(vlm)
-    optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, weight_decay=1e-4)
-    editing = Editing(pipeline, round(measured["edits/distinct"] * PROBLEMS))
-    question = 'The picture should show: large red ball left of small blue cube\nWrong:\n- large red ball left of small blue '
-    question += 'cube (large red ball 70 40, small blue cube 30 45)\nWhat one edit makes it right? Answer in JSON with '
-    question += '"reflection" (what is missing, too much or misplaced) and "edit".'
-    taken = []
+class Writing:
+    """The Actor's edits, and its adapter."""
+
+    def __init__(self, vlm, stage, measured):
+        self.vlm, self.rows, self.asking = vlm, PROBLEMS * GROUP[stage], Asking(vlm)
+        self.length = round(measured["completions/mean_length"])
+        self.parameters = trained(vlm.model.language_model, DECODER, RANK[stage])
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1.2e-3, weight_decay=1e-4)
 
     @torch.no_grad()
-    def rollout():
-        given = asking.given(question, rows)
+    def draw(self):
+        question = "The picture should show: large red ball left of small blue cube\nWrong:\n- large red ball left of small blue "
+        question += "cube (large red ball 70 40, small blue cube 30 45)\nWhat one edit makes it right? Answer in JSON with "
+        question += '"reflection" (what is missing, too much or misplaced) and "edit".'
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        taken[:] = [vlm.generate(**given, min_new_tokens=length, max_new_tokens=length, **sampling)]
-        editing.pictures()
-        asking.check(round(measured["claims"] * PROBLEMS))
+        length = {"min_new_tokens": self.length, "max_new_tokens": self.length}
+        self.ids = self.vlm.generate(**self.asking.given(question, self.rows), **length, **sampling)
 
-    def update():
-        ids, advantages = taken[0], torch.randn(rows)
-        logits = vlm(**asking.seen(ids), logits_to_keep=length + 1).logits[:, :-1]
-        new = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, -length:, None])[..., 0]
+    def update(self):
+        advantages = torch.randn(self.rows, 1)
+        logits = self.vlm(**self.asking.seen(self.ids), logits_to_keep=self.length + 1).logits[:, :-1]
+        new = torch.log_softmax(logits.float(), -1).gather(-1, self.ids[:, -self.length :, None])[..., 0]
         ratio = (new - new.detach()).exp()
-        a = advantages[:, None]
-        torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean().backward()
-        descend(parameters, optimizer)
-
-    return {"rollout": rollout, "update": update}
+        torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean().backward()
+        descend(self.parameters, self.optimizer)
 
 
-def editor(pipeline, vlm, measured):
-    """A function for each part of a step of stage 2."""
-    rows, transformer = PROBLEMS * GROUP["editor"], pipeline.transformer
-    parameters, editing, asking = trained(transformer, "editor"), Editing(pipeline, rows), Asking(vlm)
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=1e-4)
-    taken = []
+class Steps:
+    """The Editor's stochastic steps, and its adapter."""
 
+    def __init__(self, pipeline, stage):
+        self.transformer, self.rows = pipeline.transformer, PROBLEMS * GROUP[stage]
+        self.editing = Editing(pipeline, self.rows)
+        self.parameters = trained(pipeline.transformer, TRANSFORMER, RANK[stage])
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, weight_decay=1e-4)
+
+    @staticmethod
     def move(x, v, t, d):
         s = 0.9 * (t / (1 - min(t, 1 - 1 / STEPS))) ** 0.5
         mean = x * (1 + s**2 * d / (2 * t)) + v * (1 + s**2 * (1 - t) / (2 * t)) * d
         return mean, s * (-d) ** 0.5
 
-    def step(i, x, v, t, after):
-        if not 1 <= i < 1 + WINDOW:
-            return x + (after - t) * v
-        mean, std = move(x, v, t, after - t)
-        now = mean + std * torch.randn_like(x)
-        taken.append((x, now, t, after - t))
-        return now
+    def draw(self):
+        self.taken = []
 
-    def rollout():
-        taken.clear()
-        editing.pictures(step)
+        def step(i, x, v, t, after):
+            if not 1 <= i < 1 + WINDOW:
+                return x + (after - t) * v
+            mean, std = self.move(x, v, t, after - t)
+            now = mean + std * torch.randn_like(x)
+            self.taken.append((x, now, t, after - t))
+            return now
 
-    def judge():
-        asking.check(round(measured["claims"] * PROBLEMS))
+        self.editing.pictures(step)
 
-    def update():
-        advantages = torch.randn(rows)
-        for x, now, t, d in taken:
+    def update(self):
+        advantages, editing = torch.randn(self.rows), self.editing
+        for x, now, t, d in self.taken:
             with torch.no_grad():
-                negative = velocity(transformer, x, editing.empty, editing.reference, t)
-            v = GUIDANCE * velocity(transformer, x, editing.text, editing.reference, t) + (1 - GUIDANCE) * negative
-            mean, std = move(x, v, t, d)
+                negative = velocity(self.transformer, x, editing.empty, editing.reference, t)
+            v = velocity(self.transformer, x, editing.text, editing.reference, t)
+            mean, std = self.move(x, GUIDANCE * v + (1 - GUIDANCE) * negative, t, d)
             new = -((now - mean) ** 2).mean((1, 2)) / (2 * std**2)
             ratio = (new - new.detach()).exp()
             loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - 1e-5, 1 + 1e-5)).mean()
             (loss / WINDOW).backward()
-        descend(parameters, optimizer)
+        descend(self.parameters, self.optimizer)
 
-    return {"rollout": rollout, "judge": judge, "update": update}
+
+def actor(pipeline, vlm, measured, claims):
+    """A function for each part of a step of stage 1."""
+    writing = Writing(vlm, "actor", measured)
+    editing = Editing(pipeline, round(measured["edits/distinct"] * PROBLEMS))
+    return {"rollout": lambda: (writing.draw(), editing.pictures(), writing.asking.check(claims)), "update": writing.update}
+
+
+def editor(pipeline, vlm, measured, claims):
+    """A function for each part of a step of stage 2."""
+    steps, asking = Steps(pipeline, "editor"), Asking(vlm)
+    return {"rollout": steps.draw, "judge": lambda: asking.check(claims), "update": steps.update}
+
+
+def joint(pipeline, vlm, measured, claims):
+    """A function for each part of a step of both at once, in which a trajectory has one turn."""
+    writing, steps = Writing(vlm, "joint", measured), Steps(pipeline, "joint")
+    rollout = lambda: (writing.draw(), steps.draw(), writing.asking.check(claims))
+    return {"rollout": rollout, "update": lambda: (writing.update(), steps.update())}
 
 
 def main():
     torch.set_num_threads(THREADS)
-    for stage, parts in (("actor", actor), ("editor", editor)):
+    for stage, parts in (("actor", actor), ("editor", editor), ("joint", joint)):
         ours, measured = rlrig(stage)
         pipeline = Flux2KleinPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
         vlm = Qwen3VLForConditionalGeneration.from_pretrained(WEIGHTS / "vlm", dtype=torch.float32).eval()
         theirs = dict.fromkeys(ours, float("inf"))
-        parts = parts(pipeline, vlm, measured)
+        claims = round(measured["claims"] * PROBLEMS)
+        parts = parts(pipeline, vlm, measured, claims)
         for _ in range(3):
             for name, part in parts.items():
                 start = time.perf_counter()
                 part()
                 theirs[name] = min(theirs[name], time.perf_counter() - start)
-        rows, claims = PROBLEMS * GROUP[stage], measured["claims"] * PROBLEMS
-        print(f"{stage}: threads: {THREADS}; {rows} edits, {claims:.0f} claims\n")
+        print(f"{stage}: threads: {THREADS}; {PROBLEMS * GROUP[stage]} edits, {claims} claims\n")
         print("| part | rlrig | PyTorch | times as fast |\n|---|---|---|---|")
         for name, seconds in [*theirs.items(), ("whole step", sum(theirs.values()))]:
             mine = ours.get(name, sum(ours.values()))

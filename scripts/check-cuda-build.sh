@@ -38,8 +38,9 @@ for library in libcuda.so libcublas.so libcurand.so; do
     grep -q "^$library" <<< "$needed" || { echo "$binary does not link $library" >&2; exit 1; }
 done
 # With the stub for a driver it must run, find no device, and say why.
-said=$(LD_LIBRARY_PATH=$CUDA_HOME/lib:$CUDA_HOME/lib/stubs "$binary" doctor | grep '^device *cuda')
-grep -q 'usable' <<< "$said" || { echo "rlrig doctor says nothing of CUDA" >&2; exit 1; }
+said=$(LD_LIBRARY_PATH=$CUDA_HOME/lib:$CUDA_HOME/lib/stubs "$binary" doctor | grep '^device *cuda') ||
+    { echo "rlrig doctor does not run, or says nothing of CUDA" >&2; exit 1; }
+grep -q 'not usable' <<< "$said" || { echo "rlrig doctor takes the stub for a driver: $said" >&2; exit 1; }
 
 echo "toolkit: $((toolkit / 60)) min $((toolkit % 60)) s, $(du -sh "$folder/toolkit" | cut -f1)"
 echo "build:   $((build / 60)) min $((build % 60)) s with $(nproc) cores for compute capability $CUDA_COMPUTE_CAP"

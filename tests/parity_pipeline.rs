@@ -223,7 +223,7 @@ fn a_policy_over_the_pipeline_is_the_pipeline_and_trains_its_adapter() {
     let start = pack(&job.noise).unwrap().unsqueeze(0).unwrap();
     let sigmas = klein.schedule.sigmas(4, 24);
     let draw = |step: usize| pack(&klein.noise(1, step as u64, SIZE)?)?.unsqueeze(0);
-    let still = Policy { noise: 0.0, ..Policy::default() };
+    let still = Policy { noise: Some(0.0), ..Policy::default() };
     let (end, _) = rollout(&field, &start, &sigmas, still, 0..3, draw).unwrap();
     assert!(same(&end, &tokens(&[drawn])), "without noise a policy is plain drawing");
 

@@ -270,6 +270,31 @@ fn training_goes_on_from_adapters() {
 }
 
 #[test]
+fn a_run_goes_on_with_the_models_that_it_began_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = request(dir.path(), "first", ACTOR);
+    train(&first, Some(1));
+    let lent = dir.path().join("first/model");
+    let editor = EDITOR.replace("LOSS", "grpo");
+    let second =
+        Request { set: vec![format!("models.actor={}", lent.display())], ..request(dir.path(), "second", &editor) };
+    assert_eq!(train(&second, Some(1)).0, End::Stopped(1));
+    // Another adapter, by the last bits of a number.
+    let file = lent.join("adapter_model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let place = bytes.len() - 4;
+    bytes[place] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let resumed = Request { config: None, resume: second.out.clone(), out: None, set: Vec::new() };
+    let go_on = || resumed.prepare::<GrpoConfig>().unwrap().train(&AtomicBool::new(false), &mut |_| ());
+    let error = go_on().unwrap_err();
+    assert!(error.is::<Usage>() && error.to_string().contains("models.actor is not what the run in"), "{error}");
+    bytes[place] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    assert_eq!(go_on().unwrap(), End::Done);
+}
+
+#[test]
 fn the_editor_trains_by_grpo_guard() {
     let dir = tempfile::tempdir().unwrap();
     // On edits that the Actor asks for.

@@ -40,13 +40,14 @@ pub enum Kind {
 #[serde(deny_unknown_fields)]
 pub struct Policy {
     pub kind: Kind,
-    pub noise: f64,
+    /// Its kind's own level if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise: Option<f64>,
 }
 
 impl Default for Policy {
-    /// Flow-SDE at the level used for FLUX.
     fn default() -> Self {
-        Self { kind: Kind::FlowSde, noise: 0.9 }
+        Self { kind: Kind::FlowSde, noise: None }
     }
 }
 
@@ -62,17 +63,26 @@ pub enum KlForm {
 }
 
 impl Policy {
+    /// The level `a`; of each kind that which is used for FLUX.
+    pub fn noise(&self) -> f64 {
+        self.noise.unwrap_or(match self.kind {
+            Kind::FlowSde => 0.9,
+            Kind::DanceSde => 0.3,
+            Kind::Cps => 0.8,
+        })
+    }
+
     pub fn check(&self) -> Result<()> {
-        let most = if self.kind == Kind::Cps { 1.0 } else { f64::INFINITY };
-        if !self.noise.is_finite() || self.noise < 0.0 || self.noise > most {
-            usage!("the noise level of a policy is at least 0 (and at most 1 for cps), not {}", self.noise);
+        let (noise, most) = (self.noise(), if self.kind == Kind::Cps { 1.0 } else { f64::INFINITY });
+        if !noise.is_finite() || noise < 0.0 || noise > most {
+            usage!("the noise level of a policy is at least 0 (and at most 1 for cps), not {noise}");
         }
         Ok(())
     }
 
     /// The step from `sigma` to `next < sigma`.
     pub fn step(&self, sigma: f64, next: f64) -> Step {
-        let (t, d, a) = (sigma, next - sigma, self.noise);
+        let (t, d, a) = (sigma, next - sigma, self.noise());
         let diffusion = |s: f64| (-s * s * d / (2.0 * t), s * (-d).sqrt());
         let (pull, std) = match self.kind {
             // At t = 1 the level is infinite: the next one's denominator stands in.
@@ -223,7 +233,7 @@ mod tests {
 
     /// The variance after the last step of a flow whose velocity is linear: propagated exactly.
     fn variance(kind: Kind, level: f64, n: usize) -> f64 {
-        let policy = Policy { kind, noise: level };
+        let policy = Policy { kind, noise: Some(level) };
         steps(&even(n, 1.0, 0.0)).fold(1.0, |variance, (_, sigma, next)| {
             let step = policy.step(sigma, next);
             let factor = 1.0 - step.pull + step.gain() * slope(sigma);
@@ -252,7 +262,7 @@ mod tests {
         let draw =
             |index: usize| Stream::new(5, "sample", index as u64).normal(&[1, 40_000], &candle_core::Device::Cpu);
         for kind in ALL {
-            let policy = Policy { kind, noise: 0.7 };
+            let policy = Policy { kind, noise: Some(0.7) };
             let (x, _) = rollout(&gaussian, &draw(100)?, &even(10, 1.0, 0.0), policy, 0..10, draw)?;
             let sampled: f32 = x.sqr()?.mean_all()?.to_scalar()?;
             let exact = variance(kind, 0.7, 10);
@@ -266,7 +276,7 @@ mod tests {
         let (x, v, a) = (noise(0), noise(1), 0.6);
         for (t, u) in [(1.0, 0.9), (0.8, 0.55), (0.3, 0.1), (0.2, 0.0)] {
             let d: f64 = u - t;
-            let mean = |kind| Policy { kind, noise: a }.step(t, u).mean(&x, &v);
+            let mean = |kind| Policy { kind, noise: Some(a) }.step(t, u).mean(&x, &v);
             let data = (&x - (&v * t)?)?;
             let s = a * (t / (1.0 - if t == 1.0 { u } else { t })).sqrt();
             let flow = ((&x * (1.0 + s * s * d / (2.0 * t)))? + (&v * ((1.0 + s * s * (1.0 - t) / (2.0 * t)) * d))?)?;
@@ -286,7 +296,7 @@ mod tests {
         let plain = euler(&gaussian, &noise(0), &sigmas)?;
         for kind in ALL {
             let fresh = |_| unreachable!("a policy without noise asks for none");
-            let (x, taken) = rollout(&gaussian, &noise(0), &sigmas, Policy { kind, noise: 0.0 }, 0..4, fresh)?;
+            let (x, taken) = rollout(&gaussian, &noise(0), &sigmas, Policy { kind, noise: Some(0.0) }, 0..4, fresh)?;
             assert_eq!(gap(&x, &plain), 0.0);
             assert!(taken.is_empty());
         }
@@ -331,7 +341,7 @@ mod tests {
     fn the_gradient_of_the_log_probability_is_that_of_finite_differences() -> candle_core::Result<()> {
         let (x, next) = (noise(0), noise(1));
         for kind in ALL {
-            let step = Policy { kind, noise: 0.8 }.step(0.7, 0.5);
+            let step = Policy { kind, noise: Some(0.8) }.step(0.7, 0.5);
             let v = Var::from_tensor(&noise(2))?;
             let value = |v: &Tensor| step.log_prob(&step.mean(&x, v)?, &next)?.sum_all();
             let grads = value(&v)?.backward()?;
@@ -354,7 +364,7 @@ mod tests {
     #[test]
     fn the_kl_weight_is_the_closed_form_and_the_divergence_of_the_gaussians() {
         let (t, u, a) = (0.7, 0.6, 0.9);
-        let step = Policy { kind: Kind::FlowSde, noise: a }.step(t, u);
+        let step = Policy { kind: Kind::FlowSde, noise: Some(a) }.step(t, u);
         let s = a * f64::sqrt(t / (1.0 - t));
         let rate = 0.5 * (s * (1.0 - t) / (2.0 * t) + 1.0 / s).powi(2);
         assert!((step.kl_weight(KlForm::Rate) / rate - 1.0).abs() < 1e-12);
@@ -375,7 +385,7 @@ mod tests {
 
     #[test]
     fn impossible_noise_levels_are_refused() {
-        let check = |kind, noise| Policy { kind, noise }.check();
+        let check = |kind, noise| Policy { kind, noise: Some(noise) }.check();
         assert!(check(Kind::FlowSde, 1.2).is_ok() && check(Kind::Cps, 1.0).is_ok());
         for (kind, noise) in [(Kind::Cps, 1.1), (Kind::FlowSde, -0.1), (Kind::DanceSde, f64::NAN)] {
             assert!(check(kind, noise).is_err());

@@ -46,7 +46,7 @@ pub fn undecided(answer: &str) -> &str {
 pub fn check_schema() -> Value {
     json!({
         "type": "object",
-        "properties": { "reflection": { "type": "string", "maxLength": 160 }, "verdict": { "enum": VERDICTS } },
+        "properties": { "reflection": { "type": "string", "maxLength": 200 }, "verdict": { "enum": VERDICTS } },
         "required": ["reflection", "verdict"],
         "additionalProperties": false
     })

@@ -35,6 +35,8 @@ pub(crate) fn composed<R: Send>(f: impl FnOnce() -> R + Send) -> R {
 pub(crate) fn cuda(test: &str) -> Option<Device> {
     let device = Accelerator::Cuda.open();
     if let Err(reason) = &device {
+        // Where there must be one, a broken set-up is no reason to skip.
+        assert!(std::env::var_os("RLRIG_CUDA").is_none_or(|value| value != "required"), "{test}: {reason}");
         writeln!(std::io::stderr(), "{test}: skipped: no CUDA device ({reason})").unwrap();
     }
     device.ok()

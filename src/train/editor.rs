@@ -193,7 +193,7 @@ impl EditorConfig {
             }
         } else {
             window_of(self, seed, 0)?;
-            if self.policy.noise == 0.0 {
+            if self.policy.noise() == 0.0 {
                 usage!("[editor] policy.noise is 0: the members of a group would all be the same");
             }
         }

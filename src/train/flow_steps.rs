@@ -4,7 +4,7 @@ use super::{
     Metrics, Step,
     editor::{EditorConfig, LossKind},
     grpo::{self, flow_loss, guard_loss, velocity_kl},
-    rollout::{COARSE_RATIO, check_ratio, flow_ratio},
+    rollout::{check_ratio, flow_ratio},
 };
 use crate::{
     flow::{
@@ -162,7 +162,7 @@ impl Carried {
             }
             let (mean, log_prob) = (Tensor::cat(&means, 0)?, Tensor::cat(&log_probs, 0)?);
             let drawn = &self.taken[i].log_prob;
-            check_ratio(&log_prob, drawn, &drawn.ones_like()?, COARSE_RATIO)?;
+            check_ratio(&log_prob, drawn, &drawn.ones_like()?, flow_ratio(klein, true))?;
             (self.taken[i].mean, self.taken[i].log_prob) = (mean, log_prob);
         }
         Ok(())
@@ -226,13 +226,14 @@ mod tests {
         super::{
             editor::TARGETS,
             means::Means,
-            optim::{self, Gradients},
+            optim::{self, Gradients, OptimConfig, Optimizer},
             rollout::editors,
         },
         *,
     };
     use crate::models::{Adapter, built_in};
-    use candle_core::Device;
+    use candle_core::{Device, Var};
+    use std::collections::BTreeMap;
 
     #[test]
     fn pieces_cover_every_row_of_every_step_once() {
@@ -248,30 +249,43 @@ mod tests {
         assert_eq!(Pieces { window: 2, rows: usize::MAX, all: 8 }.count(), 2);
     }
 
-    /// Two groups of three: their rollouts bit for bit, losses and gradients to rounding.
-    #[test]
-    fn groups_that_begin_as_one_come_to_the_same_as_apart() -> Result<()> {
+    type Policies = (Arc<Klein>, Learned, BTreeMap<String, Var>);
+
+    /// The shipped pipeline, an adapter on its transformer that is not nothing, and its variables.
+    fn policies(dtype: DType) -> Result<Policies> {
         let targets: Vec<String> = TARGETS.iter().map(|target| (*target).to_owned()).collect();
         let adapter = || Ok(Some(Adapter::fresh(4, 8.0, targets.clone(), 0)));
-        let at = (DType::F32, &Device::Cpu);
-        let (klein, mut both, _) = editors(&built_in::tabletop(), at, adapter, 1, None)?;
+        let (klein, mut both, _) = editors(&built_in::tabletop(), (dtype, &Device::Cpu), adapter, 1, None)?;
         let (learned, trained) = both.pop().context("an Editor")?;
         let vars = trained.vars();
         // It is not its reference, and all of it has a gradient.
         for var in vars.values() {
             var.set(&(var.as_tensor() + 0.01)?.detach())?;
         }
+        Ok((klein, learned, vars))
+    }
+
+    fn normal(name: &str, number: u64, shape: &[usize]) -> candle_core::Result<Tensor> {
+        Stream::new(0, name, number).normal(shape, &Device::Cpu)
+    }
+
+    /// Two groups of three, of pictures of `side` x `side` tokens.
+    fn edits(klein: &Klein, side: usize) -> Result<Edits> {
         let channels = klein.transformer.config().in_channels;
-        let normal = |name: &str, i: u64, shape: &[usize]| Stream::new(0, name, i).normal(shape, &Device::Cpu);
-        let edits = || -> Result<Edits> {
-            let source = |row: u64| normal("source", row / 3, &[channels, 8, 8]).map(Some);
-            let words = |row: usize| ["make the red ball blue", "remove the cube"][row / 3].to_owned();
-            Ok(Edits {
-                instructions: (0..6).map(words).collect(),
-                sources: (0..6).map(source).collect::<candle_core::Result<_>>()?,
-                size: (8, 8),
-            })
-        };
+        let source = |row: u64| normal("source", row / 3, &[channels, side, side]).map(Some);
+        let words = |row: usize| ["make the red ball blue", "remove the cube"][row / 3].to_owned();
+        Ok(Edits {
+            instructions: (0..6).map(words).collect(),
+            sources: (0..6).map(source).collect::<candle_core::Result<_>>()?,
+            size: (side, side),
+        })
+    }
+
+    /// Their rollouts bit for bit, losses and gradients to rounding.
+    #[test]
+    fn groups_that_begin_as_one_come_to_the_same_as_apart() -> Result<()> {
+        let (klein, learned, vars) = policies(DType::F32)?;
+        let channels = klein.transformer.config().in_channels;
         let advantages = Tensor::new(&[1f32, -0.5, 0.25, 2.0, 0.0, 0.5], &Device::Cpu)?;
         let counts = Tensor::new(&[1f32, 1.0, 1.0, 1.0, 0.0, 1.0], &Device::Cpu)?;
         // Not fewer tokens: of small matrices gemm sums the products in another order.
@@ -282,7 +296,8 @@ mod tests {
             let run = |noise: &Tensor| -> Result<(Carried, u64, f64, Metrics, Tensor)> {
                 let before = klein.evaluations();
                 let models = (&*klein, &*learned.still);
-                let carried = carry_out(&config, models, edits()?, noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
+                let carried =
+                    carry_out(&config, models, edits(&klein, 8)?, noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
                 let evaluations = klein.evaluations() - before;
                 let (pieces, worth) = (Pieces { window: 2, rows: 2, all: 6 }, (&advantages, &counts));
                 let (mut loss, mut means, mut gradients) = (0.0, Means::default(), Gradients::new());
@@ -313,6 +328,67 @@ mod tests {
             assert!(near(kl(&logged), kl(&wanted_logged)) && kl(&logged) > 0.0, "{logged:?} {wanted_logged:?}");
             let length = off(&wanted_gradients, &wanted_gradients.zeros_like()?)?;
             assert!(off(&gradients, &wanted_gradients)? <= 1e-5 * length && length > 0.0);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_update_makes_steps_likelier_by_their_advantage() -> Result<()> {
+        let worth = [1f32, -1.0, 0.5, -0.5, 1.0, -1.0];
+        let (advantages, counts) = (Tensor::new(&worth, &Device::Cpu)?, Tensor::new(&[1f32; 6], &Device::Cpu)?);
+        for kind in [LossKind::Grpo, LossKind::GrpoGuard] {
+            let (klein, learned, vars) = policies(DType::F32)?;
+            let config = EditorConfig { loss: kind, steps: 6, guidance: 2.0, ..EditorConfig::default() };
+            let (models, channels) = ((&*klein, &*learned.still), klein.transformer.config().in_channels);
+            let noise = normal("noise", 0, &[2, 16, channels])?;
+            let carried =
+                carry_out(&config, models, edits(&klein, 4)?, &noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
+            let log_probs = || -> Result<Vec<f32>> {
+                let of = |taken: &Taken| -> Result<Tensor> {
+                    let heads = 0..taken.x.dim(0)?;
+                    Ok(carried.evaluate(taken, &heads, (&klein, &learned.still, &learned.still), config.guidance)?.2)
+                };
+                let all = carried.taken.iter().map(of).collect::<Result<Vec<_>>>()?;
+                Ok(Tensor::stack(&all, 0)?.sum(0)?.to_vec1()?)
+            };
+            let (pieces, mut gradients) = (Pieces { window: 2, rows: 6, all: 6 }, Gradients::new());
+            for piece in 0..pieces.count() {
+                let models = (&*klein, &learned);
+                let step = carried.loss(&config, models, (pieces, piece), (&advantages, &counts), true)?;
+                optim::add(&mut gradients, optim::named(&vars, step.loss.backward()?))?;
+            }
+            let before = log_probs()?;
+            let optimizer = OptimConfig { muon: false, lr: 1e-4, eps: 1e-12, ..OptimConfig::default() };
+            Optimizer::new(&optimizer, &vars, optim::default_group)?.step(&gradients, 1.0)?;
+            let gained: f32 =
+                log_probs()?.iter().zip(before).zip(worth).map(|((after, b), worth)| worth * (after - b)).sum();
+            assert!(gained > 0.0, "{kind:?}: {gained}");
+        }
+        Ok(())
+    }
+
+    /// Below f32, too, where the bound is wide.
+    #[test]
+    fn steps_that_are_not_the_policys_own_are_refused() -> Result<()> {
+        let (advantages, counts) = (Tensor::new(&[1f32; 6], &Device::Cpu)?, Tensor::new(&[1f32; 6], &Device::Cpu)?);
+        for dtype in [DType::F32, DType::BF16] {
+            let (klein, learned, _) = policies(dtype)?;
+            let config = EditorConfig { steps: 6, guidance: 2.0, ..EditorConfig::default() };
+            let (models, channels) = ((&*klein, &*learned.still), klein.transformer.config().in_channels);
+            let noise = normal("noise", 0, &[2, 16, channels])?;
+            let mut carried =
+                carry_out(&config, models, edits(&klein, 4)?, &noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
+            let pieces = Pieces { window: 2, rows: 6, all: 6 };
+            let loss = |carried: &Carried| {
+                carried.loss(&config, (&klein, &learned), (pieces, 0), (&advantages, &counts), true).map(|_| ())
+            };
+            loss(&carried)?;
+            carried.edits.sources.reverse();
+            carried.edits.instructions.reverse();
+            let error = loss(&carried).expect_err("other pictures' steps").to_string();
+            assert!(error.contains("must be 1, but it is off by"), "{dtype:?}: {error}");
+            let error = carried.reread(models, Pieces { rows: 1, ..pieces }, config.guidance).expect_err("the same");
+            assert!(error.to_string().contains("must be 1, but it is off by"), "{dtype:?}: {error}");
         }
         Ok(())
     }

@@ -222,6 +222,9 @@ impl GroupConfig {
         if !self.min_std.is_finite() || self.min_std < 0.0 {
             usage!("group.min_std is 0 or more, not {}", self.min_std);
         }
+        if !(0.0..=1.0).contains(&self.max_missing) {
+            usage!("group.max_missing is a share, from 0 to 1, not {}", self.max_missing);
+        }
         let by_verdicts = ByVerdicts::ALL.iter().map(|r| r.name());
         let known: Vec<&str> =
             [CHECKER].into_iter().chain(by_verdicts).chain(BY_OTHERS).chain(own.iter().copied()).collect();
@@ -394,6 +397,31 @@ impl RunConfig for GrpoConfig {
             Learner::Editor | Learner::Diffuser => Ok(Box::new(Editor::new(self, device)?)),
             Learner::Joint => Ok(Box::new(Joint::new(self, device)?)),
         }
+    }
+
+    /// All models, and the adapters of those who do not learn.
+    fn built_on(&self) -> Result<BTreeMap<String, String>> {
+        let models = &self.models;
+        let pipeline = ["transformer", "text_encoder", "tokenizer", "vae"];
+        let mut all = BTreeMap::from([
+            ("models.model".to_owned(), models.pipeline()?.fingerprint(&pipeline)?),
+            ("models.vlm".to_owned(), models.vlm()?.fingerprint(&[])?),
+        ]);
+        if let Some(judge) = models.judge()? {
+            all.insert("models.judge".to_owned(), judge.fingerprint(&[])?);
+        }
+        let learners: &[&str] = match self.objective {
+            Learner::Actor => &[built_in::ACTOR],
+            Learner::Editor => &[built_in::EDITOR],
+            Learner::Diffuser => &[built_in::DIFFUSER],
+            Learner::Joint => &[built_in::ACTOR, built_in::EDITOR],
+        };
+        for role in [built_in::ACTOR, built_in::EDITOR, built_in::DIFFUSER] {
+            if let Some(adapter) = models.adapter(role)?.filter(|_| !learners.contains(&role)) {
+                all.insert(format!("models.{role}"), adapter.revision);
+            }
+        }
+        Ok(all)
     }
 
     fn unused(&self) -> Vec<&'static str> {

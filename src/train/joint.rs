@@ -54,7 +54,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Instant};
 
 /// The section `[joint]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -134,6 +134,22 @@ impl Joint {
         }
         if actor.pool != 0 || actor.tries != 1 {
             usage!("[actor] pool and tries are for the Actor's own stage: a trajectory's later pictures are new ones");
+        }
+        let JointConfig {
+            turn,
+            whole,
+            improvement,
+            success,
+            idle,
+            broken,
+            actor: by_actor,
+            editor: by_editor,
+            actor_lr,
+            ..
+        } = joint;
+        let weights = [turn, whole, improvement, success, idle, broken, by_actor, by_editor, actor_lr];
+        if !weights.into_iter().all(|weight| weight.is_finite()) {
+            usage!("the weights of [joint] are numbers");
         }
         if joint.rounds < 2 {
             usage!("joint.rounds is at least 2: the drawing and an edit");
@@ -244,6 +260,7 @@ impl Objective for Joint {
     }
 
     fn collect(&self, batch: &Batch) -> Result<Metrics> {
+        let start = Instant::now();
         let GrpoConfig { group, joint, actor, seed, .. } = &self.config;
         let indices: Vec<u64> = batch.indices().collect();
         let problems = self.poser.problems(Split::Train, *seed, &indices)?;
@@ -261,6 +278,9 @@ impl Objective for Joint {
             played.push(turn);
         }
         let mut metrics = means.metrics();
+        let claims =
+            |turn: &Played| turn.rows.iter().map(|r| problems[r / group.size].target.claims.len()).sum::<usize>();
+        let claims: usize = played.iter().map(claims).sum();
         let (mut turns, several) = (Vec::with_capacity(played.len()), group.updates() > 1);
         for Played { rows, groups, entered, writing, mut carried, judged } in played {
             let course = |(r, entered): (&usize, &Standing)| states[*r].standing.since(entered);
@@ -283,8 +303,12 @@ impl Objective for Joint {
             turns.push(Turn { answers, carried, advantages, counts });
         }
         let tokens: f64 = turns.iter().map(|turn| turn.answers.writing.tokens()).sum();
-        metrics.push((RENDERED_SHARE.to_owned(), rendered_share(problems.iter())));
-        metrics.push((TOKENS.to_owned(), tokens / batch.rows.len().max(1) as f64));
+        metrics.extend([
+            (RENDERED_SHARE.to_owned(), rendered_share(problems.iter())),
+            (TOKENS.to_owned(), tokens / batch.rows.len().max(1) as f64),
+            ("claims".to_owned(), claims as f64 / problems.len().max(1) as f64),
+            ("time/rollout".to_owned(), start.elapsed().as_secs_f64()),
+        ]);
         self.kept.keep(batch, turns);
         Ok(metrics)
     }

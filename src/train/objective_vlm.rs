@@ -54,6 +54,8 @@ pub struct VlmConfig {
     pub probes: usize,
     /// The share of pictures that are given with an edit.
     pub act: f64,
+    /// Objects at most of a prompt that an edit is given for: what more than that ask for is left to Reflection-GRPO.
+    pub act_objects: usize,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
     /// From which step on pictures have up to how many objects.
@@ -100,6 +102,7 @@ impl Default for VlmConfig {
             claims: 2,
             probes: 5,
             act: 0.25,
+            act_objects: 3,
             parse: 0.1,
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
             drawn: Vec::new(),
@@ -339,6 +342,7 @@ impl VlmObjective {
             claims: self.config.claims,
             probes: self.config.probes,
             act: self.config.act,
+            act_objects: self.config.act_objects,
             parse: self.config.parse,
         }
     }
@@ -533,7 +537,7 @@ impl Objective for VlmObjective {
 
 /// Learns the tokens from what will be asked and answered.
 fn learn_vocabulary(size: usize) -> Result<Vocabulary> {
-    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, parse: 0.5 };
+    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, act_objects: 3, parse: 0.5 };
     let lessons = (0..TEXTS).into_par_iter().map(|i| vlm_tasks::lesson(0, Split::Train, i, mix));
     let texts: Vec<String> =
         lessons.flat_map_iter(|lesson| lesson.rows.into_iter().flat_map(|r| [r.question, r.answer])).collect();

@@ -14,7 +14,11 @@ use crate::{
     },
     scene::{
         graph::SceneGraph,
-        tabletop::{render::render, split::Split, tasks},
+        tabletop::{
+            render::render,
+            split::{MOST, Split},
+            tasks,
+        },
     },
     tensor::rng::Stream,
     usage,
@@ -90,9 +94,8 @@ impl Poser {
         models: &ModelsConfig,
     ) -> Result<Self> {
         let [min, max] = posing.objects;
-        let (fewest, most) = Split::Train.objects();
-        if min < fewest || max > most || min > max {
-            usage!("min_objects and max_objects lie in {fewest} to {most} and in order, unlike {min} and {max}");
+        if min == 0 || max > MOST || min > max {
+            usage!("min_objects and max_objects lie in 1 to {MOST} and in order, unlike {min} and {max}");
         }
         if posing.steps == 0 {
             usage!("evaluation_steps is 1 or more");

@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
@@ -21,6 +22,8 @@ use std::{
 
 /// The file in a run's folder that holds its resolved config.
 pub const CONFIG: &str = "config.toml";
+/// And the one that holds the revisions of what it builds on.
+const BUILT_ON: &str = "built_on.json";
 
 /// The config of a kind of training.
 pub trait RunConfig: Default + Serialize + DeserializeOwned {
@@ -28,6 +31,11 @@ pub trait RunConfig: Default + Serialize + DeserializeOwned {
     fn optim(&self) -> &OptimConfig;
     /// The objective that it names.
     fn build(&self, device: &Device) -> Result<Box<dyn Objective>>;
+    /// The revisions, by the config's keys, of what stays as it is while the run trains. With others it would not go on as it
+    /// began.
+    fn built_on(&self) -> Result<BTreeMap<String, String>> {
+        Ok(BTreeMap::new())
+    }
     /// The sections of objectives that it does not name.
     fn unused(&self) -> Vec<&'static str>;
 
@@ -96,6 +104,24 @@ fn holds_other_things(folder: &Path) -> bool {
     entries.map(|entry| entry.file_name()).any(|name| !left(&name.to_string_lossy()))
 }
 
+/// Refuses to go on where what a run builds on is not what it was.
+fn expect_built_on(folder: &Path, found: &BTreeMap<String, String>) -> Result<()> {
+    let file = folder.join(BUILT_ON);
+    if !file.is_file() {
+        return Ok(());
+    }
+    let began: BTreeMap<String, String> =
+        serde_json::from_slice(&fs::read(&file)?).with_context(|| format!("{} is damaged", file.display()))?;
+    if let Some(key) = began.iter().find_map(|(key, revision)| (found.get(key) != Some(revision)).then_some(key)) {
+        usage!(
+            "{key} is not what the run in {} began with: put that back, begin a new run, or remove {} to go on regardless",
+            folder.display(),
+            file.display()
+        );
+    }
+    Ok(())
+}
+
 impl<C: RunConfig> Prepared<C> {
     /// Trains until the end or until `stop` is set.
     pub fn train(mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<End> {
@@ -103,7 +129,10 @@ impl<C: RunConfig> Prepared<C> {
         let text = self.config.to_toml()?;
         // Before the config is written: what is refused, or goes on elsewhere, keeps the one it has.
         let training = run::open(&mut *self.objective, self.config.train(), self.config.optim(), folder)?;
+        let built_on = self.config.built_on()?;
+        expect_built_on(folder, &built_on)?;
         io::write_file(&folder.join(CONFIG), text.as_bytes(), true)?;
+        io::write_file(&folder.join(BUILT_ON), serde_json::to_string_pretty(&built_on)?.as_bytes(), true)?;
         training.train(Hooks { stop, report })
     }
 

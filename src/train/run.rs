@@ -166,13 +166,13 @@ impl Training<'_> {
             }
             let (due, save) = ((due(config.evaluate_every), due(config.samples_every)), due(config.checkpoint_every));
             let metrics = match due {
-                (false, false) => None,
-                _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?,
+                (false, false) => Ok(None),
+                _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report)),
             };
-            let improved = match run.judge(metrics) {
+            let improved = match metrics.and_then(|metrics| run.judge(metrics)) {
                 Ok(improved) => improved,
                 Err(error) => {
-                    // A wrong name in the config is no reason to lose what was learned.
+                    // An evaluation that fails, or a wrong name in the config, is no reason to lose what was learned.
                     log.sync()?;
                     run.save(folder, &checkpoints)?;
                     return Err(error);
@@ -258,6 +258,9 @@ impl<'a> Run<'a> {
         }
         if config.patience > 0 && config.best.is_none() {
             usage!("train.patience waits for a new best: say by train.best which metric that goes by");
+        }
+        if config.patience > 0 && config.evaluate_every == 0 {
+            usage!("train.patience counts evaluations: say by train.evaluate_every how often there is one");
         }
         candle_core::cuda::set_gemm_reduced_precision_f32(config.tf32);
         let vars = objective.vars();

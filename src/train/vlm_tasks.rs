@@ -28,7 +28,7 @@ use crate::{
             plan,
             render::render,
             sample,
-            split::{self, Split},
+            split::{self, Part, Split},
             tasks,
             view::{Seen, View},
             world::{Colour, Scene, Shape},
@@ -73,6 +73,8 @@ pub struct Mix {
     pub probes: usize,
     /// The share of pictures that are given with an edit.
     pub act: f64,
+    /// Objects at most of a prompt that an edit is given for.
+    pub act_objects: usize,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
 }
@@ -184,7 +186,7 @@ fn probe(rng: &mut Stream, split: Split, view: &View, margin: f32) -> Option<Ver
                 objects[which] = mistaken(rng, view, view.objects[[a, b][which]]);
             }
             if view.certainty(a, spatial, b).abs() < margin
-                || (split == Split::Train && split::held_out(&objects[0], spatial, &objects[1]))
+                || (split.part() == Part::Train && split::held_out(&objects[0], spatial, &objects[1]))
             {
                 continue;
             }
@@ -248,7 +250,7 @@ pub fn mends(instruction: &str, scene: &Scene, graph: &SceneGraph) -> (bool, boo
 /// The lesson number `index` of a split.
 pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
-    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects));
+    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects.min(mix.act_objects)));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
             let reflection = plan::faults(&sample.scene.view(), &sample.graph);
@@ -282,7 +284,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let other = if rng.chance(0.5) { tasks::wish(&mut rng, &reading.scene) } else { None };
     let (prompt, graph) = other.as_ref().map_or((prompt, graph), |(prompt, graph)| (prompt, graph));
     let mut checks = drawn_verdicts(reading, graph);
-    let act = rng.chance(mix.act);
+    let act = rng.chance(mix.act) && graph.objects.len() <= mix.act_objects;
     let helpful = if act { mending(reading, graph) } else { Vec::new() };
     let helpful: Vec<String> = helpful.iter().map(Edit::plain).collect();
     // Later rounds know of an edit that did not help.
@@ -348,7 +350,7 @@ mod tests {
         scene::tabletop::{caption::Style, oracle, world::SIDE},
     };
 
-    const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, parse: 0.2 };
+    const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, act_objects: 3, parse: 0.2 };
 
     #[test]
     fn what_is_taught_mends_the_picture() {
@@ -417,6 +419,22 @@ mod tests {
         // All is missing, and nothing too much.
         let mut checks = rows.iter().filter(|r| r.task == Task::Check);
         assert!(checks.all(|r| r.answer.ends_with("\"yes\"}") == r.question.contains("nothing but")));
+    }
+
+    #[test]
+    fn edits_are_taught_for_no_more_objects_than_the_mix_says() {
+        let mix = Mix { objects: 5, act: 0.7, ..MIX };
+        let lessons: Vec<Lesson> = (0..100).map(|i| lesson(5, Split::Train, i, mix)).collect();
+        assert!(lessons.iter().any(|l| l.scene.items.len() == 5));
+        let drawn = (0..60).map(|i| crate::train::imperfect::imperfect(5, i, 5));
+        let drawn: Vec<Row> = drawn.zip(0..).flat_map(|(d, i)| drawn_rows(5, i, &d, mix)).collect();
+        let rows = lessons.into_iter().flat_map(|l| l.rows).chain(drawn);
+        let asked = rows.filter(|row| row.task == Task::Act).map(|row| {
+            let prompt = row.question.lines().next().unwrap().strip_prefix("The picture should show: ").unwrap();
+            crate::scene::parse::parse(prompt).unwrap().objects.len()
+        });
+        let asked: Vec<usize> = asked.collect();
+        assert!(asked.len() > 60 && asked.iter().all(|objects| *objects <= 3), "{asked:?}");
     }
 
     #[test]

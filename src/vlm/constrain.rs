@@ -304,7 +304,7 @@ mod tests {
         for good in [prompts::verdict("", true), prompts::verdict("a \"quoted\" naïve ☃ 漢 𝄞 reason", false)] {
             assert!(accepts(&check, &good), "{good}");
         }
-        let long = prompts::verdict(&"x".repeat(161), false);
+        let long = prompts::verdict(&"x".repeat(201), false);
         for bad in ["", "{}", "{\"reflection\": \"\", \"verdict\": \"maybe\"}", "{\"reflection\": \"\"", &long] {
             assert!(!accepts(&check, bad), "{bad}");
         }

@@ -228,7 +228,7 @@ pub fn draw(rng: &mut Stream, split: Split, min: usize, max: usize) -> (Scene, S
 
 /// [`draw`] with this share of scenes in which two objects touch.
 pub fn draw_touching(rng: &mut Stream, split: Split, min: usize, max: usize, touching: f64) -> (Scene, SceneGraph) {
-    let (fewest, most) = split.objects();
+    let ((fewest, _), most) = (split.objects(), split.most());
     let min = min.clamp(fewest, most);
     let max = max.clamp(min, most);
     loop {

@@ -3,7 +3,8 @@
 //! A scene belongs to train, validation or test by a hash of its set of (shape, colour) pairs: an object set seen in
 //! testing is never seen in training, wherever its objects lie. (A single object is hashed with its size and place:
 //! all single objects should be learnt.) Three further test splits ask for more than new scenes: a named relation
-//! whose (shape, colour, relation) training never names, more objects than training has, and phrasings kept from it.
+//! whose (shape, colour, relation) training never names, more objects than the Diffuser is trained to draw, and phrasings
+//! kept from training.
 
 use super::world::{Colour, Item, Shape};
 use crate::scene::{
@@ -15,15 +16,21 @@ use crate::scene::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Split {
     Train,
+    /// Four or five objects, for models that are to see so many.
+    TrainMany,
     Val,
+    ValMany,
     Test,
     /// At least one named relation is a held-out (shape, colour, relation).
     TestUnseen,
-    /// Four or five objects; training has one to three.
+    /// Four or five objects, where the Diffuser is trained to draw one to three.
     TestMany,
     /// Phrasings that training never uses.
     TestParaphrase,
 }
+
+/// Objects of a scene at most.
+pub const MOST: usize = 5;
 
 /// Which part of the hash space a scene falls in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +41,23 @@ pub enum Part {
 }
 
 impl Split {
-    pub const ALL: [Self; 6] =
-        [Self::Train, Self::Val, Self::Test, Self::TestUnseen, Self::TestMany, Self::TestParaphrase];
+    pub const ALL: [Self; 8] = [
+        Self::Train,
+        Self::TrainMany,
+        Self::Val,
+        Self::ValMany,
+        Self::Test,
+        Self::TestUnseen,
+        Self::TestMany,
+        Self::TestParaphrase,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
+            Self::TrainMany => "train-4-5",
             Self::Val => "val",
+            Self::ValMany => "val-4-5",
             Self::Test => "test",
             Self::TestUnseen => "test-unseen",
             Self::TestMany => "test-4-5",
@@ -55,19 +72,24 @@ impl Split {
     /// The part of the hash space whose scenes this split draws.
     pub fn part(self) -> Part {
         match self {
-            Self::Train => Part::Train,
-            Self::Val => Part::Val,
+            Self::Train | Self::TrainMany => Part::Train,
+            Self::Val | Self::ValMany => Part::Val,
             Self::Test | Self::TestUnseen | Self::TestMany | Self::TestParaphrase => Part::Test,
         }
     }
 
-    /// The fewest and most objects of this split's scenes.
+    /// The fewest and most objects of this split's scenes, if nothing else is asked for.
     pub fn objects(self) -> (usize, usize) {
         match self {
-            Self::TestMany => (4, 5),
+            Self::TrainMany | Self::ValMany | Self::TestMany => (4, MOST),
             Self::TestUnseen => (2, 3),
             Self::Train | Self::Val | Self::Test | Self::TestParaphrase => (1, 3),
         }
+    }
+
+    /// The most that may be asked for: in training as many as there ever are.
+    pub fn most(self) -> usize {
+        if self.part() == Part::Test { self.objects().1 } else { MOST }
     }
 }
 

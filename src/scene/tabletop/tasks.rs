@@ -8,7 +8,7 @@ use super::{
     edit::{Edit, Kind},
     plan,
     sample::{self, BROUGHT_TOGETHER, MARGIN, TOUCHING},
-    split::{self, Split},
+    split::{self, Part, Split},
     view::{Judgement, View},
     world::{Colour, Scene, Shape, Size},
 };
@@ -170,7 +170,9 @@ pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, em
             let Some(target) = edit.apply(rng, &source) else { continue };
             let after = described_after(&before, &edit, &source, &target);
             let allowed = match split {
-                Split::Train => sample::trainable(&target) && sample::admissible(split, &after) && !novel(&edit),
+                Split::Train | Split::TrainMany => {
+                    sample::trainable(&target) && sample::admissible(split, &after) && !novel(&edit)
+                }
                 Split::TestUnseen => sample::admissible(split, &after),
                 _ => !novel(&edit),
             };
@@ -392,9 +394,8 @@ pub fn wish(rng: &mut Stream, scene: &Scene) -> Option<(String, SceneGraph)> {
             let kind = *rng.choose(&Kind::ALL);
             target = changed(rng, &target, kind).unwrap_or(target);
         }
-        let (fewest, most) = Split::Train.objects();
         let named = (0..target.items.len()).all(|i| sample::distinct(&target, i));
-        if !(fewest..=most).contains(&target.items.len()) || !named || !sample::trainable(&target) {
+        if !(1..=split::MOST).contains(&target.items.len()) || !named || !sample::trainable(&target) {
             continue;
         }
         let (_, graph) = sample::describe(rng, target);
@@ -429,7 +430,7 @@ pub fn disturbed(rng: &mut Stream, split: Split, mut scene: Scene, most: usize) 
             _ => changed(rng, &scene, kind),
         };
         // Where the split belongs to training, so must whatever is shown.
-        if let Some(edited) = edited.filter(|s| split != Split::Train || sample::trainable(s)) {
+        if let Some(edited) = edited.filter(|s| split.part() != Part::Train || sample::trainable(s)) {
             scene = edited;
         }
     }
@@ -465,7 +466,7 @@ pub fn check(seed: u64, split: Split, index: u64, min: usize, max: usize) -> Che
                 (scene, graph)
             }
         };
-        if split != Split::Train || sample::admissible(split, &graph) {
+        if split.part() != Part::Train || sample::admissible(split, &graph) {
             let truth = scene.view().judge(&graph);
             return CheckSample { scene, graph, truth };
         }
@@ -537,7 +538,7 @@ pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSa
         for edit in plan::edits(&view, &graph) {
             let Some(target) = edit.apply(rng, &scene) else { continue };
             let better = target.view().judge(&graph).better_than(&truth);
-            if better && !(split == Split::Train && novel(&edit)) {
+            if better && !(split.part() == Part::Train && novel(&edit)) {
                 let style = style(rng, split, TRIPLES);
                 let prompt = caption::caption(rng, &graph, style);
                 let instruction = edit.plain();

@@ -70,9 +70,10 @@ impl Judgement {
         (self.satisfied(), other.extra) > (other.satisfied(), self.extra)
     }
 
-    /// The fraction of the requirements that are met.
+    /// The fraction of the requirements that are met, where it is one of them that there be nothing else.
     pub fn score(&self) -> f64 {
-        self.satisfied() as f64 / (self.objects.len() + self.relations.len()).max(1) as f64
+        (self.satisfied() + usize::from(self.extra == 0)) as f64
+            / (self.objects.len() + self.relations.len() + 1) as f64
     }
 }
 

@@ -360,7 +360,7 @@ fn whole_updates_of_an_editor_are_those_of_pytorch_and_peft() -> Result<()> {
     let (x, next, old_means, x0, old_v) = (get("x"), get("next"), get("old_means"), get("x0"), get("old_v"));
     let (t, advantages) = (tensor(&steps["t"], &[4]), tensor(&golden["sample_advantages"], &[4]));
     let (eps, beta) = (steps["eps"].as_f64().expect("a number"), steps["nft_beta"].as_f64().expect("a number"));
-    let step = Policy { kind: Kind::FlowSde, noise: 0.9 }.step(0.7, 0.6);
+    let step = Policy { kind: Kind::FlowSde, noise: None }.step(0.7, 0.6);
     let old = step.log_prob(&old_means, &next)?;
     updates("grpo", &steps["cases"]["grpo"], |layer| {
         let log_probs = step.log_prob(&step.mean(&x, &layer.forward(&x)?)?, &next)?;

@@ -151,7 +151,8 @@ impl Joint {
         let judged = judge(group, &rewards, &groups)?;
         for (((r, written), picture), after) in rows.iter().zip(&writing.written).zip(&pictures).zip(after) {
             states[*r].standing.turns += 1;
-            // Nothing follows from what cannot be read, or is not known.
+            // What cannot be read changes nothing; nothing follows from what is not known.
+            states[*r].standing.idle += usize::from(written.edit.is_none());
             if let Some(edit) = written.edit.as_ref().filter(|_| rollout::known(&after)) {
                 states[*r].advance(edit, picture, after)?;
             }
