@@ -147,6 +147,8 @@ fn the_actor_trains_and_resumes() {
     let names = ["kl", "completions/mean_length", "entropy", "rewards/format/mean", "ratio_off", "num_tokens"];
     check(&folder, &steps, &names);
     assert!(steps[1]["num_tokens"] > 1.5 * steps[0]["num_tokens"]);
+    // What has learned is no longer its reference.
+    assert!(steps[1]["kl"] > steps[0]["kl"] && steps[0]["kl"] < 1e-6, "{steps:?}");
 }
 
 /// With a pool of one problem every step is about the same prompt; what is kept with it, all tries of an edit, does not
@@ -168,6 +170,7 @@ fn a_pool_poses_its_problems_again_and_resumes() {
 fn the_editor_trains_and_resumes_by_stochastic_steps() {
     let (_dir, folder, steps) = two_steps(&EDITOR.replace("LOSS", "grpo"));
     check(&folder, &steps, &["kl", "rewards/preserve/mean", "clip_ratio/low_mean", "ratio_off"]);
+    assert!(steps[1]["kl"] > 0.0 && steps[0]["kl"] == 0.0, "{steps:?}");
 }
 
 #[test]
@@ -310,6 +313,29 @@ fn the_editor_trains_and_resumes_by_diffusion_nft() {
     // The third step is the first to show how the old policy followed after the stop.
     let (_dir, folder, steps) = steps(&EDITOR.replace("LOSS", "diffusion-nft"), 3);
     check(&folder, &steps, &["kl", "rewards/probability/mean"]);
+    assert!(steps[2]["kl"] > 0.0);
+    // Of the old policy the third step kept 0.002; the rest is what was learned.
+    let mut checkpoints: Vec<PathBuf> =
+        fs::read_dir(folder.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    checkpoints.sort();
+    let [before, after] = <[_; 2]>::try_from(checkpoints).unwrap().map(|path| {
+        assert!(path.extension().is_some_and(|extension| extension == "safetensors"));
+        candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+    });
+    let of = |tensors: &HashMap<String, Tensor>, name: &str| -> Vec<f32> {
+        tensors[name].flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let names: Vec<&str> = after.keys().filter_map(|name| name.strip_prefix("objective/old.")).collect();
+    assert!(!names.is_empty());
+    let mut lagged = false;
+    for name in names {
+        let (own, new) = (format!("objective/old.{name}"), of(&after, &format!("vars/{name}")));
+        for ((old, new), was) in of(&after, &own).iter().zip(&new).zip(of(&before, &own)) {
+            assert!((old - (0.002 * was + 0.998 * new)).abs() < 1e-7, "{name}: {old} of {was} and {new}");
+            lagged |= old != new;
+        }
+    }
+    assert!(lagged);
 }
 
 #[test]
