@@ -122,8 +122,10 @@ const NORM_WARMUP: u64 = 50;
 pub struct OptimState {
     /// Updates made.
     pub updates: u64,
-    /// The running mean of the gradient's norm.
-    pub mean_norm: f64,
+    /// The running mean of the gradient's norm: of each role's, where the joint training names them, as the one's may be a
+    /// hundred times the other's.
+    #[serde(default)]
+    pub mean_norms: BTreeMap<String, f64>,
     /// Steps skipped for a spike, and for numbers that are not finite.
     pub spikes: u64,
     pub bad: u64,
@@ -209,20 +211,28 @@ impl Optimizer {
             return Ok((norm, Outcome::NotFinite));
         }
         state.bad_in_a_row = 0;
-        let limit = self.config.spike * state.mean_norm;
-        let spike = self.config.spike > 0.0 && state.updates >= NORM_WARMUP && norm > limit;
-        // A spike counts as much as the limit: norms that stay high raise the mean until they are accepted.
-        let counted = if spike { limit } else { norm };
-        let rate = NORM_RATE.max(1.0 / (state.updates + 1) as f64);
-        state.mean_norm += rate * (counted - state.mean_norm);
+        let mut norms = norms_by_role(gradients)?;
+        if norms.is_empty() {
+            norms.insert("", norm);
+        }
+        let (rate, mut spike) = (NORM_RATE.max(1.0 / (state.updates + 1) as f64), false);
+        for (role, norm) in &norms {
+            let mean = state.mean_norms.entry((*role).to_owned()).or_insert(*norm);
+            let limit = self.config.spike * *mean;
+            let above = self.config.spike > 0.0 && state.updates >= NORM_WARMUP && *norm > limit;
+            // A spike counts as much as the limit: norms that stay high raise the mean until they are accepted.
+            let counted = if above { limit } else { *norm };
+            *mean += rate * (counted - *mean);
+            spike |= above;
+        }
         if spike {
             state.spikes += 1;
             return Ok((norm, Outcome::Spike));
         }
         state.updates += 1;
-        let (config, updates, roles) = (&self.config, state.updates, norms_by_role(gradients)?);
+        let (config, updates) = (&self.config, state.updates);
         let clip = |name: &str| {
-            let norm = role(name).and_then(|role| roles.get(role)).unwrap_or(&norm);
+            let norm = role(name).and_then(|role| norms.get(role)).unwrap_or(&norm);
             if config.clip > 0.0 { (config.clip / (norm + 1e-6)).min(1.0) } else { 1.0 }
         };
         let update = |param: &mut Param| {
@@ -485,6 +495,23 @@ mod tests {
         assert_eq!((values(&vars), optimizer.state.spikes), (before, 1));
         let outcomes: Vec<_> = (0..60).map(|_| optimizer.step(&gradient(&[100.0], &[1]), 1.0).unwrap().1).collect();
         assert_eq!(outcomes.last(), Some(&Outcome::Updated));
+    }
+
+    #[test]
+    fn a_spike_of_the_smaller_role_is_one() {
+        let tensor = |number: f32| Tensor::new(&[number], &Device::Cpu).unwrap();
+        let of = |actor: f32, editor: f32| [("actor.w", actor), ("editor.w", editor)];
+        let gradients =
+            |actor, editor| -> Gradients { of(actor, editor).map(|(name, g)| (name.to_owned(), tensor(g))).into() };
+        let vars: BTreeMap<String, Var> =
+            of(0.0, 0.0).map(|(name, zero)| (name.to_owned(), Var::from_tensor(&tensor(zero)).unwrap())).into();
+        let config = OptimConfig { spike: 5.0, ..plain() };
+        let mut optimizer = Optimizer::new(&config, &vars, default_group).unwrap();
+        for _ in 0..NORM_WARMUP {
+            assert_eq!(optimizer.step(&gradients(1.0, 1e-3), 1.0).unwrap().1, Outcome::Updated);
+        }
+        assert_eq!(optimizer.step(&gradients(1.0, 1e-1), 1.0).unwrap().1, Outcome::Spike);
+        assert_eq!(optimizer.step(&gradients(1.0, 2e-3), 1.0).unwrap().1, Outcome::Updated);
     }
 
     #[test]
