@@ -419,6 +419,7 @@ impl Objective for Editor {
             Some((old, _)) => {
                 let sigmas = self.poser.klein.schedule.sigmas(self.config.steps, shape.0 * shape.1);
                 let x0 = euler(&edits.field(&self.poser.klein, &old.still, self.config.guidance)?, &noise, &sigmas)?;
+                rollout::expect_finite(&x0)?;
                 (Drawn::Pictures { edits, x0: x0.clone() }, x0)
             }
         };

@@ -4,7 +4,7 @@ use super::{
     Metrics, Step,
     editor::{EditorConfig, LossKind},
     grpo::{self, flow_loss, guard_loss, velocity_kl},
-    rollout::{check_ratio, flow_ratio},
+    rollout::{check_ratio, expect_finite, flow_ratio},
 };
 use crate::{
     flow::{
@@ -91,6 +91,7 @@ pub fn carry_out(
     };
     let (states, taken) = rollout(&field, noise, &sigmas, config.policy, window, fresh)?;
     ensure!(taken.len() == width, "not every step of the window is stochastic");
+    expect_finite(&states)?;
     Ok(Carried { edits, states, taken })
 }
 
@@ -364,6 +365,17 @@ mod tests {
                 log_probs()?.iter().zip(before).zip(worth).map(|((after, b), worth)| worth * (after - b)).sum();
             assert!(gained > 0.0, "{kind:?}: {gained}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_policy_that_has_come_apart_is_named() -> Result<()> {
+        let (klein, learned, vars) = policies(DType::F32)?;
+        vars.values().try_for_each(|var| var.set(&(var.ones_like()? * 1e30)?))?;
+        let config = EditorConfig { steps: 6, guidance: 2.0, ..EditorConfig::default() };
+        let noise = normal("noise", 0, &[2, 16, klein.transformer.config().in_channels])?;
+        let drawn = carry_out(&config, (&klein, &learned.still), edits(&klein, 4)?, &noise, 1..3, (0, "test", &[0; 6]));
+        assert!(drawn.err().is_some_and(|error| error.to_string().contains("the policy draws is not finite")));
         Ok(())
     }
 

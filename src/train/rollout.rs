@@ -23,7 +23,7 @@ use crate::{
     usage,
     vlm::Vlm,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use image::{RgbImage, imageops};
 use rayon::prelude::*;
@@ -58,6 +58,16 @@ pub fn flow_ratio(klein: &Klein, reshaped: bool) -> f64 {
         (DType::F32, true) => RESHAPED_RATIO,
         _ => COARSE_FLOW_RATIO,
     }
+}
+
+/// Refuses what a policy draws that has come apart, which the autoencoder would be blamed for.
+pub fn expect_finite(states: &Tensor) -> Result<()> {
+    let sum = states.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?;
+    ensure!(
+        sum.is_finite(),
+        "what the policy draws is not finite any more: lower optim.lr, and begin anew or go on from an earlier checkpoint"
+    );
+    Ok(())
 }
 
 /// What the oracle says of held-out pictures, as they were and as they came to be, as means to log.

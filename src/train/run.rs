@@ -166,13 +166,14 @@ impl Training<'_> {
             }
             let (due, save) = ((due(config.evaluate_every), due(config.samples_every)), due(config.checkpoint_every));
             let metrics = match due {
-                (false, false) => Ok(None),
-                _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report)),
+                (false, false) => None,
+                // What fails here is done again from the last checkpoint.
+                _ => run.averaged(|run| run.look(due, folder, &mut log, hooks.report))?,
             };
-            let improved = match metrics.and_then(|metrics| run.judge(metrics)) {
+            let improved = match run.judge(metrics) {
                 Ok(improved) => improved,
                 Err(error) => {
-                    // An evaluation that fails, or a wrong name in the config, is no reason to lose what was learned.
+                    // A wrong name in the config is no reason to lose what was learned.
                     log.sync()?;
                     run.save(folder, &checkpoints)?;
                     return Err(error);
