@@ -104,7 +104,7 @@ pub struct EvalRun {
     /// LAION-SG's JSON file, a folder with it, or its id on the hub [default: mengcy/LAION-SG]
     #[arg(long, value_name = "FILE|DIR|ID", help_heading = "Data")]
     pub data: Option<PathBuf>,
-    /// Which splits
+    /// Which splits: of the world train, train-4-5, val, val-4-5, test, test-unseen, test-4-5, test-paraphrase
     #[arg(long, value_name = "NAME", num_args = 1.., default_value = "test", help_heading = "Data")]
     pub split: Vec<String>,
     /// How many prompts of each split, edits or pictures [default: 500 of the tabletop world, all of a file]
