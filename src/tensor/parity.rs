@@ -61,7 +61,7 @@ struct Case {
     matmul: bool,
 }
 
-/// The value, and the gradients of a random projection of it.
+/// The value, the value where nothing is trained, for which there may be another kernel, and the gradients of a random projection.
 struct Outcome(Vec<Tensor>);
 
 impl Case {
@@ -71,7 +71,8 @@ impl Case {
         let y = (self.operation)(&vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>())?;
         let projection = draw("projection", y.dims()).to_device(device)?;
         let grads = (y.to_dtype(DType::F32)? * projection)?.sum_all()?.backward()?;
-        let mut all = vec![y.detach()];
+        let plain = (self.operation)(&vars.iter().map(Var::as_detached_tensor).collect::<Vec<_>>())?;
+        let mut all = vec![y.detach(), plain];
         for (i, var) in vars.iter().enumerate() {
             let Some(grad) = grads.get(var) else { panic!("{}: input {i} has no gradient", self.name) };
             all.push(grad.clone());
@@ -88,7 +89,11 @@ impl Case {
         for (i, (got, want)) in got.0.iter().zip(&want.0).enumerate() {
             assert_eq!(got.dtype(), dtype, "{}: number format of result {i}", self.name);
             let off = difference(got, want);
-            let what = if i == 0 { "the value".to_owned() } else { format!("gradient {}", i - 1) };
+            let what = match i {
+                0 => "the value".to_owned(),
+                1 => "the value where nothing is trained".to_owned(),
+                _ => format!("gradient {}", i - 2),
+            };
             assert!(off < bound, "{} in {dtype:?} on {device:?}: {what} is off by {off:.1e}", self.name);
         }
     }
