@@ -46,6 +46,7 @@ def rlrig(stage):
             "train.batch": PROBLEMS,
             "train.micro_batch": PROBLEMS,
             "train.evaluate_every": 0,
+            "train.patience": 0,
             "train.samples_every": 0,
             "train.checkpoint_every": 0,
             # PyTorch's Checker looks once as well, and nothing is drawn first.
