@@ -73,6 +73,12 @@ fn train(request: &Request, stop_at: Option<u64>) -> (End, Vec<HashMap<String, f
     (end.unwrap(), steps)
 }
 
+/// An adapter that the Actor has trained for a step, in a run `first` in `dir`.
+fn of_the_actor(dir: &Path) -> PathBuf {
+    train(&request(dir, "first", ACTOR), Some(1));
+    dir.join("first/model")
+}
+
 /// The tensors of an adapter's folder.
 fn adapter(folder: &Path) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu).unwrap()
@@ -257,9 +263,7 @@ fn a_mean_over_tokens_is_the_same_in_any_micro_batches() {
 #[test]
 fn training_goes_on_from_adapters() {
     let dir = tempfile::tempdir().unwrap();
-    let first = request(dir.path(), "first", ACTOR);
-    train(&first, Some(1));
-    let start = dir.path().join("first/model");
+    let start = of_the_actor(dir.path());
     let mut second = request(dir.path(), "second", ACTOR);
     second.set = vec![format!("models.actor={}", start.display()), "train.steps=1".into(), "optim.lr=0.0".into()];
     assert_eq!(train(&second, None).0, End::Done);
@@ -275,9 +279,7 @@ fn training_goes_on_from_adapters() {
 #[test]
 fn a_run_goes_on_with_the_models_that_it_began_with() {
     let dir = tempfile::tempdir().unwrap();
-    let first = request(dir.path(), "first", ACTOR);
-    train(&first, Some(1));
-    let lent = dir.path().join("first/model");
+    let lent = of_the_actor(dir.path());
     let editor = EDITOR.replace("LOSS", "grpo");
     let second =
         Request { set: vec![format!("models.actor={}", lent.display())], ..request(dir.path(), "second", &editor) };

@@ -333,6 +333,12 @@ mod tests {
         Ok(())
     }
 
+    /// The edits carried out on small pictures.
+    fn carried(config: &EditorConfig, klein: &Klein, learned: &Learned) -> Result<Carried> {
+        let noise = normal("noise", 0, &[2, 16, klein.transformer.config().in_channels])?;
+        carry_out(config, (klein, &learned.still), edits(klein, 4)?, &noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))
+    }
+
     #[test]
     fn an_update_makes_steps_likelier_by_their_advantage() -> Result<()> {
         let worth = [1f32, -1.0, 0.5, -0.5, 1.0, -1.0];
@@ -340,10 +346,7 @@ mod tests {
         for kind in [LossKind::Grpo, LossKind::GrpoGuard] {
             let (klein, learned, vars) = policies(DType::F32)?;
             let config = EditorConfig { loss: kind, steps: 6, guidance: 2.0, ..EditorConfig::default() };
-            let (models, channels) = ((&*klein, &*learned.still), klein.transformer.config().in_channels);
-            let noise = normal("noise", 0, &[2, 16, channels])?;
-            let carried =
-                carry_out(&config, models, edits(&klein, 4)?, &noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
+            let carried = carried(&config, &klein, &learned)?;
             let log_probs = || -> Result<Vec<f32>> {
                 let of = |taken: &Taken| -> Result<Tensor> {
                     let heads = 0..taken.x.dim(0)?;
@@ -373,9 +376,11 @@ mod tests {
         let (klein, learned, vars) = policies(DType::F32)?;
         vars.values().try_for_each(|var| var.set(&(var.ones_like()? * 1e30)?))?;
         let config = EditorConfig { steps: 6, guidance: 2.0, ..EditorConfig::default() };
-        let noise = normal("noise", 0, &[2, 16, klein.transformer.config().in_channels])?;
-        let drawn = carry_out(&config, (&klein, &learned.still), edits(&klein, 4)?, &noise, 1..3, (0, "test", &[0; 6]));
-        assert!(drawn.err().is_some_and(|error| error.to_string().contains("the policy draws is not finite")));
+        assert!(
+            carried(&config, &klein, &learned)
+                .err()
+                .is_some_and(|error| error.to_string().contains("the policy draws is not finite"))
+        );
         Ok(())
     }
 
@@ -386,10 +391,7 @@ mod tests {
         for dtype in [DType::F32, DType::BF16] {
             let (klein, learned, _) = policies(dtype)?;
             let config = EditorConfig { steps: 6, guidance: 2.0, ..EditorConfig::default() };
-            let (models, channels) = ((&*klein, &*learned.still), klein.transformer.config().in_channels);
-            let noise = normal("noise", 0, &[2, 16, channels])?;
-            let mut carried =
-                carry_out(&config, models, edits(&klein, 4)?, &noise, 1..3, (0, "test", &[0, 1, 2, 3, 4, 5]))?;
+            let mut carried = carried(&config, &klein, &learned)?;
             let pieces = Pieces { window: 2, rows: 6, all: 6 };
             let loss = |carried: &Carried| {
                 carried.loss(&config, (&klein, &learned), (pieces, 0), (&advantages, &counts), true).map(|_| ())
@@ -399,6 +401,7 @@ mod tests {
             carried.edits.instructions.reverse();
             let error = loss(&carried).expect_err("other pictures' steps").to_string();
             assert!(error.contains("must be 1, but it is off by"), "{dtype:?}: {error}");
+            let models = (&*klein, &*learned.still);
             let error = carried.reread(models, Pieces { rows: 1, ..pieces }, config.guidance).expect_err("the same");
             assert!(error.to_string().contains("must be 1, but it is off by"), "{dtype:?}: {error}");
         }

@@ -293,6 +293,9 @@ impl VlmObjective {
         if shares.iter().any(|share| !(0.0..=1.0).contains(share)) {
             usage!("[vlm] act, parse, drawn_share and imperfect are shares, from 0 to 1");
         }
+        if config.act_objects == 0 {
+            usage!("[vlm] act_objects is 1 or more; with act = 0 no edits are taught");
+        }
         let (params, chat, model_config, files) = match &config.init {
             Some(path) => {
                 let folder = Folder::from(path.clone());

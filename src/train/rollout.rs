@@ -42,7 +42,7 @@ const FLOW_RATIO: f64 = 1e-6;
 /// And one that is computed in another: a few more bits of what is summed.
 const RESHAPED_RATIO: f64 = 1e-4;
 /// And one that is computed below f32. A mean over thousands of numbers moves little even where all of them are wrong: a velocity
-/// of the wrong sign, in the steps of FLUX.2-klein, by 0.05, another picture's by 0.004 to 0.03.
+/// of the wrong sign, in the steps of FLUX.2-klein, by 0.05 at most, an unrelated one by 0.004 and 0.03.
 const COARSE_FLOW_RATIO: f64 = 1e-3;
 
 /// The largest difference that a token's ratio may have in the number format of the model. Below f32 it says only that
