@@ -41,6 +41,18 @@ pub enum Learner {
     Joint,
 }
 
+impl Learner {
+    /// Those whose weights change.
+    fn roles(self) -> &'static [&'static str] {
+        match self {
+            Self::Actor => &[built_in::ACTOR],
+            Self::Editor => &[built_in::EDITOR],
+            Self::Diffuser => &[built_in::DIFFUSER],
+            Self::Joint => &[built_in::ACTOR, built_in::EDITOR],
+        }
+    }
+}
+
 /// A config of `rlrig train grpo`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -410,14 +422,9 @@ impl RunConfig for GrpoConfig {
         if let Some(judge) = models.judge()? {
             all.insert("models.judge".to_owned(), judge.fingerprint(&[])?);
         }
-        let learners: &[&str] = match self.objective {
-            Learner::Actor => &[built_in::ACTOR],
-            Learner::Editor => &[built_in::EDITOR],
-            Learner::Diffuser => &[built_in::DIFFUSER],
-            Learner::Joint => &[built_in::ACTOR, built_in::EDITOR],
-        };
+        let learning = self.objective.roles();
         for role in [built_in::ACTOR, built_in::EDITOR, built_in::DIFFUSER] {
-            if let Some(adapter) = models.adapter(role)?.filter(|_| !learners.contains(&role)) {
+            if let Some(adapter) = models.adapter(role)?.filter(|_| !learning.contains(&role)) {
                 all.insert(format!("models.{role}"), adapter.revision);
             }
         }

@@ -24,6 +24,8 @@ use std::{
 pub const CONFIG: &str = "config.toml";
 /// And the one that holds the revisions of what it builds on.
 const BUILT_ON: &str = "built_on.json";
+/// Its bytes at most.
+const BUILT_ON_BYTES: u64 = 1 << 16;
 
 /// The config of a kind of training.
 pub trait RunConfig: Default + Serialize + DeserializeOwned {
@@ -110,8 +112,9 @@ fn expect_built_on(folder: &Path, found: &BTreeMap<String, String>) -> Result<()
     if !file.is_file() {
         return Ok(());
     }
+    let text = io::read_file(&file, BUILT_ON_BYTES)?;
     let began: BTreeMap<String, String> =
-        serde_json::from_slice(&fs::read(&file)?).with_context(|| format!("{} is damaged", file.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is damaged", file.display()))?;
     if let Some(key) = began.iter().find_map(|(key, revision)| (found.get(key) != Some(revision)).then_some(key)) {
         usage!(
             "{key} is not what the run in {} began with: put that back, begin a new run, or remove {} to go on regardless",

@@ -87,7 +87,7 @@ impl Split {
         }
     }
 
-    /// The most that may be asked for: in training as many as there ever are.
+    /// The most that may be asked for: outside of tests as many as there ever are.
     pub fn most(self) -> usize {
         if self.part() == Part::Test { self.objects().1 } else { MOST }
     }
