@@ -20,18 +20,26 @@ train() {
     "$rlrig" train pretrain --device "$device" "${what[@]}"
 }
 
-# NAME and the number of prompts, then the other flags of the evaluation whose pictures are wanted.
+# NAME and the number of prompts, then the other flags of the evaluation whose pictures are wanted; `wording=plain` before it draws
+# plain words.
 draw() {
     local run=runs/$1 more=(--limit "${REHEARSE:-$2}")
     shift 2
     [ ! -e "$run/results.json" ] || return 0
     [ ! -d "$run" ] || more+=(--resume)
-    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --wording caption --out "$run" "$@" "${more[@]}"
+    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --wording "${wording:-caption}" --out "$run" "$@" "${more[@]}"
 }
 
 # The trainings of the Diffuser read the autoencoder where it is shipped.
 autoencoder() {
     cp "runs/$1/model/"* weights/tabletop/vae/
+}
+
+# The VLM that the binary carries, without a calibration yet.
+vlm() {
+    cp "runs/$1/model/"* weights/tabletop/vlm/
+    rm -f weights/tabletop/vlm/calibration.json
+    cargo build --release
 }
 
 cargo build --release
@@ -71,9 +79,7 @@ draw drawn-depth 512 --split train --mode loop --subset-seed 15 --relation behin
     --accept 0.97 --draws 1
 train vlm-melted
 
-cp runs/vlm-melted/model/* weights/tabletop/vlm/
-rm -f weights/tabletop/vlm/calibration.json
-cargo build --release
+vlm vlm-melted
 draw looked-at 160 --split val --mode loop --subset-seed 1
 draw looked-at-once 400 --split val --mode diffuser --subset-seed 3
 draw looked-at-again 300 --split val --mode loop --subset-seed 5
@@ -84,4 +90,14 @@ train diffuser-longer
 for part in transformer text_encoder; do
     cp "runs/diffuser-longer/model/$part/"* "weights/tabletop/$part/"
 done
+cargo build --release
+wording=plain draw drawn-many 560 --split train-4-5 --mode loop --subset-seed 31 --rounds 3 --draws 1 --accept 0.97
+draw drawn-again 720 --split train --mode diffuser --subset-seed 14
+draw drawn-depth-again 180 --split train --mode loop --subset-seed 15 --relation behind "in front of" --rounds 3 \
+    --accept 0.97 --draws 1
+train vlm-many
+
+vlm vlm-many
+wording=plain draw looked-at-many 110 --split val val-4-5 --mode loop --subset-seed 12 --rounds 3
+"$rlrig" eval calibrate runs/looked-at-many --out weights/tabletop/vlm/calibration.json
 cargo build --release

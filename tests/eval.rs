@@ -485,6 +485,46 @@ fn what_cannot_be_evaluated_is_refused() {
     rig.bad(2, "names a seed twice", "eval", &["--seed", "1", "1"]);
     rig.bad(2, "too few scenes", "eval", &["--relation", "no such", "--limit", "1"]);
     rig.bad(2, "by --limit", "eval", &["--dataset", "laion-sg", "--data", "x.json", "--subset-seed", "1"]);
+    rig.bad(2, "or --oracle", "eval", &["--dataset", "laion-sg", "--data", "x.json", "--oracle", "actor"]);
+    rig.bad(2, "cannot be used with", "eval", &["--edits", "--oracle", "actor"]);
+}
+
+#[test]
+fn the_oracle_plays_the_roles_that_it_is_given() {
+    let rig = Rig::new();
+    let answers = |line: &Value, whose: &str| -> Vec<f64> {
+        line["claims"].as_array().unwrap().iter().map(|claim| claim[whose].as_f64().unwrap()).collect()
+    };
+    let edits = |out: &str| -> Vec<String> {
+        let lines = lines(&rig, out);
+        lines.iter().filter_map(|l| Some(l["edit"]["instruction"].as_str()?.to_owned())).collect()
+    };
+    // The built-in models, which are often wrong about four and five objects, and seldom about all of them.
+    let run = |out: &str, more: &[&str]| {
+        let few = [
+            "eval", "--split", "val-4-5", "--limit", "3", "--rounds", "2", "--draws", "1", "--accept", "0.99",
+            "--steps", "8",
+        ];
+        let output = rig.command(&[&few[..], &["--out", out], more].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    };
+    run("plain", &[]);
+    run("checks", &["--oracle", "checker"]);
+    run("both", &["--oracle", "checker", "actor"]);
+    let truths = |line: &Value| -> Vec<f64> {
+        line["claims"].as_array().unwrap().iter().map(|c| f64::from(u8::from(c["oracle"].as_bool().unwrap()))).collect()
+    };
+    for out in ["checks", "both"] {
+        assert!(lines(&rig, out).iter().all(|line| answers(line, "checker") == truths(line)), "{out}");
+    }
+    assert!(lines(&rig, "plain").iter().any(|line| answers(line, "checker") != truths(line)));
+    let helpful = |out: &str| -> Vec<bool> {
+        let lines = lines(&rig, out);
+        lines.iter().filter_map(|line| line["edit"]["review"]["helpful"].as_bool()).collect()
+    };
+    assert!(!helpful("both").is_empty() && helpful("both").iter().all(|yes| *yes), "{:?}", edits("both"));
+    assert_ne!(edits("checks"), edits("both"));
+    assert_eq!(document(&rig, "both/results.json")["config"]["oracle"], json!(["checker", "actor"]));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use crate::{
     flow::Inversion,
 };
 use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
 use std::path::PathBuf;
 
 const EVAL_EXAMPLES: &str = "\
@@ -96,6 +97,16 @@ pub enum PictureGraph {
     Confirmed,
 }
 
+/// A role of the loop that the pixel oracle can play.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OracleRole {
+    /// Judges pictures by their pixels
+    Checker,
+    /// Asks for an edit that mends something
+    Actor,
+}
+
 #[derive(Args, Debug)]
 pub struct EvalRun {
     /// What to evaluate on
@@ -150,7 +161,7 @@ pub struct EvalRun {
         long,
         conflicts_with_all = [
             "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "rounds", "draws",
-            "redraw", "accept", "looks", "only", "vlm", "judge", "resume",
+            "redraw", "accept", "looks", "only", "oracle", "vlm", "judge", "resume",
         ],
         help_heading = "Modes"
     )]
@@ -161,8 +172,8 @@ pub struct EvalRun {
         long,
         conflicts_with_all = [
             "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "edits",
-            "seed", "rounds", "draws", "redraw", "accept", "editor", "inversion", "only", "model", "judge", "steps",
-            "solver", "guidance", "resume",
+            "seed", "rounds", "draws", "redraw", "accept", "editor", "inversion", "only", "oracle", "model", "judge",
+            "steps", "solver", "guidance", "resume",
         ],
         help_heading = "Modes"
     )]
@@ -181,6 +192,9 @@ pub struct EvalRun {
     /// How a picture is inverted to noise, with --editor inversion [default: rf-inversion]
     #[arg(long, value_enum, value_name = "I", help_heading = "The loop")]
     pub inversion: Option<Inversion>,
+    /// Roles that the pixel oracle plays, to see what a perfect one would gain (of the tabletop world)
+    #[arg(long, value_enum, value_name = "ROLE", num_args = 1.., help_heading = "The loop")]
+    pub oracle: Vec<OracleRole>,
     /// Prompts that are worked on at once; the results do not depend on it
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "The loop")]
     pub batch: usize,

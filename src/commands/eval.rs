@@ -2,7 +2,7 @@
 
 use super::{adapters::Adapters, eval_edits, eval_join, eval_verdicts, interrupt, open, show::Console};
 use crate::{
-    cli::{self, Dataset, EditorKind, Eval, EvalCommand, EvalRun},
+    cli::{self, Dataset, EditorKind, Eval, EvalCommand, EvalRun, OracleRole},
     eval::{
         dataset::{self, DataFile, Sample, Samples, Selection},
         flaws::Flaws,
@@ -20,6 +20,7 @@ use crate::{
     rig::{
         cycle::Options,
         klein::{Adapted, Painter, Painting},
+        oracle_roles::Advised,
         trajectory::Source,
         vlm_roles::Critic,
     },
@@ -61,6 +62,9 @@ fn evaluate(args: &EvalRun) -> Result<()> {
             usage!("{flag} is of the tabletop world, whose truth is known; leave out --dataset");
         }
         return if args.edits { eval_edits::run(args) } else { eval_verdicts::run(args) };
+    }
+    if !args.oracle.is_empty() && args.dataset != Dataset::Tabletop {
+        usage!("--oracle reads pictures of the tabletop world alone; leave out --dataset, or --oracle");
     }
     let console = Console::new(args.print.quiet, 0);
     // Before data or models are fetched.
@@ -316,7 +320,7 @@ impl Models {
             "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": wording(args),
             "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
-            "only": only(args), "graph": if lists(args) { "listed" } else { "confirmed" },
+            "only": only(args), "oracle": args.oracle, "graph": if lists(args) { "listed" } else { "confirmed" },
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
             config.extend(told.clone());
@@ -347,10 +351,16 @@ impl Models {
         let painter =
             Painter::new(self.klein.clone(), self.painting.clone(), console.watch(stop)).with_adapted(adapted);
         let critic = self.bare_critic.as_ref().filter(|_| !on.actor).unwrap_or(&self.critic);
+        let plays = |role: OracleRole| args.oracle.contains(&role);
+        let advised = Advised {
+            checker: (!plays(OracleRole::Checker)).then_some(critic),
+            actor: critic,
+            oracle_acts: plays(OracleRole::Actor),
+        };
         let play = Play {
             mode,
             painter: &painter,
-            critic,
+            critic: &advised,
             judge: self.judge.as_ref().map(|judge| judge as _),
             lister: lists(args).then(|| self.judge.as_ref().unwrap_or(critic) as _),
             evaluations: &|| self.klein.evaluations(),

@@ -5,6 +5,7 @@
 pub mod calibration;
 pub mod cycle;
 pub mod klein;
+pub mod oracle_roles;
 pub mod prompts;
 pub mod reward;
 pub mod roles;

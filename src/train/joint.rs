@@ -41,7 +41,6 @@ use crate::{
     rig::{
         cycle::{self, Cast},
         klein::Adapted,
-        roles::Target,
     },
     scene::{
         graph::SceneGraph,
@@ -180,7 +179,7 @@ impl Joint {
             .map(|i| tasks::text_to_image(HELD_OUT, Split::Val, i, actor.min_objects, actor.max_objects))
             .collect();
         let job = |(i, sample): (u64, &tasks::TextToImage)| cycle::Job {
-            target: Target::new(sample.prompt.clone(), &sample.graph).and_nothing_else(),
+            target: self.poser.target(sample.prompt.clone(), &sample.graph),
             seed: i,
         };
         let jobs: Vec<cycle::Job> = (0..).zip(&samples).map(job).collect();

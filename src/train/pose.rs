@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     flow::{Klein, Solver, Unwatched},
+    models::built_in,
     rig::{
         klein::{Adapted, Editing, Painter, Painting},
         prompts,
@@ -15,6 +16,7 @@ use crate::{
     scene::{
         graph::SceneGraph,
         tabletop::{
+            caption::plain,
             render::render,
             split::{MOST, Split},
             tasks,
@@ -81,6 +83,8 @@ pub struct Poser {
     adapted: Adapted,
     pub critic: Critic,
     pub decode: Decode,
+    /// Whether prompts are read in plain words.
+    plain: bool,
     posing: Posing,
     /// Width and height of pictures.
     pub size: (u32, u32),
@@ -101,7 +105,14 @@ impl Poser {
             usage!("evaluation_steps is 1 or more");
         }
         let (decode, size) = (decoder(&klein), models.size(&klein));
-        Ok(Self { klein, adapted, critic, decode, posing, size })
+        let plain = built_in::are_named(models.model.as_deref().map(|path| path.to_string_lossy()).as_deref());
+        Ok(Self { klein, adapted, critic, decode, plain, posing, size })
+    }
+
+    /// What a prompt of the world asks for. The built-in Diffuser and Actor read it in plain words, as they do in the loop.
+    pub fn target(&self, prompt: String, graph: &SceneGraph) -> Target {
+        let target = Target::new(prompt, graph).and_nothing_else();
+        if self.plain { target.drawn_as(plain(graph)) } else { target }
     }
 
     /// Who draws and edits in so many steps.
@@ -146,7 +157,7 @@ impl Poser {
                 pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
                 (sample.prompt, sample.graph)
             };
-            problems.push((Target::new(prompt, &graph).and_nothing_else(), graph, noise(number)));
+            problems.push((self.target(prompt, &graph), graph, noise(number)));
         }
         if drawn {
             let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();
@@ -176,4 +187,34 @@ pub const RENDERED_SHARE: &str = "problems/rendered";
 pub fn rendered_share<'a>(problems: impl ExactSizeIterator<Item = &'a Problem>) -> f64 {
     let n = problems.len().max(1) as f64;
     problems.filter(|p| p.rendered).count() as f64 / n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn the_built_in_models_read_prompts_as_the_loop_words_them() -> Result<()> {
+        let (built_in, at) = (ModelsConfig::default(), (DType::F32, &Device::Cpu));
+        let words = |models: &ModelsConfig| -> Result<Vec<(Problem, String)>> {
+            let (klein, _) = rollout::pipeline(&built_in.pipeline()?, at, &[])?;
+            let (critic, _) = rollout::critic(&built_in, at, None)?;
+            let posing = Posing { source: Source::Render, objects: [3, 3], steps: 1, guidance: 1.0 };
+            let poser = Poser::new((klein, Adapted::default()), critic, posing, models)?;
+            let problems = poser.problems(Split::Train, 0, &[0, 1, 2, 3])?;
+            let with_plain = |problem: Problem| {
+                let plain = plain(&problem.graph);
+                (problem, plain)
+            };
+            Ok(problems.into_iter().map(with_plain).collect())
+        };
+        for (problem, plain) in words(&built_in)? {
+            assert!(problem.target.words() == plain && problem.question().contains(&plain), "{plain}");
+        }
+        let others = words(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() })?;
+        assert!(others.iter().all(|(problem, _)| problem.target.words() == problem.target.prompt));
+        assert!(others.iter().any(|(problem, plain)| problem.target.prompt != *plain));
+        Ok(())
+    }
 }

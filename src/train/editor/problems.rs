@@ -53,8 +53,8 @@ impl Editor {
         let EditorConfig { min_objects, max_objects, .. } = self.config;
         let tasks::TextToImage { prompt, graph, .. } =
             tasks::text_to_image(seed, split, index, min_objects, max_objects);
-        let target = Target::new(prompt.clone(), &graph).and_nothing_else();
-        Problem { source: None, instruction: prompt, target, graph }
+        let target = self.poser.target(prompt, &graph);
+        Problem { source: None, instruction: target.words().to_owned(), target, graph }
     }
 
     /// One of the world's own edits, on a render.
