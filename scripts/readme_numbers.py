@@ -23,7 +23,7 @@ def wilson(good, n):
 
 
 def told(estimate):
-    return f"{estimate['mean']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+    return f"{estimate['mean']:.3f} ({estimate['lo']:.3f} to {estimate['hi']:.3f})"
 
 
 def kind(line):
