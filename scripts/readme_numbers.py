@@ -76,4 +76,6 @@ def main(folder):
         print(f"  {name}: {told(found['accuracy'])}, kappa {kappa}, ECE {told(found['calibration_error'])}, {found['claims']}")
 
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python scripts/readme_numbers.py FOLDER")
 main(Path(sys.argv[1]))

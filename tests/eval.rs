@@ -492,8 +492,10 @@ fn what_cannot_be_evaluated_is_refused() {
 #[test]
 fn the_oracle_plays_the_roles_that_it_is_given() {
     let rig = Rig::new();
-    let answers = |line: &Value, whose: &str| -> Vec<f64> {
-        line["claims"].as_array().unwrap().iter().map(|claim| claim[whose].as_f64().unwrap()).collect()
+    // Whether the Checker said of every claim what the oracle does, and was sure of it.
+    let is_true = |line: &Value| {
+        let claims = line["claims"].as_array().unwrap();
+        claims.iter().all(|claim| claim["checker"] == f64::from(u8::from(claim["oracle"].as_bool().unwrap())))
     };
     let edits = |out: &str| -> Vec<String> {
         let lines = lines(&rig, out);
@@ -511,13 +513,10 @@ fn the_oracle_plays_the_roles_that_it_is_given() {
     run("plain", &[]);
     run("checks", &["--oracle", "checker"]);
     run("both", &["--oracle", "checker", "actor"]);
-    let truths = |line: &Value| -> Vec<f64> {
-        line["claims"].as_array().unwrap().iter().map(|c| f64::from(u8::from(c["oracle"].as_bool().unwrap()))).collect()
-    };
     for out in ["checks", "both"] {
-        assert!(lines(&rig, out).iter().all(|line| answers(line, "checker") == truths(line)), "{out}");
+        assert!(lines(&rig, out).iter().all(is_true), "{out}");
     }
-    assert!(lines(&rig, "plain").iter().any(|line| answers(line, "checker") != truths(line)));
+    assert!(!lines(&rig, "plain").iter().all(is_true));
     let helpful = |out: &str| -> Vec<bool> {
         let lines = lines(&rig, out);
         lines.iter().filter_map(|line| line["edit"]["review"]["helpful"].as_bool()).collect()

@@ -197,24 +197,20 @@ mod tests {
     #[test]
     fn the_built_in_models_read_prompts_as_the_loop_words_them() -> Result<()> {
         let (built_in, at) = (ModelsConfig::default(), (DType::F32, &Device::Cpu));
-        let words = |models: &ModelsConfig| -> Result<Vec<(Problem, String)>> {
+        let posed = |models: &ModelsConfig| -> Result<Vec<(String, Problem)>> {
             let (klein, _) = rollout::pipeline(&built_in.pipeline()?, at, &[])?;
             let (critic, _) = rollout::critic(&built_in, at, None)?;
             let posing = Posing { source: Source::Render, objects: [3, 3], steps: 1, guidance: 1.0 };
             let poser = Poser::new((klein, Adapted::default()), critic, posing, models)?;
             let problems = poser.problems(Split::Train, 0, &[0, 1, 2, 3])?;
-            let with_plain = |problem: Problem| {
-                let plain = plain(&problem.graph);
-                (problem, plain)
-            };
-            Ok(problems.into_iter().map(with_plain).collect())
+            Ok(problems.into_iter().map(|problem| (plain(&problem.graph), problem)).collect())
         };
-        for (problem, plain) in words(&built_in)? {
+        for (plain, problem) in posed(&built_in)? {
             assert!(problem.target.words() == plain && problem.question().contains(&plain), "{plain}");
         }
-        let others = words(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() })?;
-        assert!(others.iter().all(|(problem, _)| problem.target.words() == problem.target.prompt));
-        assert!(others.iter().any(|(problem, plain)| problem.target.prompt != *plain));
+        let others = posed(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() })?;
+        assert!(others.iter().all(|(_, problem)| problem.target.words() == problem.target.prompt));
+        assert!(others.iter().any(|(plain, problem)| problem.target.prompt != *plain));
         Ok(())
     }
 }
