@@ -125,13 +125,18 @@ pub struct Outcome {
 impl Turn {
     /// Whether every claim holds; not so where there was nothing to check.
     pub fn passes(&self) -> bool {
-        !self.verdicts.is_empty() && self.verdicts.iter().all(|v| v.yes)
+        rank(&self.verdicts).0
     }
 }
 
-/// The turn with the best picture: one that passes before one that does not, then by score, then the earliest.
+/// How good a picture is: one that passes before one that does not, then by score.
+pub fn rank(verdicts: &[Verdict]) -> (bool, Option<f64>) {
+    (!verdicts.is_empty() && verdicts.iter().all(|v| v.yes), score(verdicts))
+}
+
+/// The turn with the best picture, by [`rank`], then the earliest.
 pub fn best(turns: &[Turn]) -> Option<usize> {
-    let rank = |i: usize| (turns[i].passes(), turns[i].score);
+    let rank = |i: usize| rank(&turns[i].verdicts);
     (0..turns.len()).reduce(|best, i| if rank(i) > rank(best) { i } else { best })
 }
 

@@ -58,6 +58,8 @@ pub struct ActorConfig {
     /// Objects of a prompt at least and at most.
     pub min_objects: usize,
     pub max_objects: usize,
+    /// Drawings of a prompt, of which the Actor is given the best: those of the loop.
+    pub draws: usize,
     /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (for each try of a picture
     /// of 128 x 128 some 60 kB, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the
     /// caches anew.
@@ -85,6 +87,7 @@ impl Default for ActorConfig {
             source: Source::Draw,
             min_objects: 2,
             max_objects: 3,
+            draws: 1,
             pool: 0,
             tries: 1,
             steps: 8,
@@ -101,8 +104,8 @@ impl Default for ActorConfig {
 
 impl ActorConfig {
     pub fn posing(&self) -> Posing {
-        let Self { source, min_objects, max_objects, evaluation_steps, guidance, .. } = *self;
-        Posing { source, objects: [min_objects, max_objects], steps: evaluation_steps, guidance }
+        let Self { source, min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
+        Posing { source, objects: [min_objects, max_objects], draws, steps, guidance }
     }
 
     /// The loss of answers of at most [`EDIT`] tokens.

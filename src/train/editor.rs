@@ -72,6 +72,8 @@ pub struct EditorConfig {
     /// Objects of a source picture, or of its prompt, at least and at most.
     pub min_objects: usize,
     pub max_objects: usize,
+    /// Drawings of a prompt, of which the best is edited: those of the loop.
+    pub draws: usize,
     pub loss: LossKind,
     /// Clip range; if not given 1e-5, as goes with a window, or 2e-6 with GRPO-Guard.
     pub eps: Option<f64>,
@@ -100,6 +102,7 @@ impl Default for EditorConfig {
             drawn: 0.0,
             min_objects: 1,
             max_objects: 3,
+            draws: 1,
             loss: LossKind::Grpo,
             eps: None,
             kl: 0.0,
@@ -177,8 +180,8 @@ impl EditorConfig {
     }
 
     fn posing(&self) -> Posing {
-        let Self { min_objects, max_objects, evaluation_steps, guidance, .. } = *self;
-        Posing { source: Source::Draw, objects: [min_objects, max_objects], steps: evaluation_steps, guidance }
+        let Self { min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
+        Posing { source: Source::Draw, objects: [min_objects, max_objects], draws, steps, guidance }
     }
 
     /// Refuses what cannot be learned from.

@@ -8,6 +8,7 @@ use crate::{
     flow::{Klein, Solver, Unwatched},
     models::built_in,
     rig::{
+        cycle::{rank, seed_of_drawing},
         klein::{Adapted, Editing, Painter, Painting},
         prompts,
         roles::{Decode, Diffuser, Draw, Picture, Target, Verdict},
@@ -44,6 +45,8 @@ pub struct Posing {
     pub source: Source,
     /// Objects of a prompt at least and at most.
     pub objects: [usize; 2],
+    /// Drawings of a prompt, of which the best is the problem's picture, as in the loop ([`crate::rig::cycle::Options::draws`]).
+    pub draws: usize,
     /// Of the drawings.
     pub steps: usize,
     pub guidance: f64,
@@ -101,8 +104,8 @@ impl Poser {
         if min == 0 || max > MOST || min > max {
             usage!("min_objects and max_objects lie in 1 to {MOST} and in order, unlike {min} and {max}");
         }
-        if posing.steps == 0 {
-            usage!("evaluation_steps is 1 or more");
+        if posing.steps == 0 || posing.draws == 0 {
+            usage!("evaluation_steps and draws are 1 or more");
         }
         let (decode, size) = (decoder(&klein), models.size(&klein));
         let plain = built_in::are_named(models.model.as_deref().map(|path| path.to_string_lossy()).as_deref());
@@ -147,36 +150,52 @@ impl Poser {
     fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64) -> Result<Vec<Problem>> {
         let ([min, max], drawn) = (self.posing.objects, attempt < DRAWN);
         let noise = |number: u64| Stream::new(seed, "actor pictures", number).next_u64();
-        let (mut problems, mut pictures) = (Vec::with_capacity(indices.len()), Vec::with_capacity(indices.len()));
+        let (mut asked, mut renders) = (Vec::with_capacity(indices.len()), Vec::new());
         for number in indices.iter().map(|index| index * ATTEMPTS + attempt) {
             let (prompt, graph) = if drawn {
                 let sample = tasks::text_to_image(seed, split, number, min, max);
                 (sample.prompt, sample.graph)
             } else {
                 let sample = tasks::act(seed, split, number, min, max);
-                pictures.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
+                renders.push(through_latents(&self.klein, &self.decode, &render(&sample.scene), self.size)?);
                 (sample.prompt, sample.graph)
             };
-            problems.push((self.target(prompt, &graph), graph, noise(number)));
+            asked.push((self.target(prompt, &graph), graph, noise(number)));
         }
-        if drawn {
-            let jobs: Vec<Draw> = problems.iter().map(|(target, _, seed)| Draw { target, seed: *seed }).collect();
-            pictures = self.painter(self.posing.steps).draw(&jobs)?;
+        let targets = || asked.iter().map(|(target, ..)| target);
+        let mut best = if drawn { Vec::new() } else { self.checked(renders, targets())? };
+        for turn in 0..if drawn { self.posing.draws } else { 0 } {
+            let seeds = asked.iter().map(|(.., seed)| seed_of_drawing(*seed, turn));
+            let jobs: Vec<Draw> = targets().zip(seeds).map(|(target, seed)| Draw { target, seed }).collect();
+            let new = self.checked(self.painter(self.posing.steps).draw(&jobs)?, targets())?;
+            if best.is_empty() {
+                best = new;
+            } else {
+                for (best, new) in best.iter_mut().zip(new).filter(|(best, new)| rank(&new.1) > rank(&best.1)) {
+                    *best = new;
+                }
+            }
         }
+        let problem = |((target, graph, seed), (picture, verdicts))| Problem {
+            target,
+            graph,
+            picture,
+            verdicts,
+            seed,
+            rendered: !drawn,
+        };
+        Ok(asked.into_iter().zip(best).map(problem).collect())
+    }
+
+    /// Pictures with the Checker's verdicts on what their targets ask for.
+    fn checked<'a>(
+        &self,
+        pictures: Vec<Picture>,
+        targets: impl Iterator<Item = &'a Target>,
+    ) -> Result<Vec<(Picture, Vec<Verdict>)>> {
         Picture::develop(&pictures.iter().collect::<Vec<_>>())?;
-        let asked: Vec<(&Picture, &Target)> = pictures.iter().zip(&problems).map(|(p, (t, ..))| (p, t)).collect();
-        let verdicts = rollout::check(&self.critic, &asked);
-        let all = problems.into_iter().zip(pictures.iter().cloned()).zip(verdicts);
-        Ok(all
-            .map(|(((target, graph, seed), picture), verdicts)| Problem {
-                target,
-                graph,
-                picture,
-                verdicts,
-                seed,
-                rendered: !drawn,
-            })
-            .collect())
+        let verdicts = rollout::check(&self.critic, &pictures.iter().zip(targets).collect::<Vec<_>>());
+        Ok(pictures.into_iter().zip(verdicts).collect())
     }
 }
 
@@ -194,23 +213,36 @@ mod tests {
     use super::*;
     use candle_core::{DType, Device};
 
+    fn posed(models: &ModelsConfig, posing: Posing) -> Result<Vec<Problem>> {
+        let (built_in, at) = (ModelsConfig::default(), (DType::F32, &Device::Cpu));
+        let (klein, _) = rollout::pipeline(&built_in.pipeline()?, at, &[])?;
+        let (critic, _) = rollout::critic(&built_in, at, None)?;
+        let poser = Poser::new((klein, Adapted::default()), critic, posing, models)?;
+        poser.problems(Split::Train, 0, &[0, 1, 2, 3])
+    }
+
+    const POSING: Posing = Posing { source: Source::Render, objects: [3, 3], draws: 1, steps: 1, guidance: 1.0 };
+
     #[test]
     fn the_built_in_models_read_prompts_as_the_loop_words_them() -> Result<()> {
-        let (built_in, at) = (ModelsConfig::default(), (DType::F32, &Device::Cpu));
-        let posed = |models: &ModelsConfig| -> Result<Vec<(String, Problem)>> {
-            let (klein, _) = rollout::pipeline(&built_in.pipeline()?, at, &[])?;
-            let (critic, _) = rollout::critic(&built_in, at, None)?;
-            let posing = Posing { source: Source::Render, objects: [3, 3], steps: 1, guidance: 1.0 };
-            let poser = Poser::new((klein, Adapted::default()), critic, posing, models)?;
-            let problems = poser.problems(Split::Train, 0, &[0, 1, 2, 3])?;
-            Ok(problems.into_iter().map(|problem| (plain(&problem.graph), problem)).collect())
-        };
-        for (plain, problem) in posed(&built_in)? {
+        for problem in posed(&ModelsConfig::default(), POSING)? {
+            let plain = plain(&problem.graph);
             assert!(problem.target.words() == plain && problem.question().contains(&plain), "{plain}");
         }
-        let others = posed(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() })?;
-        assert!(others.iter().all(|(_, problem)| problem.target.words() == problem.target.prompt));
-        assert!(others.iter().any(|(plain, problem)| problem.target.prompt != *plain));
+        let others = posed(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() }, POSING)?;
+        assert!(others.iter().all(|problem| problem.target.words() == problem.target.prompt));
+        assert!(others.iter().any(|problem| problem.target.prompt != plain(&problem.graph)));
+        Ok(())
+    }
+
+    #[test]
+    fn of_several_drawings_the_problem_has_the_best() -> Result<()> {
+        let drawn = |draws| posed(&ModelsConfig::default(), Posing { source: Source::Draw, draws, steps: 2, ..POSING });
+        let pairs: Vec<(Problem, Problem)> = drawn(1)?.into_iter().zip(drawn(3)?).collect();
+        // Two steps are too few for a picture that passes, in whose place another prompt would be drawn.
+        assert!(pairs.iter().all(|(one, best)| one.target.prompt == best.target.prompt));
+        assert!(pairs.iter().all(|(one, best)| rank(&best.verdicts) >= rank(&one.verdicts)));
+        assert!(pairs.iter().any(|(one, best)| rank(&best.verdicts) > rank(&one.verdicts)));
         Ok(())
     }
 }
