@@ -45,7 +45,7 @@ pub struct Posing {
     pub source: Source,
     /// Objects of a prompt at least and at most.
     pub objects: [usize; 2],
-    /// Drawings of a prompt, of which the best is the problem's picture, as in the loop ([`crate::rig::cycle::Options::draws`]).
+    /// Drawings of a prompt, of which the best is the problem's picture, as in the loop.
     pub draws: usize,
     /// Of the drawings.
     pub steps: usize,
@@ -163,18 +163,15 @@ impl Poser {
             asked.push((self.target(prompt, &graph), graph, noise(number)));
         }
         let targets = || asked.iter().map(|(target, ..)| target);
-        let mut best = if drawn { Vec::new() } else { self.checked(renders, targets())? };
-        for turn in 0..if drawn { self.posing.draws } else { 0 } {
+        let draw = |turn| {
             let seeds = asked.iter().map(|(.., seed)| seed_of_drawing(*seed, turn));
             let jobs: Vec<Draw> = targets().zip(seeds).map(|(target, seed)| Draw { target, seed }).collect();
-            let new = self.checked(self.painter(self.posing.steps).draw(&jobs)?, targets())?;
-            if best.is_empty() {
-                best = new;
-            } else {
-                for (best, new) in best.iter_mut().zip(new).filter(|(best, new)| rank(&new.1) > rank(&best.1)) {
-                    *best = new;
-                }
-            }
+            self.checked(self.painter(self.posing.steps).draw(&jobs)?, targets())
+        };
+        let mut best = if drawn { draw(0)? } else { self.checked(renders, targets())? };
+        for turn in 1..if drawn { self.posing.draws } else { 1 } {
+            let better = best.iter_mut().zip(draw(turn)?).filter(|(best, new)| rank(&new.1) > rank(&best.1));
+            better.for_each(|(best, new)| *best = new);
         }
         let problem = |((target, graph, seed), (picture, verdicts))| Problem {
             target,
