@@ -465,9 +465,24 @@ fn the_configs_for_real_checkpoints_load_and_train_on_small_ones_of_their_kind()
             set.push(format!("{learner}.evaluation=1"));
         }
         let request = Request { config: Some(file), resume: None, out: Some(rig.path(name)), set };
-        let (end, steps) = train(&request, None);
-        assert_eq!((end, steps.len()), (End::Done, 1), "{name}");
-        assert!(steps[0]["loss"].is_finite() && !adapters(&rig.path(name)).is_empty(), "{name}");
+        let (mut plans, mut losses) = (Vec::new(), Vec::new());
+        let prepared = request.prepare::<GrpoConfig>().unwrap();
+        let end = prepared.train(&AtomicBool::new(false), &mut |event| match event {
+            Event::Plan(plan) => plans.push(plan.clone()),
+            Event::Step(_, metrics) => {
+                losses.extend(metrics.iter().filter(|(name, _)| name == "loss").map(|(_, l)| *l))
+            }
+            _ => {}
+        });
+        assert_eq!((end.unwrap(), losses.len()), (End::Done, 1), "{name}");
+        assert!(losses[0].is_finite() && !adapters(&rig.path(name)).is_empty(), "{name}");
+        // What is planned before the first step: an adapter beside frozen models, blocks computed again.
+        let trained: usize =
+            adapters(&rig.path(name)).iter().flat_map(|a| adapter(a).into_values()).map(|t| t.elem_count()).sum();
+        let plan = &plans[0];
+        assert_eq!((plans.len(), plan.parameters, plan.recompute), (1, trained, true), "{name}");
+        // Variables, gradients, two moments and an average, in f32.
+        assert!(plan.frozen > 0 && plan.memory >= plan.frozen + 5 * 4 * trained, "{name}: {plan:?}");
     }
 }
 
