@@ -83,8 +83,13 @@ fn tabletop(device: &Device) -> Result<()> {
             klein.forget();
             let job = |i| Ok(Job { prompt: PROMPT, noise: klein.noise(0, i as u64, size)?, references: Vec::new() });
             let jobs: Vec<Job> = (0..count).map(job).collect::<Result<_>>()?;
-            let options =
-                Options { steps: STEPS, solver: Solver::Euler, guidance: GUIDANCE, batch: count, watch: &Unwatched };
+            let options = Options {
+                steps: STEPS,
+                solver: Solver::Euler,
+                guidance: GUIDANCE.into(),
+                batch: count,
+                watch: &Unwatched,
+            };
             klein.decode(&klein.draw(&jobs, &options)?).map(drop)
         })?;
         println!("pictures {name}: {}", seconds / count as f64);

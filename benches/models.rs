@@ -40,8 +40,13 @@ fn main() -> Result<()> {
             klein.forget();
             let job = |i| Ok(Job { prompt: PROMPT, noise: klein.noise(0, i as u64, size)?, references: Vec::new() });
             let jobs: Vec<Job> = (0..count).map(job).collect::<Result<_>>()?;
-            let options =
-                Options { steps: STEPS, solver: Solver::Euler, guidance: GUIDANCE, batch: BATCH, watch: &Unwatched };
+            let options = Options {
+                steps: STEPS,
+                solver: Solver::Euler,
+                guidance: GUIDANCE.into(),
+                batch: BATCH,
+                watch: &Unwatched,
+            };
             klein.decode(&klein.draw(&jobs, &options)?).map(drop)
         })?;
     }

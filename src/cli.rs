@@ -190,6 +190,13 @@ pub struct Sampling {
     /// Guidance strength; 1 switches guidance off [default: the model's]
     #[arg(long, value_name = "G", help_heading = "Sampling")]
     pub guidance: Option<f64>,
+    /// Guidance strength of edits by reference [default: the model's, or --guidance if that is given]
+    #[arg(long, value_name = "G", help_heading = "Sampling")]
+    pub edit_guidance: Option<f64>,
+    /// How strongly edits by reference are guided by the picture, beside the words: more keeps more of it, and takes half as
+    /// many evaluations again; 1 is not at all [default: the model's]
+    #[arg(long, value_name = "G", help_heading = "Sampling")]
+    pub image_guidance: Option<f64>,
 }
 
 /// Which model draws and edits.

@@ -39,7 +39,7 @@ fn golden() -> Golden {
 }
 
 fn options(steps: usize, guidance: f64) -> Options<'static> {
-    Options { steps, solver: Solver::Euler, guidance, batch: 8, watch: &Unwatched }
+    Options { steps, solver: Solver::Euler, guidance: guidance.into(), batch: 8, watch: &Unwatched }
 }
 
 fn job<'a>(klein: &Klein, prompt: &'a str, seed: u64, references: Vec<Tensor>) -> Job<'a> {

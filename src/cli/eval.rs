@@ -173,7 +173,7 @@ pub struct EvalRun {
         conflicts_with_all = [
             "data", "min_relations", "relation", "spatial_only", "shard", "wording", "graph", "mode", "suite", "edits",
             "seed", "rounds", "draws", "redraw", "accept", "editor", "inversion", "only", "oracle", "model", "judge",
-            "steps", "solver", "guidance", "resume",
+            "steps", "solver", "guidance", "edit_guidance", "image_guidance", "resume",
         ],
         help_heading = "Modes"
     )]

@@ -67,7 +67,9 @@ pub fn run(args: &Edit) -> Result<()> {
     let (klein, adapted) = open::pipeline(&found, (&device, dtype), &roles, &mut adapters)?;
     adapters.finish()?;
     let painting = open::painting(&klein, &found, &args.sampling, (args.editor, inversion), 1);
-    let (steps, solver, guidance) = (painting.steps, painting.solver, painting.guidance);
+    let (steps, solver) = (painting.steps, painting.solver);
+    let by_reference = args.editor == EditorKind::Reference;
+    let guidance = if by_reference { painting.edit_guidance } else { painting.guidance.into() };
     let side = klein.default_size();
     let scaled_from = Some(picture.dimensions()).filter(|given| found.is_built_in() && *given != side);
     if let Some((from_w, from_h)) = scaled_from {
@@ -103,7 +105,8 @@ pub fn run(args: &Edit) -> Result<()> {
             "seed": seed,
             "steps": steps,
             "solver": solver,
-            "guidance": guidance,
+            "guidance": guidance.text,
+            "image_guidance": by_reference.then_some(guidance.image),
             "editor": flag(args.editor),
             "inversion": (args.editor == EditorKind::Inversion).then(|| flag(inversion)),
             "model": found.source,
@@ -118,7 +121,8 @@ pub fn run(args: &Edit) -> Result<()> {
         let why = "pictures are cut to whole tokens, large ones scaled down first";
         console.say(&format!("the edited picture has {w}x{h} pixels, the given one {from_w}x{from_h}: {why}"));
     }
-    let parameters = Parameters { prompt: instruction, steps, solver, guidance, seed, size, model, rounds: None };
+    let parameters =
+        Parameters { prompt: instruction, steps, solver, guidance: guidance.text, seed, size, model, rounds: None };
     let file = output.write_with(0, pixels, &parameters, &recipe.to_string())?;
     console.done();
     if args.print.json {

@@ -240,7 +240,7 @@ impl Models {
             args.judge.as_deref().map(|name| open::find_a_vlm(Some(name), "--judge", args.print.quiet)).transpose()?;
         let source: Option<&Source> = judge.as_ref().map(|found| &found.source);
         let mut told = json!({
-            "steps": painting.steps, "solver": painting.solver, "guidance": painting.guidance, "looks": critic.looks, "calibration": critic.calibration, "editor": format!("{:?}", painting.editing),
+            "steps": painting.steps, "solver": painting.solver, "guidance": painting.guidance, "edit_guidance": painting.edit_guidance, "looks": critic.looks, "calibration": critic.calibration, "editor": format!("{:?}", painting.editing),
         });
         told["model"] = serde_json::to_value(&pipeline.source)?;
         told["vlm"] = serde_json::to_value(&vlm.source)?;

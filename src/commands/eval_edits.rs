@@ -39,7 +39,8 @@ pub fn run(args: &EvalRun) -> Result<()> {
     let painting = open::painting(&klein, &found, &args.sampling, editing, args.batch);
     let settings = json!({
         "split": split.name(), "subset_seed": subset_seed, "limit": limit, "seed": seed, "objects": args.objects,
-        "steps": painting.steps, "solver": painting.solver, "guidance": painting.guidance, "editor": format!("{:?}", painting.editing),
+        "steps": painting.steps, "solver": painting.solver, "guidance": painting.guidance, "edit_guidance": painting.edit_guidance,
+        "editor": format!("{:?}", painting.editing),
         "model": found.source, "adapter": adapters.told(), "dtype": open::dtype_name(dtype),
         "rlrig": env!("CARGO_PKG_VERSION"),
     });

@@ -200,6 +200,7 @@ fn open_models(args: &Generate, plan: &Plan, watch: Box<dyn Watch>) -> Result<(P
         steps: painting.steps,
         solver: painting.solver,
         guidance: painting.guidance,
+        edit_guidance: (editor == EditorKind::Reference).then_some(painting.edit_guidance),
         editor: flag(editor),
         inversion: (editor == EditorKind::Inversion).then(|| flag(inversion)),
         model: pipeline.source.clone(),
@@ -295,6 +296,10 @@ fn with_recipe(mut args: Generate, from: Option<&Trajectory>) -> Result<Generate
     args.cycle.looks = args.cycle.looks.or(Some(recipe.looks));
     args.sampling.steps = args.sampling.steps.or(Some(recipe.steps));
     args.sampling.solver = args.sampling.solver.or(Some(recipe.solver));
+    let edits = recipe.edit_guidance.unwrap_or(recipe.guidance.into());
+    // As everywhere, --guidance is of edits, too.
+    args.sampling.edit_guidance = args.sampling.edit_guidance.or(args.sampling.guidance).or(Some(edits.text));
+    args.sampling.image_guidance = args.sampling.image_guidance.or(Some(edits.image));
     args.sampling.guidance = args.sampling.guidance.or(Some(recipe.guidance));
     args.editor = args.editor.or(value(&recipe.editor)?);
     // Another editor has no use for the recipe's.

@@ -55,7 +55,7 @@ fn show(out: &mut impl Write, t: &Trajectory) -> Result<()> {
         ("prompt", t.target.prompt.clone()),
         ("result", format!("{}, round {} of {}", t.ending.words(), t.best + 1, t.turns.len())),
         ("seed", r.seed.to_string()),
-        ("sampling", format!("{} steps by {}, guidance {}, {}", r.steps, r.solver.name(), r.guidance, r.dtype)),
+        ("sampling", format!("{} steps by {}, guidance {}, {}", r.steps, r.solver.name(), r.guided(), r.dtype)),
         ("editor", editor),
         ("loop", r.cycle()),
         ("model", source(&r.model)),

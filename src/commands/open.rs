@@ -3,7 +3,7 @@
 use super::adapters::{Adapters, Who};
 use crate::{
     cli::{CriticArgs, CycleArgs, DeviceKind, Dtype, EditorKind, ModelArgs, PainterArgs, Sampling},
-    flow::{Inversion, Klein},
+    flow::{Guidance, Inversion, Klein},
     io::hub::{Hub, Local},
     models::{Adapter, Folder, Params, built_in, qwen3_vl},
     rig::{
@@ -24,6 +24,7 @@ use std::{cell::RefCell, sync::Arc};
 /// The built-in model's sampling.
 const BUILT_IN_STEPS: usize = 20;
 const BUILT_IN_GUIDANCE: f64 = 3.0;
+const BUILT_IN_EDIT_GUIDANCE: Guidance = Guidance { text: 5.0, image: 2.5 };
 /// How often the built-in Checker looks: it is small, and sure of little at one look.
 const BUILT_IN_LOOKS: usize = 3;
 
@@ -210,15 +211,19 @@ pub fn painting(
     (editor, inversion): (EditorKind, Inversion),
     batch: usize,
 ) -> Painting {
-    let (steps, guidance) = match (found.is_built_in(), klein.distilled) {
-        (true, _) => (BUILT_IN_STEPS, BUILT_IN_GUIDANCE),
-        (false, true) => (4, 1.0),
-        (false, false) => (50, 4.0),
+    let (steps, guidance, edit_guidance) = match (found.is_built_in(), klein.distilled) {
+        (true, _) => (BUILT_IN_STEPS, BUILT_IN_GUIDANCE, BUILT_IN_EDIT_GUIDANCE),
+        (false, true) => (4, 1.0, 1.0.into()),
+        (false, false) => (50, 4.0, 4.0.into()),
     };
     Painting {
         steps: sampling.steps.unwrap_or(steps),
         solver: sampling.solver.unwrap_or_default(),
         guidance: sampling.guidance.unwrap_or(guidance),
+        edit_guidance: Guidance {
+            text: sampling.edit_guidance.or(sampling.guidance).unwrap_or(edit_guidance.text),
+            image: sampling.image_guidance.unwrap_or(edit_guidance.image),
+        },
         editing: match editor {
             EditorKind::Reference => Editing::Reference,
             EditorKind::Inversion => Editing::Inversion(inversion),
@@ -234,8 +239,14 @@ pub fn check_sampling(sampling: &Sampling) -> Result<()> {
     if let Some(steps) = sampling.steps.filter(|steps| !(1..=1000).contains(steps)) {
         usage!("--steps is 1 to 1000, not {steps}");
     }
-    if let Some(guidance) = sampling.guidance.filter(|g| !(0.0..=100.0).contains(g)) {
-        usage!("--guidance is 0 to 100, not {guidance}");
+    for (flag, strength) in [
+        ("--guidance", sampling.guidance),
+        ("--edit-guidance", sampling.edit_guidance),
+        ("--image-guidance", sampling.image_guidance),
+    ] {
+        if let Some(strength) = strength.filter(|g| !(0.0..=100.0).contains(g)) {
+            usage!("{flag} is 0 to 100, not {strength}");
+        }
     }
     Ok(())
 }

@@ -63,8 +63,13 @@ pub fn run(args: &WorldRedraw) -> Result<()> {
                 Ok(Over { prompt: &sample.prompt, source: latents.get(row)?, noise })
             })
             .collect::<Result<_>>()?;
-        let options =
-            Options { steps, solver: painting.solver, guidance: painting.guidance, batch: BATCH, watch: &*watch };
+        let options = Options {
+            steps,
+            solver: painting.solver,
+            guidance: painting.guidance.into(),
+            batch: BATCH,
+            watch: &*watch,
+        };
         let drawn = match klein.draw_over(transformer, &jobs, level, &options) {
             Err(error) if error.is::<Cancelled>() => {
                 bail!("interrupted; {} tells of {start} of {} pictures", lines.display(), args.count)

@@ -1,7 +1,7 @@
 //! What the pipeline does with pictures of many jobs at once: drawing, reference editing, and editing by way of noise.
 
 use super::{
-    field::{pack, unpack},
+    field::{Guidance, pack, unpack},
     inversion::{FlowEdit, Inversion},
     pipeline::Klein,
     sampler::Solver,
@@ -17,8 +17,8 @@ pub struct Options<'a> {
     pub steps: usize,
     /// How pictures are drawn and, by reference, edited; the methods of [`Klein::change`] have solvers of their own.
     pub solver: Solver,
-    /// Strength of guidance; 1 and less, and any strength with a distilled model, are none.
-    pub guidance: f64,
+    /// By a text strength of 1 and less, and with a distilled model, pictures are not guided at all.
+    pub guidance: Guidance,
     /// How many pictures run through the network together, at most.
     pub batch: usize,
     pub watch: &'a dyn Watch,
@@ -29,8 +29,9 @@ impl Options<'_> {
         if self.steps == 0 || self.steps > 1000 {
             usage!("the number of steps is 1 to 1000, not {}", self.steps);
         }
-        if !self.guidance.is_finite() || self.guidance < 0.0 {
-            usage!("the guidance is a number from 0 on, not {}", self.guidance);
+        let Guidance { text, image } = self.guidance;
+        if ![text, image].iter().all(|strength| strength.is_finite() && *strength >= 0.0) {
+            usage!("strengths of guidance are numbers from 0 on, not {text} and {image}");
         }
         ensure!(self.batch > 0, "a batch has at least one picture");
         Ok(())
@@ -137,7 +138,7 @@ impl Klein {
             let prompts: Vec<&str> = batch.iter().map(|j| j.prompt).collect();
             let sources: Vec<&str> = batch.iter().map(|j| j.source_prompt).collect();
             let none = vec![Vec::new(); batch.len()];
-            let field = |prompts: &[&str], guidance: f64| self.field(prompts, &none, (h, w), guidance);
+            let field = |prompts: &[&str], guidance: Guidance| self.field(prompts, &none, (h, w), guidance);
             let noise = |index: u64| -> candle_core::Result<Tensor> {
                 let draw =
                     |j: &&Change| Stream::new(j.seed, "change", index).normals(source.elem_count() / batch.len());
@@ -147,14 +148,14 @@ impl Klein {
             match method {
                 Method::Inversion(inversion) => {
                     let up = match inversion {
-                        Inversion::RfInversion => field(&vec![""; batch.len()], 1.0)?,
-                        _ => field(&sources, 1.0)?,
+                        Inversion::RfInversion => field(&vec![""; batch.len()], 1.0.into())?,
+                        _ => field(&sources, 1.0.into())?,
                     };
                     let up = up.watched(progress);
                     progress.finish(inversion.edit(&up, &target, &source, &noise(0)?, &sigmas))
                 }
                 Method::FlowEdit(edit, guidance) => {
-                    let from = field(&sources, guidance)?.watched(progress);
+                    let from = field(&sources, guidance.into())?.watched(progress);
                     let noise = |step: usize, k: usize| noise((step * edit.n_avg + k) as u64);
                     progress.finish(edit.run(&from, &target, &source, &sigmas, noise))
                 }
@@ -222,7 +223,8 @@ mod tests {
         let tensor = |index: u64| klein.noise(0, index, (4, 4)).unwrap();
         let over = |source: u64, level: f64| {
             let job = Over { prompt: "a ball", source: tensor(source), noise: tensor(0) };
-            let options = Options { steps: 2, solver: Solver::Euler, guidance: 3.0, batch: 1, watch: &Unwatched };
+            let options =
+                Options { steps: 2, solver: Solver::Euler, guidance: 3.0.into(), batch: 1, watch: &Unwatched };
             klein.draw_over(&klein.transformer, &[job], level, &options).map(|mut drawn| drawn.remove(0))
         };
         let gap =

@@ -15,7 +15,7 @@ pub mod schedule;
 pub mod watch;
 
 pub use draw::{Change, Job, Method, Options, Over};
-pub use field::Field;
+pub use field::{Field, Guidance};
 pub use inversion::{FlowEdit, Inversion, RfInversion};
 pub use pipeline::{Klein, Parts, PromptEmbedding};
 pub use policy::{KlForm, Policy};

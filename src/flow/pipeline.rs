@@ -16,7 +16,7 @@
 //! batch.
 
 use super::{
-    field::{Field, Given, unpack},
+    field::{Field, Given, Guidance, unpack},
     schedule::Schedule,
 };
 use crate::{
@@ -301,7 +301,7 @@ impl Klein {
         prompts: &[&str],
         references: &[Vec<Tensor>],
         size: (usize, usize),
-        guidance: f64,
+        guidance: impl Into<Guidance>,
     ) -> Result<Field<'_>> {
         self.field_of(&self.transformer, prompts, references, size, guidance)
     }
@@ -313,10 +313,10 @@ impl Klein {
         prompts: &[&str],
         references: &[Vec<Tensor>],
         size: (usize, usize),
-        guidance: f64,
+        guidance: impl Into<Guidance>,
     ) -> Result<Field<'a>> {
-        let text = self.embed(prompts)?;
-        let negative = if self.guided(guidance) { self.embed(&[""])?.pop() } else { None };
+        let (text, guidance) = (self.embed(prompts)?, guidance.into());
+        let negative = if self.guided(guidance.text) { self.embed(&[""])?.pop() } else { None };
         let given = Given { text: &text, guidance: negative.as_ref().map(|n| (n, guidance)), references, size };
         Field::new(transformer, (self.dtype, &self.device), &given, &self.evaluations)
     }

@@ -6,7 +6,7 @@ use super::{
     roles::{Claim, Decode, Diffuser, Draw, Edit, Editor, Picture, Verdict},
 };
 use crate::{
-    flow::{Change, FlowEdit, Inversion, Job, Klein, Method, Options, Solver, Watch},
+    flow::{Change, FlowEdit, Guidance, Inversion, Job, Klein, Method, Options, Solver, Watch},
     models::flux2::Flux2,
     usage,
 };
@@ -30,7 +30,10 @@ pub enum Editing {
 pub struct Painting {
     pub steps: usize,
     pub solver: Solver,
+    /// By the prompt: of drawings, and of edits by way of noise.
     pub guidance: f64,
+    /// Of edits by reference: by the instruction and by the picture.
+    pub edit_guidance: Guidance,
     pub editing: Editing,
     /// Width and height of drawn pictures in pixels.
     pub size: (u32, u32),
@@ -100,8 +103,8 @@ impl Painter {
         self.klein.tokens(self.painting.size.0, self.painting.size.1)
     }
 
-    fn options(&self) -> Options<'_> {
-        let Painting { steps, solver, guidance, batch, .. } = self.painting;
+    fn options(&self, guidance: Guidance) -> Options<'_> {
+        let Painting { steps, solver, batch, .. } = self.painting;
         Options { steps, solver, guidance, batch, watch: &*self.watch }
     }
 
@@ -130,7 +133,7 @@ impl Diffuser for Painter {
             .map(|job| Ok(Job { prompt: job.target.words(), noise: self.noise(job.seed)?, references: Vec::new() }))
             .collect::<Result<_>>()?;
         let diffuser = self.adapted.diffuser.as_deref().unwrap_or(&self.klein.transformer);
-        Ok(self.pictures(self.klein.draw_by(diffuser, &jobs, &self.options())?))
+        Ok(self.pictures(self.klein.draw_by(diffuser, &jobs, &self.options(self.painting.guidance.into()))?))
     }
 }
 
@@ -149,7 +152,8 @@ impl Editor for Painter {
                     })
                     .collect::<Result<_>>()?;
                 let editor = self.adapted.editor.as_deref().unwrap_or(&self.klein.transformer);
-                return Ok(self.pictures(self.klein.draw_by(editor, &jobs, &self.options())?));
+                let options = self.options(self.painting.edit_guidance);
+                return Ok(self.pictures(self.klein.draw_by(editor, &jobs, &options)?));
             }
             Editing::Inversion(inversion) => Method::Inversion(inversion),
             Editing::FlowEdit => Method::FlowEdit(FlowEdit::for_steps(self.painting.steps), FLOWEDIT_SOURCE_GUIDANCE),
@@ -167,7 +171,7 @@ impl Editor for Painter {
                 seed: seed_of_drawing(job.seed, job.round),
             })
             .collect();
-        Ok(self.pictures(self.klein.change(&changes, method, &self.options())?))
+        Ok(self.pictures(self.klein.change(&changes, method, &self.options(self.painting.guidance.into()))?))
     }
 }
 
@@ -204,7 +208,8 @@ mod tests {
         let target = Target::words_alone("a ball");
         for editing in [Editing::FlowEdit, Editing::Inversion(Inversion::RfInversion)] {
             let (solver, guidance, size, batch) = (Solver::Euler, 1.0, (64, 64), 1);
-            let painting = Painting { steps: 4, solver, guidance, editing, size, batch };
+            let edit_guidance = guidance.into();
+            let painting = Painting { steps: 4, solver, guidance, edit_guidance, editing, size, batch };
             let painter = Painter::new(klein.clone(), painting, Box::new(Unwatched));
             let picture = Picture::from_latents(painter.noise(0).unwrap(), painter.decode.clone());
             let edited = |seed, round| -> Vec<f32> {

@@ -3,7 +3,7 @@
 //! The paper's reward is `satisfied`, the share of the claims that hold after the edit. `kept` is its counterweight: an
 //! editor that is only paid for what was asked learns to repaint everything.
 
-use super::roles::{Verdict, mean_probability};
+use super::roles::{Verdict, mean_probability, score};
 
 /// What a reward looks at: the Checker's verdicts on a picture and on the one it was made from, claim by claim.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +19,8 @@ pub enum ByVerdicts {
     Satisfied,
     /// The mean P(yes): as `satisfied`, without its steps.
     Probability,
+    /// The Checker's score, by which the loop tells the better picture: one doubtful claim counts for more than in the mean.
+    Score,
     /// 1 if every claim holds.
     Passed,
     /// What the edit added to the mean P(yes).
@@ -30,12 +32,14 @@ pub enum ByVerdicts {
 }
 
 impl ByVerdicts {
-    pub const ALL: [Self; 6] = [Self::Satisfied, Self::Probability, Self::Passed, Self::Gain, Self::Kept, Self::Fixed];
+    pub const ALL: [Self; 7] =
+        [Self::Satisfied, Self::Probability, Self::Score, Self::Passed, Self::Gain, Self::Kept, Self::Fixed];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Satisfied => "satisfied",
             Self::Probability => "probability",
+            Self::Score => "score",
             Self::Passed => "passed",
             Self::Gain => "gain",
             Self::Kept => "kept",
@@ -49,6 +53,7 @@ impl ByVerdicts {
         match self {
             Self::Satisfied => share(after.iter().map(|v| v.yes)),
             Self::Probability => mean_probability(after).unwrap_or(1.0),
+            Self::Score => score(after).unwrap_or(1.0),
             Self::Passed => f64::from(u8::from(after.iter().all(|v| v.yes))),
             Self::Gain => {
                 mean_probability(after).zip(mean_probability(before)).map_or(0.0, |(after, before)| after - before)
@@ -86,6 +91,7 @@ mod tests {
         let of = |reward: ByVerdicts| reward.of(Sample { before: &before, after: &after });
         assert_eq!(of(ByVerdicts::Satisfied), 0.6);
         assert!((of(ByVerdicts::Probability) - 0.56).abs() < 1e-12);
+        assert!((of(ByVerdicts::Score) - (0.9f64 * 0.4 * 0.6 * 0.7 * 0.2).powf(0.2)).abs() < 1e-12);
         assert_eq!(of(ByVerdicts::Passed), 0.0);
         assert!((of(ByVerdicts::Gain) - 0.02).abs() < 1e-12);
         assert_eq!(of(ByVerdicts::Kept), 2.0 / 3.0);

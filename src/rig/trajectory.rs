@@ -8,7 +8,7 @@ use super::{
     roles::{Target, Verdict},
 };
 use crate::{
-    flow::Solver,
+    flow::{Guidance, Solver},
     io::story::{Card, Finding, Story},
 };
 use anyhow::{Context, Result, ensure};
@@ -52,6 +52,9 @@ pub struct Recipe {
     #[serde(default)]
     pub solver: Solver,
     pub guidance: f64,
+    /// Of edits by reference; recipes that do not say are of the time when they were guided as drawings are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edit_guidance: Option<Guidance>,
     pub editor: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inversion: Option<String>,
@@ -69,6 +72,13 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// How strongly pictures are guided, in words.
+    pub fn guided(&self) -> String {
+        let Self { guidance, edit_guidance, .. } = self;
+        let edits = edit_guidance.filter(|edits| *edits != Guidance::from(*guidance));
+        guidance.to_string() + &edits.map_or(String::new(), |edits| format!(", of edits {edits}"))
+    }
+
     /// How the loop ran, in words.
     pub fn cycle(&self) -> String {
         let Self { rounds, draws, redraw, accept, looks, .. } = self;
@@ -181,7 +191,7 @@ impl Trajectory {
             fact("seed", r.seed.to_string()),
             fact("steps", r.steps.to_string()),
             fact("solver", r.solver.name().to_owned()),
-            fact("guidance", r.guidance.to_string()),
+            fact("guidance", r.guided()),
             fact("editor", r.editor.clone()),
             fact("model", r.model.name.clone()),
             fact("vlm", r.vlm.name.clone()),
@@ -326,6 +336,7 @@ mod tests {
                 steps: 20,
                 solver: Solver::Euler,
                 guidance: 3.0,
+                edit_guidance: Some(Guidance { text: 5.0, image: 2.5 }),
                 editor: "reference".into(),
                 inversion: None,
                 model: source("built-in"),

@@ -28,6 +28,7 @@ use super::{
     trained::Trained,
 };
 use crate::{
+    flow::Guidance,
     models::built_in,
     rig::{
         klein::Adapted,
@@ -70,7 +71,11 @@ pub struct ActorConfig {
     pub steps: usize,
     /// Steps of drawings and of an evaluation's edits: those of the loop.
     pub evaluation_steps: usize,
+    /// Strength of guidance: of drawings, and by the instruction of edits for which `edit_guidance` says nothing else;
+    /// these are guided by the picture, too ([`Guidance`]).
     pub guidance: f64,
+    pub edit_guidance: Option<f64>,
+    pub image_guidance: f64,
     pub loss: TokenLossKind,
     /// The clip range; the loss's own ([`TokenLossKind::clip`]) if not given.
     pub eps_low: Option<f64>,
@@ -93,6 +98,8 @@ impl Default for ActorConfig {
             steps: 8,
             evaluation_steps: 20,
             guidance: 3.0,
+            edit_guidance: None,
+            image_guidance: 1.0,
             loss: TokenLossKind::Grpo,
             eps_low: None,
             eps_high: None,
@@ -103,9 +110,15 @@ impl Default for ActorConfig {
 }
 
 impl ActorConfig {
+    /// How edits are guided.
+    pub fn edit_guidance(&self) -> Guidance {
+        Guidance { text: self.edit_guidance.unwrap_or(self.guidance), image: self.image_guidance }
+    }
+
     pub fn posing(&self) -> Posing {
         let Self { source, min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
-        Posing { source, objects: [min_objects, max_objects], draws, steps, guidance }
+        let edit_guidance = self.edit_guidance();
+        Posing { source, objects: [min_objects, max_objects], draws, steps, guidance, edit_guidance }
     }
 
     /// The loss of answers of at most [`EDIT`] tokens.

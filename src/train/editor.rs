@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     flow::{
-        KlForm, Policy,
+        Guidance, KlForm, Policy,
         field::{pack, unpack},
         sampler::{Velocity, euler},
     },
@@ -87,7 +87,11 @@ pub struct EditorConfig {
     pub policy: Policy,
     pub steps: usize,
     pub window: usize,
+    /// Strength of guidance: of drawings, and by the instruction of edits for which `edit_guidance` says nothing else;
+    /// these are guided by the picture, too ([`Guidance`]).
     pub guidance: f64,
+    pub edit_guidance: Option<f64>,
+    pub image_guidance: f64,
     /// Whether a group begins with one noise (so that its members differ by their stochastic steps alone, and up to the
     /// first of these are evaluated as one).
     pub shared_noise: bool,
@@ -112,6 +116,8 @@ impl Default for EditorConfig {
             steps: 8,
             window: 2,
             guidance: 3.0,
+            edit_guidance: None,
+            image_guidance: 1.0,
             shared_noise: true,
             evaluation: 64,
             evaluation_steps: 20,
@@ -179,9 +185,15 @@ impl EditorConfig {
         self.eps.unwrap_or(if self.loss == LossKind::GrpoGuard { 2e-6 } else { 1e-5 })
     }
 
+    /// How edits are guided.
+    pub fn edit_guidance(&self) -> Guidance {
+        Guidance { text: self.edit_guidance.unwrap_or(self.guidance), image: self.image_guidance }
+    }
+
     fn posing(&self) -> Posing {
         let Self { min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
-        Posing { source: Source::Draw, objects: [min_objects, max_objects], draws, steps, guidance }
+        let (source, objects, edit_guidance) = (Source::Draw, [min_objects, max_objects], self.edit_guidance());
+        Posing { source, objects, draws, steps, guidance, edit_guidance }
     }
 
     /// Refuses what cannot be learned from.
@@ -308,7 +320,8 @@ impl Editor {
         (advantages, counts): (&Tensor, &Tensor),
     ) -> Result<Step> {
         let k = batch.piece;
-        let EditorConfig { steps, beta, kl, guidance, .. } = self.config;
+        let EditorConfig { steps, beta, kl, .. } = self.config;
+        let guidance = self.config.edit_guidance();
         let (old, _) = self.old.as_ref().context("DiffusionNFT has an old policy")?;
         let (h, w) = edits.size;
         let sigmas = self.poser.klein.schedule.sigmas(steps, h * w);
@@ -380,7 +393,8 @@ impl Editor {
             let sigmas = self.poser.klein.schedule.sigmas(self.config.evaluation_steps, shape.0 * shape.1);
             let rows = (first..first + some.len() as u64).map(|i| pack(&self.poser.klein.noise(HELD_OUT, i, shape)?));
             let noise = Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-            let states = euler(&edits.field(&self.poser.klein, transformer, self.config.guidance)?, &noise, &sigmas)?;
+            let states =
+                euler(&edits.field(&self.poser.klein, transformer, self.config.edit_guidance())?, &noise, &sigmas)?;
             pictures.extend(self.pictures(&states, shape)?);
         }
         Ok(pictures)
@@ -414,14 +428,15 @@ impl Objective for Editor {
                 let fresh = (self.seed, "editor", &*numbers);
                 let mut carried = carry_out(&self.config, models, edits, &noise, window, fresh)?;
                 if self.group.updates() > 1 {
-                    carried.reread(models, self.pieces, self.config.guidance)?;
+                    carried.reread(models, self.pieces, self.config.edit_guidance())?;
                 }
                 let states = carried.states.clone();
                 (Drawn::Steps(carried), states)
             }
             Some((old, _)) => {
                 let sigmas = self.poser.klein.schedule.sigmas(self.config.steps, shape.0 * shape.1);
-                let x0 = euler(&edits.field(&self.poser.klein, &old.still, self.config.guidance)?, &noise, &sigmas)?;
+                let x0 =
+                    euler(&edits.field(&self.poser.klein, &old.still, self.config.edit_guidance())?, &noise, &sigmas)?;
                 rollout::expect_finite(&x0)?;
                 (Drawn::Pictures { edits, x0: x0.clone() }, x0)
             }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     flow::{
-        Field, Klein,
+        Field, Guidance, Klein,
         policy::{Taken, rollout, spread, window},
         sampler::Velocity,
     },
@@ -41,7 +41,7 @@ impl Edits {
     }
 
     /// The velocity field of these edits by `transformer`.
-    pub fn field<'a>(&self, klein: &'a Klein, transformer: &'a Flux2, guidance: f64) -> Result<Field<'a>> {
+    pub fn field<'a>(&self, klein: &'a Klein, transformer: &'a Flux2, guidance: Guidance) -> Result<Field<'a>> {
         let prompts: Vec<&str> = self.instructions.iter().map(String::as_str).collect();
         let references: Vec<Vec<Tensor>> = self.sources.iter().map(|source| source.iter().cloned().collect()).collect();
         klein.field_of(transformer, &prompts, &references, self.size, guidance)
@@ -83,7 +83,7 @@ pub fn carry_out(
         Tensor::from_vec(all, (numbers.len(), tokens, channels), noise.device())
     };
     let width = window.len();
-    let of = |edits: &Edits| edits.field(klein, transformer, config.guidance);
+    let of = |edits: &Edits| edits.field(klein, transformer, config.edit_guidance());
     let (as_one, apart) = (of(&edits.of(0..heads, numbers.len() / heads))?, of(&edits)?);
     let field = |x: &Tensor, sigma: f64, step: usize| {
         let field = if x.dim(0)? == heads { &as_one } else { &apart };
@@ -134,7 +134,7 @@ impl Carried {
         taken: &Taken,
         heads: &Range<usize>,
         (klein, policy, still): (&Klein, &Flux2, &Flux2),
-        guidance: f64,
+        guidance: Guidance,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let (Taken { index, step, x, next, .. }, each) = (taken, taken.each()?);
         let x = x.narrow(0, heads.start, heads.len())?;
@@ -148,7 +148,7 @@ impl Carried {
 
     /// Takes means and log-probabilities anew in the shapes of the updates, where these are others or where the model computes
     /// below f32: there they differ from those of the rollout by as much as a clip range. Call before the first update.
-    pub fn reread(&mut self, (klein, still): (&Klein, &Flux2), pieces: Pieces, guidance: f64) -> Result<()> {
+    pub fn reread(&mut self, (klein, still): (&Klein, &Flux2), pieces: Pieces, guidance: Guidance) -> Result<()> {
         for i in 0..self.taken.len() {
             let all = self.taken[i].x.dim(0)?;
             if klein.dtype() == DType::F32 && pieces.rows >= all {
@@ -187,8 +187,8 @@ impl Carried {
             return Ok(Step { loss: advantages.zeros_like()?.sum_all()?, metrics: Metrics::new() });
         }
         let some = |tensor: &Tensor| tensor.narrow(0, heads.start * each, heads.len() * each);
-        let EditorConfig { loss: kind, kl, kl_form, guidance, .. } = *config;
-        let eps = config.clip();
+        let EditorConfig { loss: kind, kl, kl_form, .. } = *config;
+        let (eps, guidance) = (config.clip(), config.edit_guidance());
         let (v, mean, new) = self.evaluate(taken, &heads, (klein, &learned.policy, &learned.still), guidance)?;
         let (step, advantages, counts) = (&taken.step, some(advantages)?, some(counts)?);
         let (mut old_mean, mut old) = (some(&taken.mean)?, some(&taken.log_prob)?);
@@ -350,7 +350,9 @@ mod tests {
             let log_probs = || -> Result<Vec<f32>> {
                 let of = |taken: &Taken| -> Result<Tensor> {
                     let heads = 0..taken.x.dim(0)?;
-                    Ok(carried.evaluate(taken, &heads, (&klein, &learned.still, &learned.still), config.guidance)?.2)
+                    Ok(carried
+                        .evaluate(taken, &heads, (&klein, &learned.still, &learned.still), config.edit_guidance())?
+                        .2)
                 };
                 let all = carried.taken.iter().map(of).collect::<Result<Vec<_>>>()?;
                 Ok(Tensor::stack(&all, 0)?.sum(0)?.to_vec1()?)
@@ -402,7 +404,8 @@ mod tests {
             let error = loss(&carried).expect_err("other pictures' steps").to_string();
             assert!(error.contains("must be 1, but it is off by"), "{dtype:?}: {error}");
             let models = (&*klein, &*learned.still);
-            let error = carried.reread(models, Pieces { rows: 1, ..pieces }, config.guidance).expect_err("the same");
+            let error =
+                carried.reread(models, Pieces { rows: 1, ..pieces }, config.edit_guidance()).expect_err("the same");
             assert!(error.to_string().contains("must be 1, but it is off by"), "{dtype:?}: {error}");
         }
         Ok(())

@@ -294,7 +294,7 @@ impl Objective for Joint {
             let read = Tensor::new(read, self.poser.klein.device())?;
             if several {
                 let models = (&*self.poser.klein, &*self.editor.still);
-                carried.reread(models, self.config.pieces(), self.config.editor.guidance)?;
+                carried.reread(models, self.config.pieces(), self.config.editor.edit_guidance())?;
             }
             let reference = (actor.kl != 0.0).then_some(&*self.poser.critic.checker);
             let answers = Rollouts::new(writing, (&advantages, &counts), &self.actor, several, reference)?;

@@ -206,7 +206,7 @@ fn pictures(device: &Device, dtype: DType) -> Vec<Tensor> {
     let klein = Klein::open(&built_in::tabletop(), dtype, device, Vec::new()).unwrap();
     let (w, h) = klein.default_size();
     let size = klein.tokens(w, h).unwrap();
-    let options = Options { steps: 3, solver: Solver::Euler, guidance: 2.0, batch: 2, watch: &Unwatched };
+    let options = Options { steps: 3, solver: Solver::Euler, guidance: 2.0.into(), batch: 2, watch: &Unwatched };
     let sample = tasks::text_to_image(0, Split::Train, 0, 2, 2);
     let source = klein.encode(&render::render(&sample.scene)).unwrap();
     let noise = |i| klein.noise(0, i, size).unwrap();

@@ -5,7 +5,7 @@ use super::{
     rollout::{self, decoder, through_latents},
 };
 use crate::{
-    flow::{Klein, Solver, Unwatched},
+    flow::{Guidance, Klein, Solver, Unwatched},
     models::built_in,
     rig::{
         cycle::{rank, seed_of_drawing},
@@ -50,6 +50,8 @@ pub struct Posing {
     /// Of the drawings.
     pub steps: usize,
     pub guidance: f64,
+    /// Of the edits that a painter makes.
+    pub edit_guidance: Guidance,
 }
 
 /// Prompts tried for a problem until the Checker finds something wrong with a picture: so many pictures are drawn, and then so
@@ -120,9 +122,9 @@ impl Poser {
 
     /// Who draws and edits in so many steps.
     pub fn painter(&self, steps: usize) -> Painter {
-        let (guidance, size) = (self.posing.guidance, self.size);
-        let painting =
-            Painting { steps, solver: Solver::Euler, guidance, editing: Editing::Reference, size, batch: TOGETHER };
+        let (Posing { guidance, edit_guidance, .. }, size) = (self.posing, self.size);
+        let (solver, editing) = (Solver::Euler, Editing::Reference);
+        let painting = Painting { steps, solver, guidance, edit_guidance, editing, size, batch: TOGETHER };
         Painter::new(self.klein.clone(), painting, Box::new(Unwatched)).with_adapted(self.adapted.clone())
     }
 
@@ -218,7 +220,14 @@ mod tests {
         poser.problems(Split::Train, 0, &[0, 1, 2, 3])
     }
 
-    const POSING: Posing = Posing { source: Source::Render, objects: [3, 3], draws: 1, steps: 1, guidance: 1.0 };
+    const POSING: Posing = Posing {
+        source: Source::Render,
+        objects: [3, 3],
+        draws: 1,
+        steps: 1,
+        guidance: 1.0,
+        edit_guidance: Guidance { text: 1.0, image: 1.0 },
+    };
 
     #[test]
     fn the_built_in_models_read_prompts_as_the_loop_words_them() -> Result<()> {

@@ -74,7 +74,7 @@ impl Diffuser {
             let references = source.iter().map(|source| self.klein.encode(source)).collect::<Result<_>>()?;
             jobs.push(Job { prompt: asked, noise: self.klein.noise(HELD_OUT, i as u64, size)?, references });
         }
-        let options = Options { steps, solver: Solver::Euler, guidance, batch: 32, watch: &Unwatched };
+        let options = Options { steps, solver: Solver::Euler, guidance: guidance.into(), batch: 32, watch: &Unwatched };
         // What is kept of prompts was made by the text encoder as it was.
         self.klein.forget();
         let pictures = self.klein.decode(&self.klein.draw(&jobs, &options)?)?;
