@@ -52,6 +52,8 @@ def rlrig(stage):
             # PyTorch's Checker looks once as well, and nothing is drawn first.
             "models.looks": 1,
             f"{stage}.evaluation": 1,
+            # PyTorch's edits are guided by the words alone.
+            **{f"{part}.image_guidance": 1.0 for part in ("actor", "editor")},
         }
         stages = {
             "actor": {"actor.source": "render", "actor.pool": 0, "actor.tries": 1},
