@@ -53,7 +53,7 @@ def rlrig(stage):
             "models.looks": 1,
             f"{stage}.evaluation": 1,
             # PyTorch's edits are guided by the words alone.
-            **{f"{part}.image_guidance": 1.0 for part in ("actor", "editor")},
+            **{f"{part}.edit_guidance": "{ text = 3.0, image = 1.0 }" for part in ("actor", "editor")},
         }
         stages = {
             "actor": {"actor.source": "render", "actor.pool": 0, "actor.tries": 1},

@@ -111,6 +111,8 @@ fn numbers_out_of_range() {
     bad("--looks is 1 to 5", &["--looks", "6"]);
     bad("--guidance is 0 to 100", &["--guidance", "nan"]);
     bad("--guidance is 0 to 100", &["--guidance=-3"]);
+    bad("--edit-guidance is 0 to 100", &["--edit-guidance", "inf"]);
+    bad("--image-guidance is 0 to 100", &["--image-guidance", "101"]);
     let output = rig.command(&["generate", "--prompt", PROMPT, "--steps", "0"]).output().unwrap();
     refuses(&output, 2, "--steps is 1 to 1000", "no steps");
     for limit in ["1000000000", "18446744073709551615"] {

@@ -424,6 +424,8 @@ fn groups_of_one_and_unknown_rewards_are_refused() {
         ("group.size=1", "at least 2"),
         ("group.rewards.beauty=1.0", "no reward \"beauty\""),
         ("group.minibatches=3", "= 3 is more than the 2 micro-batches"),
+        ("actor.edit_guidance={ text = 3.0, image = -1.0 }", "from 0 on, not 3 and -1"),
+        ("actor.edit_guidance={ text = 3.0, picture = 2.0 }", "did you mean actor.edit_guidance.image?"),
     ] {
         let request = Request { set: vec![key.into()], ..request(dir.path(), "refused", ACTOR) };
         let error = request.prepare::<GrpoConfig>().err().unwrap();

@@ -29,10 +29,7 @@ impl Options<'_> {
         if self.steps == 0 || self.steps > 1000 {
             usage!("the number of steps is 1 to 1000, not {}", self.steps);
         }
-        let Guidance { text, image } = self.guidance;
-        if ![text, image].iter().all(|strength| strength.is_finite() && *strength >= 0.0) {
-            usage!("strengths of guidance are numbers from 0 on, not {text} and {image}");
-        }
+        self.guidance.check()?;
         ensure!(self.batch > 0, "a batch has at least one picture");
         Ok(())
     }

@@ -1,7 +1,10 @@
 //! The transformer's velocity as a field that the samplers can follow: text, reference pictures and guidance bound to it.
 
 use super::{sampler::Velocity, watch::Progress};
-use crate::models::flux2::{Angles, Conditioning, Flux2, image_positions, text_positions};
+use crate::{
+    models::flux2::{Angles, Conditioning, Flux2, image_positions, text_positions},
+    usage,
+};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -26,9 +29,20 @@ pub fn unpack(tokens: &Tensor, height: usize, width: usize) -> candle_core::Resu
 /// (arXiv 2211.09800, equation 3), which keeps more of them: `v = v(-, -) + image (v(-, I) - v(-, -)) + text (v(T, I) - v(-, I))`
 /// for a prompt `T`, references `I` and the negative prompt or none in their place. 1 of each is none.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Guidance {
     pub text: f64,
     pub image: f64,
+}
+
+impl Guidance {
+    pub fn check(self) -> Result<()> {
+        let Self { text, image } = self;
+        if ![text, image].iter().all(|strength| strength.is_finite() && *strength >= 0.0) {
+            usage!("strengths of guidance are numbers from 0 on, not {text} and {image}");
+        }
+        Ok(())
+    }
 }
 
 /// By the prompt alone.

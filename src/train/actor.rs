@@ -71,11 +71,9 @@ pub struct ActorConfig {
     pub steps: usize,
     /// Steps of drawings and of an evaluation's edits: those of the loop.
     pub evaluation_steps: usize,
-    /// Strength of guidance: of drawings, and by the instruction of edits for which `edit_guidance` says nothing else;
-    /// these are guided by the picture, too ([`Guidance`]).
+    /// Strength of guidance of drawings, and of edits, unless theirs is said.
     pub guidance: f64,
-    pub edit_guidance: Option<f64>,
-    pub image_guidance: f64,
+    pub edit_guidance: Option<Guidance>,
     pub loss: TokenLossKind,
     /// The clip range; the loss's own ([`TokenLossKind::clip`]) if not given.
     pub eps_low: Option<f64>,
@@ -99,7 +97,6 @@ impl Default for ActorConfig {
             evaluation_steps: 20,
             guidance: 3.0,
             edit_guidance: None,
-            image_guidance: 1.0,
             loss: TokenLossKind::Grpo,
             eps_low: None,
             eps_high: None,
@@ -112,7 +109,7 @@ impl Default for ActorConfig {
 impl ActorConfig {
     /// How edits are guided.
     pub fn edit_guidance(&self) -> Guidance {
-        Guidance { text: self.edit_guidance.unwrap_or(self.guidance), image: self.image_guidance }
+        self.edit_guidance.unwrap_or(self.guidance.into())
     }
 
     pub fn posing(&self) -> Posing {

@@ -87,11 +87,9 @@ pub struct EditorConfig {
     pub policy: Policy,
     pub steps: usize,
     pub window: usize,
-    /// Strength of guidance: of drawings, and by the instruction of edits for which `edit_guidance` says nothing else;
-    /// these are guided by the picture, too ([`Guidance`]).
+    /// Strength of guidance of drawings, and of edits, unless theirs is said.
     pub guidance: f64,
-    pub edit_guidance: Option<f64>,
-    pub image_guidance: f64,
+    pub edit_guidance: Option<Guidance>,
     /// Whether a group begins with one noise (so that its members differ by their stochastic steps alone, and up to the
     /// first of these are evaluated as one).
     pub shared_noise: bool,
@@ -117,7 +115,6 @@ impl Default for EditorConfig {
             window: 2,
             guidance: 3.0,
             edit_guidance: None,
-            image_guidance: 1.0,
             shared_noise: true,
             evaluation: 64,
             evaluation_steps: 20,
@@ -187,7 +184,7 @@ impl EditorConfig {
 
     /// How edits are guided.
     pub fn edit_guidance(&self) -> Guidance {
-        Guidance { text: self.edit_guidance.unwrap_or(self.guidance), image: self.image_guidance }
+        self.edit_guidance.unwrap_or(self.guidance.into())
     }
 
     fn posing(&self) -> Posing {
