@@ -52,16 +52,16 @@ def rlrig(stage):
             # PyTorch's Checker looks once as well, and nothing is drawn first.
             "models.looks": 1,
             f"{stage}.evaluation": 1,
-            # PyTorch's edits are guided by the words alone.
-            **{f"{part}.edit_guidance": "{ text = 3.0, image = 1.0 }" for part in ("actor", "editor")},
         }
         stages = {
             "actor": {"actor.source": "render", "actor.pool": 0, "actor.tries": 1},
             "editor": {"editor.drawn": 0},
             "joint": {"actor.source": "render", "joint.rounds": 2},
         }
-        two_objects = {f"{part}.{bound}_objects": 2 for part in ("actor", "editor") for bound in ("min", "max")}
-        keys |= stages[stage] | two_objects
+        poser, guided = ("editor" if stage == "editor" else "actor"), ("actor" if stage == "actor" else "editor")
+        keys |= stages[stage] | {f"{poser}.{bound}_objects": 2 for bound in ("min", "max")}
+        # PyTorch's edits are guided by the words alone.
+        keys[f"{guided}.edit_guidance"] = "{ text = 3.0, image = 1.0 }"
         command = [ROOT / "target" / "release" / "rlrig", "train", "grpo", "--out", run]
         command += ["--config", ROOT / "configs" / "tabletop" / f"grpo-{stage}.toml"]
         command += [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]

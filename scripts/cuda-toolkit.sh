@@ -10,7 +10,7 @@
 # stub that defines its functions stands in for it when linking, and the real one is found when the program runs.
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1"
 dir=$(cd "$1" && pwd)
 shift

@@ -27,7 +27,9 @@ draw() {
     shift 2
     [ ! -e "$run/results.json" ] || return 0
     [ ! -d "$run" ] || more+=(--resume)
-    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --wording "${wording:-caption}" --out "$run" "$@" "${more[@]}"
+    # Before version 0.6 nothing guided edits but their words.
+    "$rlrig" eval --device "$device" --steps 20 --guidance 3 --image-guidance 1 --wording "${wording:-caption}" \
+        --out "$run" "$@" "${more[@]}"
 }
 
 # The trainings of the Diffuser read the autoencoder where it is shipped.

@@ -78,7 +78,7 @@ pub struct Generate {
     /// Seeds, one picture of each prompt for each; drawn, shown and stored when not given
     #[arg(long, value_name = "N", num_args = 1.., help_heading = "What to draw")]
     pub seed: Vec<u64>,
-    /// How many pictures of each prompt; the seeds count up from the last one given [default: 1]
+    /// How many pictures of each prompt; the seeds count up from the last one given [default: one for each seed]
     #[arg(short = 'n', long, value_name = "K", help_heading = "What to draw")]
     pub count: Option<usize>,
 
@@ -187,7 +187,7 @@ pub struct Sampling {
     /// How steps are taken when drawing and when editing by reference [default: euler]
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Sampling")]
     pub solver: Option<Solver>,
-    /// Guidance strength; 1 switches guidance off [default: the model's]
+    /// Guidance strength; 1 switches guidance off; distilled models take none [default: the model's]
     #[arg(long, value_name = "G", help_heading = "Sampling")]
     pub guidance: Option<f64>,
     /// Guidance strength of edits by reference [default: the model's, or --guidance if that is given]

@@ -204,6 +204,25 @@ fn an_edit_that_costs_more_than_a_drawing_is_warned_about_beside_the_rivals() {
     assert_eq!(run("flowedit"), (true, true));
 }
 
+/// Two drawings and two edits that the picture guides, too, cost five drawings.
+#[test]
+fn the_rivals_of_the_loop_may_spend_what_it_may() {
+    let rig = Rig::new();
+    let rounds = |out: &str, guided: &[&str]| {
+        let most = ["--mode", "best-of-n", "loop", "--rounds", "4", "--redraw=false", "--accept", "0.99", "--limit", "1"];
+        rig.good("eval", &[&most[..], &["--guidance", "3", "--out", out], guided].concat());
+        let of = |mode: &str| lines(&rig, out).iter().filter(|line| line["mode"] == mode).count();
+        let spent = |mode: &str| {
+            let cost = |line: &Value| line["cost"]["evaluations"].as_u64().unwrap();
+            lines(&rig, out).iter().filter(|line| line["mode"] == mode).map(cost).sum::<u64>()
+        };
+        assert_eq!(spent("best-of-n"), spent("loop"));
+        (of("best-of-n"), of("loop"))
+    };
+    assert_eq!(rounds("by-text", &[]), (4, 4));
+    assert_eq!(rounds("by-both", &["--image-guidance", "2"]), (5, 4));
+}
+
 #[test]
 fn the_claim_of_nothing_else_can_be_left_out() {
     let rig = Rig::new();

@@ -48,7 +48,7 @@ editor = { loss = 'diffusion-nft', min_objects = 2, steps = 4, window = 2, guida
 const JOINT: &str = "
 objective = 'joint'
 group = { size = 2, rewards = { gain = 1.0, kept = 0.5, format = 0.2, preserve = 0.1, oracle = 0.0 } }
-actor = { source = 'render', max_objects = 2, steps = 1, guidance = 1.0, kl = 0.1 }
+actor = { source = 'render', max_objects = 2, guidance = 1.0, kl = 0.1 }
 editor = { steps = 4, window = 1, guidance = 2.0, kl = 0.1 }
 joint = { rounds = 3, evaluation = 1 }
 ";
@@ -425,6 +425,10 @@ fn groups_of_one_and_unknown_rewards_are_refused() {
         ("group.rewards.beauty=1.0", "no reward \"beauty\""),
         ("group.minibatches=3", "= 3 is more than the 2 micro-batches"),
         ("actor.edit_guidance={ text = 3.0, image = -1.0 }", "from 0 on, not 3 and -1"),
+        ("actor.guidance=-2.0", "from 0 on, not -2"),
+        ("actor.eps_high=nan", "[actor] eps_high is 0 or more, not NaN"),
+        ("group.rewards.gain=-1.0", "more is better of each"),
+        ("joint.rounds=4", "joint counts for nothing here"),
         ("actor.edit_guidance={ text = 3.0, picture = 2.0 }", "did you mean actor.edit_guidance.image?"),
     ] {
         let request = Request { set: vec![key.into()], ..request(dir.path(), "refused", ACTOR) };
@@ -463,9 +467,8 @@ fn the_configs_for_real_checkpoints_load_and_train_on_small_ones_of_their_kind()
         .into();
         set.push(format!("models.model={}", rig.path("klein").display()));
         set.push(format!("models.vlm={}", rig.path("vlm").display()));
-        for learner in ["actor", "editor", "joint"] {
-            set.push(format!("{learner}.evaluation=1"));
-        }
+        let section = if name == "grpo-diffuser" { "editor" } else { &name["grpo-".len()..] };
+        set.push(format!("{section}.evaluation=1"));
         let request = Request { config: Some(file), resume: None, out: Some(rig.path(name)), set };
         let (mut plans, mut losses) = (Vec::new(), Vec::new());
         let prepared = request.prepare::<GrpoConfig>().unwrap();

@@ -203,7 +203,8 @@ pub struct EvalRun {
     #[arg(long, value_name = "HUB_ID|DIR", help_heading = "Models")]
     pub judge: Option<String>,
 
-    /// A new or empty folder for results.json, samples.jsonl, tables and pictures
+    /// A new or empty folder for results.json, samples.jsonl, tables and pictures; of --edits and --verdicts for edits.json or
+    /// verdicts.json and a line for each
     #[arg(short, long, value_name = "DIR", help_heading = "Output")]
     pub out: Option<PathBuf>,
     /// Go on with the folder of --out

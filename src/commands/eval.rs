@@ -8,7 +8,7 @@ use crate::{
         flaws::Flaws,
         folder::Folder,
         line::{Key, Line},
-        modes::Mode,
+        modes::{self, Mode},
         play::Play,
         results::results,
         table,
@@ -19,7 +19,7 @@ use crate::{
     models::built_in,
     rig::{
         cycle::Options,
-        klein::{Adapted, Painter, Painting},
+        klein::{Adapted, Editing, Painter, Painting},
         oracle_roles::Advised,
         trajectory::Source,
         vlm_roles::Critic,
@@ -308,6 +308,17 @@ impl Models {
         Ok(modes)
     }
 
+    /// The rounds of the loop's rivals at its cost: each guidance takes an evaluation more of a step. An edit that is not by
+    /// reference counts as a drawing.
+    fn rival_rounds(&self) -> usize {
+        let Painting { editing, guidance, edit_guidance, .. } = &self.painting;
+        let (drawing, by_text, by_image) = (*guidance > 1.0, edit_guidance.text > 1.0, edit_guidance.image != 1.0);
+        let edit = if by_image { 3.0 } else { 1.0 + f64::from(u8::from(by_text)) };
+        let by_reference = *editing == Editing::Reference && !self.klein.distilled;
+        let relative = if by_reference { edit / (1.0 + f64::from(u8::from(drawing))) } else { 1.0 };
+        modes::rival_rounds(&self.options, relative)
+    }
+
     /// All that the results depend on.
     fn config(&self, args: &EvalRun, modes: &[Mode], files: &[DataFile]) -> Value {
         let Options { rounds, draws, redraw, accept, .. } = self.options;
@@ -319,7 +330,7 @@ impl Models {
             "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation,
             "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": wording(args),
-            "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
+            "mode": modes, "seed": args.seed, "rounds": rounds, "rival_rounds": self.rival_rounds(), "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "oracle": args.oracle, "graph": if lists(args) { "listed" } else { "confirmed" },
         });
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
@@ -366,6 +377,7 @@ impl Models {
             evaluations: &|| self.klein.evaluations(),
             cancelled: &|| stop.load(Ordering::Relaxed),
             options: self.options,
+            rival_rounds: self.rival_rounds(),
             seed,
             only: only(args),
         };

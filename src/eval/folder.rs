@@ -20,6 +20,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Of any mode: the loop's rivals have up to half as many again as the loop.
+const MOST_ROUNDS: usize = 2 * cycle::MOST_ROUNDS;
 const SAMPLES: &str = "samples.jsonl";
 const CONFIG: &str = "config.json";
 const RESULTS: &str = "results.json";
@@ -268,8 +270,8 @@ fn read_lines(path: &Path, config: &Value) -> Result<(Vec<Line>, bool)> {
     }
     let bytes = io::read_file(&file, LONGEST)?;
     let rows: Vec<&[u8]> = bytes.split(|b| *b == b'\n').filter(|row| !row.is_empty()).collect();
-    let rounds = config["rounds"].as_u64().and_then(|rounds| usize::try_from(rounds).ok());
-    let most = rounds.map_or(cycle::MOST_ROUNDS, |rounds| rounds.min(cycle::MOST_ROUNDS));
+    let most = ["rounds", "rival_rounds"].iter().filter_map(|key| config[key].as_u64()).max();
+    let most = most.map_or(MOST_ROUNDS, |rounds| (rounds as usize).min(MOST_ROUNDS));
     let (mut lines, mut seen): (Vec<Line>, HashMap<(Key, usize), usize>) = Default::default();
     for (number, row) in (1..).zip(&rows) {
         let damaged =

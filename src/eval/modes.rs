@@ -1,9 +1,9 @@
 //! The ways to make a picture that are compared, and who plays the roles in each.
 //!
-//! All of them are the same loop with the same Checker, the same stop and the same rounds at most: the Diffuser alone
-//! is one round of it, and the two rivals of editing draw anew where it would edit. The rivals cost what the loop does
-//! where it edits by reference: such an edit takes as many network evaluations as a drawing, though of a sequence that
-//! the source picture makes longer. By inversion or FlowEdit it takes more.
+//! All of them are the same loop with the same Checker and the same stop: the Diffuser alone is one round of it, and the
+//! two rivals of editing draw anew where it would edit, for as many network evaluations at most as the loop takes with
+//! edits by reference ([`rival_rounds`]), though its edits are of a sequence that the source picture makes longer. By
+//! inversion or FlowEdit an edit takes more.
 
 use crate::rig::{
     cycle::{Cast, Options, seed_of_drawing},
@@ -19,9 +19,8 @@ use serde::{Deserialize, Serialize};
 pub enum Mode {
     /// One drawing.
     Diffuser,
-    /// Drawings of other noise until the Checker accepts one, as many at most as the loop has rounds; the best by its
-    /// score. In as many rounds it takes as many network evaluations as the loop with `--editor reference`, and fewer
-    /// than with another editor.
+    /// Drawings of other noise until the Checker accepts one, as many at most as take as many network evaluations as
+    /// the loop with `--editor reference`; the best by the Checker's score.
     BestOfN,
     /// As best-of-n, and at its cost, of a prompt that says first what the Checker misses.
     Rewrite,
@@ -81,16 +80,21 @@ impl Mode {
         matches!(self, Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop)
     }
 
-    /// How the mode runs where the loop has these options: for as many rounds at most, which cost alike where the loop
-    /// edits by reference.
-    pub fn options(self, of_loop: Options) -> Options {
+    /// How the mode runs where the loop has these options, and its rivals so many rounds.
+    pub fn options(self, of_loop: Options, rival_rounds: usize) -> Options {
         match self {
             Self::Diffuser => Options { rounds: 1, ..of_loop },
-            Self::BestOfN => Options { draws: of_loop.rounds, ..of_loop },
-            Self::Rewrite => Options { draws: 1, redraw: false, ..of_loop },
+            Self::BestOfN => Options { rounds: rival_rounds, draws: rival_rounds, ..of_loop },
+            Self::Rewrite => Options { rounds: rival_rounds, draws: 1, redraw: false, ..of_loop },
             Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop => of_loop,
         }
     }
+}
+
+/// The rounds in which a drawing costs what the loop costs at most, rounded up, where an edit costs `edit` drawings.
+pub fn rival_rounds(of_loop: &Options, edit: f64) -> usize {
+    let draws = of_loop.draws.min(of_loop.rounds);
+    draws + ((of_loop.rounds - draws) as f64 * edit).ceil() as usize
 }
 
 /// One that draws and edits.
@@ -170,12 +174,15 @@ mod tests {
         for mode in Mode::ALL {
             assert_eq!(serde_json::to_value(mode).unwrap(), mode.name());
         }
+        let of_loop = Options { rounds: 4, draws: 2, ..Options::default() };
         let shape = |mode: Mode| {
-            let options = mode.options(Options { rounds: 4, draws: 2, ..Options::default() });
+            let options = mode.options(of_loop, rival_rounds(&of_loop, 1.5));
             (options.rounds, options.draws)
         };
         let shapes = [Mode::Diffuser, Mode::BestOfN, Mode::Rewrite, Mode::Loop].map(shape);
-        assert_eq!(shapes, [(1, 2), (4, 4), (4, 1), (4, 2)]);
+        assert_eq!(shapes, [(1, 2), (5, 5), (5, 1), (4, 2)]);
+        let rounds = |rounds, draws, edit| rival_rounds(&Options { rounds, draws, ..of_loop }, edit);
+        assert_eq!([rounds(4, 2, 1.0), rounds(4, 1, 1.5), rounds(1, 2, 1.5), rounds(3, 5, 1.5)], [4, 6, 1, 3]);
     }
 
     #[test]

@@ -29,8 +29,9 @@ pub struct Play<'a> {
     /// Counts the painter's network evaluations.
     pub evaluations: &'a dyn Fn() -> u64,
     pub cancelled: &'a dyn Fn() -> bool,
-    /// The loop's, also for modes of one round.
+    /// The loop's, also for other modes.
     pub options: Options,
+    pub rival_rounds: usize,
     pub seed: u64,
 }
 
@@ -64,7 +65,7 @@ impl Play<'_> {
     fn batch(&self, samples: &[Sample], keep: &mut Keep) -> Result<()> {
         let job = |sample: &Sample| Job { target: sample.target(self.only), seed: noise(self.seed, sample.index) };
         let jobs: Vec<Job> = samples.iter().map(job).collect();
-        let options = self.mode.options(self.options);
+        let options = self.mode.options(self.options, self.rival_rounds);
         let mut meter = Meter { spent: vec![Vec::new(); jobs.len()], open: None };
         cast(self.mode, self.painter, self.critic, |cast| {
             cycle::run_observed(cast, &jobs, &options, self.cancelled, &mut |event| {
@@ -215,6 +216,7 @@ mod tests {
                 evaluations: &|| 0,
                 cancelled: &|| false,
                 options: Options::default(),
+                rival_rounds: 4,
                 seed: 0,
             };
             let mut all = Vec::new();
@@ -250,6 +252,7 @@ mod tests {
                 evaluations: &|| 0,
                 cancelled: &|| made.borrow().len() >= most,
                 options: Options::default(),
+                rival_rounds: 4,
                 seed: 3,
             };
             let samples =

@@ -289,9 +289,10 @@ impl Klein {
         *self.embeddings.lock().unwrap_or_else(PoisonError::into_inner) = Embeddings::default();
     }
 
-    /// Whether guidance of this strength does anything.
-    fn guided(&self, guidance: f64) -> bool {
-        guidance > 1.0 && !self.distilled
+    /// Whether guidance does anything: by the prompt from 1 on, as in diffusers, and by references where there are any.
+    fn guided(&self, guidance: Guidance, references: &[Vec<Tensor>]) -> bool {
+        let by_references = guidance.image != 1.0 && references.iter().any(|of_one| !of_one.is_empty());
+        (guidance.text > 1.0 || by_references) && !self.distilled
     }
 
     /// The velocity field of pictures of `size` tokens under prompts, with references for each; it counts into
@@ -316,7 +317,7 @@ impl Klein {
         guidance: impl Into<Guidance>,
     ) -> Result<Field<'a>> {
         let (text, guidance) = (self.embed(prompts)?, guidance.into());
-        let negative = if self.guided(guidance.text) { self.embed(&[""])?.pop() } else { None };
+        let negative = if self.guided(guidance, references) { self.embed(&[""])?.pop() } else { None };
         let given = Given { text: &text, guidance: negative.as_ref().map(|n| (n, guidance)), references, size };
         Field::new(transformer, (self.dtype, &self.device), &given, &self.evaluations)
     }

@@ -19,7 +19,7 @@
 use super::{
     Batch, Metrics, Objective, Step, Work,
     grpo::{TokenLoss, TokenLossKind},
-    grpo_config::{GroupConfig, GrpoConfig},
+    grpo_config::{GroupConfig, GrpoConfig, not_negative},
     pixels::write_sheet,
     pose::{Poser, Posing, Problem, RENDERED_SHARE, Source, TOGETHER, rendered_share},
     replay::{Rollouts, Writing, Written, well_formed},
@@ -112,6 +112,15 @@ impl ActorConfig {
         self.edit_guidance.unwrap_or(self.guidance.into())
     }
 
+    /// Refuses what cannot be learned from.
+    pub fn check(&self) -> Result<()> {
+        if self.steps == 0 || self.tries == 0 {
+            usage!("[actor] steps and tries are 1 or more");
+        }
+        let limits = [("eps_low", self.eps_low), ("eps_high", self.eps_high), ("kl", Some(self.kl))];
+        not_negative("actor", &limits)
+    }
+
     pub fn posing(&self) -> Posing {
         let Self { source, min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
         let edit_guidance = self.edit_guidance();
@@ -181,9 +190,7 @@ impl Actor {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
         let GrpoConfig { actor, group, models, seed, .. } = config;
         group.check(&["format", "brevity"])?;
-        if actor.steps == 0 || actor.tries == 0 {
-            usage!("[actor] steps and tries are 1 or more");
-        }
+        actor.check()?;
         let scale = group.scale.or(Some(actor.loss.scale()));
         let at = (models.dtype.dtype(), device);
         let (critic, policy, trained) = rollout::actor(models, at, config.learned(built_in::ACTOR, TARGETS)?)?;
@@ -255,11 +262,12 @@ impl Actor {
     ) -> Result<()> {
         let new: Vec<(usize, &str)> =
             edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(*instruction)).collect();
+        let round = self.config.draws;
         let jobs = new.iter().flat_map(|(p, instruction)| {
             let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
             // The first noise is the one that the loop would take.
             let seeds = (0..tries as u64).map(move |number| seed.wrapping_add(number));
-            seeds.map(move |seed| Edit { target, picture, verdicts, instruction, seed, round: 1 })
+            seeds.map(move |seed| Edit { target, picture, verdicts, instruction, seed, round })
         });
         let jobs: Vec<Edit> = jobs.collect();
         let edited = self.poser.painter(steps).edit(&jobs)?;

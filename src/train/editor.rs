@@ -22,7 +22,7 @@ use super::{
     Batch, Metrics, Objective, Step, Work,
     flow_steps::{Carried, Edits, Learned, Pieces, carry_out, window_of},
     grpo::{NftBatch, nft_decay, nft_loss, velocity_kl},
-    grpo_config::{GroupConfig, GrpoConfig, Learner},
+    grpo_config::{GroupConfig, GrpoConfig, Learner, not_negative},
     pixels::{preserved, write_sheet},
     pose::{Poser, Posing, Source, TOGETHER},
     rollout::{self, Judged, Judges, Kept, Reward, judge},
@@ -196,11 +196,12 @@ impl EditorConfig {
     /// Refuses what cannot be learned from.
     pub fn check(&self, seed: u64) -> Result<()> {
         self.policy.check()?;
+        not_negative("editor", &[("eps", self.eps), ("kl", Some(self.kl))])?;
         if !(0.0..=1.0).contains(&self.drawn) {
             usage!("[editor] drawn is a share, from 0 to 1, not {}", self.drawn);
         }
         if self.loss == LossKind::DiffusionNft {
-            if self.window == 0 || self.window > self.steps || self.beta <= 0.0 {
+            if self.window == 0 || self.window > self.steps || !(self.beta.is_finite() && self.beta > 0.0) {
                 usage!("[editor] with diffusion-nft, window is 1 to steps, and beta is positive");
             }
         } else {

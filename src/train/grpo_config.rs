@@ -3,10 +3,10 @@
 use super::{
     Objective,
     actor::{Actor, ActorConfig},
-    editor::{Editor, EditorConfig},
+    editor::{Editor, EditorConfig, LossKind},
     flow_steps::Pieces,
     frozen,
-    grpo::{Advantages, Scale, advantages},
+    grpo::{Advantages, Scale, TokenLossKind, advantages},
     joint::{Joint, JointConfig},
     optim::OptimConfig,
     request::RunConfig,
@@ -244,8 +244,10 @@ impl GroupConfig {
         if let Some(name) = weights.keys().find(|name| !known.contains(name)) {
             usage!("group.rewards: there is no reward {name:?}; there are {}", known.join(", "));
         }
-        if weights.values().all(|weight| *weight == 0.0) || !weights.values().all(|w| w.is_finite()) {
-            usage!("group.rewards gives no reward a weight, or one that is no number");
+        if weights.values().all(|weight| *weight == 0.0) || !weights.values().all(|w| w.is_finite() && *w >= 0.0) {
+            usage!(
+                "group.rewards gives no reward a weight, or one that is no number from 0 on: more is better of each"
+            );
         }
         Ok(())
     }
@@ -375,6 +377,15 @@ impl GrpoConfig {
     }
 }
 
+/// Refuses settings of a section that are below 0 or no numbers, of those that are given.
+pub fn not_negative(section: &str, settings: &[(&str, Option<f64>)]) -> Result<()> {
+    let wrong = |(_, value): &&(&str, Option<f64>)| value.is_some_and(|v| !(v.is_finite() && v >= 0.0));
+    if let Some((name, Some(value))) = settings.iter().find(wrong) {
+        usage!("[{section}] {name} is 0 or more, not {value}");
+    }
+    Ok(())
+}
+
 fn folder(path: Option<&Path>, parts: &[&'static str], key: &str) -> Result<Folder> {
     if let Some(path) = path {
         if path.is_dir() {
@@ -431,12 +442,54 @@ impl RunConfig for GrpoConfig {
         Ok(all)
     }
 
-    fn unused(&self) -> Vec<&'static str> {
-        match self.objective {
-            Learner::Actor => vec!["editor", "joint"],
-            Learner::Editor | Learner::Diffuser => vec!["actor", "joint"],
-            Learner::Joint => Vec::new(),
-        }
+    fn unused(&self) -> Vec<(&'static str, &'static str)> {
+        use Learner::{Actor, Diffuser, Editor, Joint};
+        let Self { objective, actor, editor, group, adapter, .. } = self;
+        let is = |learners: &[Learner]| learners.contains(objective);
+        let (flow, nft) = (is(&[Editor, Diffuser, Joint]), editor.loss == LossKind::DiffusionNft);
+        let cases: [(bool, &'static str, &[&'static str]); 14] = [
+            (!is(&[Actor, Joint]), "the objectives actor and joint", &["actor"]),
+            (!flow, "the objectives editor, diffuser and joint", &["editor", "group.rows"]),
+            (!is(&[Joint]), "the objective joint", &["joint"]),
+            (is(&[Joint]), "the objective actor; joint has its own", &["actor.steps", "actor.evaluation"]),
+            (is(&[Joint]), "the objective actor; joint guides edits by [editor]", &["actor.edit_guidance"]),
+            (
+                is(&[Joint]),
+                "the objective editor; joint poses problems by [actor]",
+                &[
+                    "editor.drawn",
+                    "editor.min_objects",
+                    "editor.max_objects",
+                    "editor.draws",
+                    "editor.evaluation_steps",
+                ],
+            ),
+            (is(&[Joint]), "the objective editor; joint has its own", &["editor.evaluation"]),
+            (is(&[Diffuser]), "edits", &["editor.edit_guidance"]),
+            (is(&[Diffuser]) || is(&[Editor]) && editor.drawn == 0.0, "edits of drawings", &["editor.draws"]),
+            (
+                flow && nft,
+                "the losses over stochastic steps",
+                &["editor.policy", "editor.shared_noise", "editor.eps", "editor.kl_form"],
+            ),
+            (flow && !nft, "the loss diffusion-nft", &["editor.beta"]),
+            (
+                is(&[Actor, Joint]) && actor.loss == TokenLossKind::Cispo,
+                "losses that clip on both sides",
+                &["actor.eps_low"],
+            ),
+            (!group.asks("judge"), "the reward judge", &["models.judge"]),
+            (
+                adapter.rank == 0,
+                "adapters, and adapter.rank = 0 trains all weights",
+                &["adapter.alpha", "adapter.targets"],
+            ),
+        ];
+        let counting = cases.into_iter().filter(|(counts, ..)| *counts);
+        counting
+            .flat_map(|(_, purpose, keys)| keys.iter().map(move |key| (*key, purpose)))
+            .chain(self.optim.unused())
+            .collect()
     }
 }
 
@@ -461,6 +514,37 @@ mod tests {
         ] {
             let error = config.check(&["oracle"]).unwrap_err();
             assert!(error.is::<Usage>() && error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_counts_for_nothing_is_refused() {
+        for (objective, line, key) in [
+            ("actor", "editor.steps = 3", "editor"),
+            ("actor", "group.rows = 2", "group.rows"),
+            ("actor", "actor = { loss = 'cispo', eps_low = 0.1 }", "actor.eps_low"),
+            ("editor", "joint.rounds = 5", "joint"),
+            ("editor", "editor.draws = 2", "editor.draws"),
+            ("editor", "editor.beta = 0.5", "editor.beta"),
+            ("editor", "editor = { loss = 'diffusion-nft', policy = { kind = 'cps', noise = 0.3 } }", "editor.policy"),
+            ("diffuser", "editor.edit_guidance = { text = 5.0, image = 2.5 }", "editor.edit_guidance"),
+            ("joint", "actor.steps = 3", "actor.steps"),
+            ("joint", "editor.drawn = 0.5", "editor.drawn"),
+            ("joint", "models.judge = 'elsewhere'", "models.judge"),
+            ("joint", "adapter = { rank = 0, alpha = 3.0 }", "adapter.alpha"),
+            ("joint", "optim = { muon = false, muon_lr = 1.0 }", "optim.muon_lr"),
+        ] {
+            let config: GrpoConfig = toml::from_str(&format!("objective = '{objective}'\n{line}")).unwrap();
+            let error = config.check_unused().unwrap_err();
+            let words = format!("{key} counts for nothing here");
+            assert!(error.is::<Usage>() && error.to_string().starts_with(&words), "{line}: {error}");
+            // Without them the rest is left.
+            let rest: GrpoConfig = toml::from_str(&config.to_toml().unwrap()).unwrap();
+            assert!(rest.check_unused().is_ok() && rest.objective == config.objective, "{line}");
+        }
+        for used in ["editor = { drawn = 0.5, draws = 2 }", "editor = { loss = 'diffusion-nft', beta = 0.5 }"] {
+            let config: GrpoConfig = toml::from_str(&format!("objective = 'editor'\n{used}")).unwrap();
+            assert!(config.check_unused().is_ok(), "{used}");
         }
     }
 

@@ -30,7 +30,7 @@ use super::{
     means::Means,
     optim,
     pixels::write_sheet,
-    pose::{Poser, RENDERED_SHARE, TOGETHER, rendered_share},
+    pose::{Poser, Posing, RENDERED_SHARE, TOGETHER, rendered_share},
     replay::Rollouts,
     rollout::{self, Judged, Judges, Kept},
     run::TOKENS,
@@ -127,6 +127,7 @@ impl Joint {
     pub fn new(config: &GrpoConfig, device: &Device) -> Result<Self> {
         let GrpoConfig { actor, editor, joint, group, models, seed, .. } = config;
         group.check(&["format", "brevity", "preserve"])?;
+        actor.check()?;
         editor.check(*seed)?;
         if editor.loss == LossKind::DiffusionNft {
             usage!("[editor] loss is grpo or grpo-guard here: diffusion-nft has an old policy of its own");
@@ -147,8 +148,8 @@ impl Joint {
             ..
         } = joint;
         let weights = [turn, whole, improvement, success, idle, broken, by_actor, by_editor, actor_lr];
-        if !weights.into_iter().all(|weight| weight.is_finite()) {
-            usage!("the weights of [joint] are numbers");
+        if !weights.into_iter().all(|weight| weight.is_finite()) || *actor_lr < 0.0 {
+            usage!("the weights of [joint] are numbers, and actor_lr is 0 or more");
         }
         if joint.rounds < 2 {
             usage!("joint.rounds is at least 2: the drawing and an edit");
@@ -160,9 +161,11 @@ impl Joint {
         let (klein, mut flows, diffuser) = rollout::editors(&models.pipeline()?, at, adapter, 1, diffuser)?;
         let (learned, of_editor) = flows.pop().context("an Editor to be trained")?;
         let adapted = Adapted { diffuser, editor: Some(learned.still.clone()) };
+        // Edits are the Editor's affair, also those of an evaluation.
+        let posing = Posing { edit_guidance: editor.edit_guidance(), ..actor.posing() };
         Ok(Self {
             config: config.clone(),
-            poser: Poser::new((klein, adapted), critic, actor.posing(), models)?,
+            poser: Poser::new((klein, adapted), critic, posing, models)?,
             judges: Judges::open(config, device)?,
             actor: Arc::new(policy),
             editor: learned,

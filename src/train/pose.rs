@@ -109,7 +109,7 @@ impl Poser {
         if posing.steps == 0 || posing.draws == 0 {
             usage!("evaluation_steps and draws are 1 or more");
         }
-        posing.edit_guidance.check()?;
+        [posing.guidance.into(), posing.edit_guidance].into_iter().try_for_each(Guidance::check)?;
         let (decode, size) = (decoder(&klein), models.size(&klein));
         let plain = built_in::are_named(models.model.as_deref().map(|path| path.to_string_lossy()).as_deref());
         Ok(Self { klein, adapted, critic, decode, plain, posing, size })

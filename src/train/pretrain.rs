@@ -81,8 +81,9 @@ impl RunConfig for PretrainConfig {
         }
     }
 
-    fn unused(&self) -> Vec<&'static str> {
-        Kind::ALL.into_iter().filter(|kind| *kind != self.objective).map(Kind::section).collect()
+    fn unused(&self) -> Vec<(&'static str, &'static str)> {
+        let others = Kind::ALL.into_iter().filter(|kind| *kind != self.objective);
+        others.map(|kind| (kind.section(), "another objective")).chain(self.optim.unused()).collect()
     }
 }
 

@@ -38,16 +38,36 @@ pub trait RunConfig: Default + Serialize + DeserializeOwned {
     fn built_on(&self) -> Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
     }
-    /// The sections of objectives that it does not name.
-    fn unused(&self) -> Vec<&'static str>;
+    /// The sections and keys, such as `editor.beta`, that count for nothing with what else is chosen, each with what it is for.
+    fn unused(&self) -> Vec<(&'static str, &'static str)>;
 
-    /// The resolved config as a file, without the sections that count for nothing.
+    /// Refuses what is set and counts for nothing: who set it expects something of it.
+    fn check_unused(&self) -> Result<()> {
+        let table = |config: &Self| toml::Table::try_from(config).context("the config does not serialise");
+        let (mut given, mut usual) = (table(self)?, table(&Self::default())?);
+        for (key, purpose) in self.unused() {
+            if take(&mut given, key) != take(&mut usual, key) {
+                usage!("{key} counts for nothing here: it is for {purpose}; leave it out");
+            }
+        }
+        Ok(())
+    }
+
+    /// The resolved config as a file, without what counts for nothing.
     fn to_toml(&self) -> Result<String> {
         let mut table = toml::Table::try_from(self).context("the config does not serialise")?;
-        for section in self.unused() {
-            table.remove(section);
+        for (key, _) in self.unused() {
+            take(&mut table, key);
         }
         config::to_toml(&table)
+    }
+}
+
+/// Takes a key, with dots where it is within another, out of a table.
+fn take(table: &mut toml::Table, key: &str) -> Option<toml::Value> {
+    match key.split_once('.') {
+        Some((section, rest)) => take(table.get_mut(section)?.as_table_mut()?, rest),
+        None => table.remove(key),
     }
 }
 
@@ -94,6 +114,10 @@ impl Request {
             usage!("{} is not empty and holds no run; choose another --out", folder.display());
         }
         let config = Layers::<C>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
+        // Not of a run that has begun: earlier versions took it.
+        if self.resume.is_none() {
+            config.check_unused()?;
+        }
         let objective = config.build(device)?;
         Ok(Prepared { config, folder, objective })
     }

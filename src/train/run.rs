@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! RUN/config.toml      the resolved config
+//!     built_on.json    the revisions of the models that it does not train
 //!     metrics.jsonl    a line for each logged step and each evaluation
 //!     events.out.*     the same for TensorBoard, with the sample pictures
 //!     samples/STEP/    pictures of fixed prompts
