@@ -209,7 +209,8 @@ fn an_edit_that_costs_more_than_a_drawing_is_warned_about_beside_the_rivals() {
 fn the_rivals_of_the_loop_may_spend_what_it_may() {
     let rig = Rig::new();
     let rounds = |out: &str, guided: &[&str]| {
-        let most = ["--mode", "best-of-n", "loop", "--rounds", "4", "--redraw=false", "--accept", "0.99", "--limit", "1"];
+        let most =
+            ["--mode", "best-of-n", "loop", "--rounds", "4", "--redraw=false", "--accept", "0.99", "--limit", "1"];
         rig.good("eval", &[&most[..], &["--guidance", "3", "--out", out], guided].concat());
         let of = |mode: &str| lines(&rig, out).iter().filter(|line| line["mode"] == mode).count();
         let spent = |mode: &str| {

@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Var};
 use rlrig::{
     error::Usage,
     flow::{field::pack, pipeline::Klein, sampler::Velocity},
-    models::{Folder, flux2::Flux2, peft::Peft},
+    models::{Folder, Params, flux2::Flux2, peft::Peft, qwen3_vl::Qwen3VL},
     scene::tabletop::{render::render, split::Split, tasks},
     train::{
         pretrain::PretrainConfig,
@@ -120,6 +120,47 @@ fn the_vlm_goes_on_with_drawn_pictures_and_resumes() {
     let words = fs::read_to_string(samples.join("answers.txt")).unwrap();
     assert_eq!(words.matches("    edit: ").count(), 16);
     assert!(words.contains(" (yes) ") && words.contains(" (no) ") && samples.join("answers.png").is_file());
+}
+
+#[test]
+fn an_adapter_for_the_actor_is_trained_on_edits_alone_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (drawn, init) = (dir.path().join("drawn"), weights("vlm"));
+    draw(&drawn, false);
+    let config = format!(
+        "objective = 'vlm'
+         train = {{ steps = 2, batch = 4, micro_batch = 2, evaluate_every = 2, checkpoint_every = 1, log_every = 1 }}
+         optim = {{ muon = false, lr = 0.01 }}
+         [vlm]
+         init = {init:?}
+         adapter = {{ rank = 2, alpha = 4.0 }}
+         drawn = [{drawn:?}]
+         drawn_share = 0.5
+         act_objects = 5
+         evaluation = 4"
+    );
+    let measured = resumes_exactly(dir.path(), &config, &["adapter_model.safetensors", "adapter_config.json"]);
+    assert!((0.0..=1.0).contains(&measured["drawn/mend"]));
+    let steps = fs::read_to_string(dir.path().join("straight/metrics.jsonl")).unwrap();
+    assert!(steps.contains("loss/act") && !steps.contains("loss/verdict") && !steps.contains("loss/describe"));
+    // It is an adapter of the VLM's decoder, and no longer the one that changes nothing.
+    let adapter = Peft::open(&Folder::from(dir.path().join("straight/model").as_path())).unwrap().adapter(1.0);
+    let folder = Folder::from(init.as_path());
+    let params = Params::open(&folder, "model", DType::F32, &Device::Cpu).unwrap().adapted(vec![adapter.clone()]);
+    Qwen3VL::new(&folder.json("config.json").unwrap(), &params).unwrap();
+    adapter.check().unwrap();
+    let moved = |var: &Var| var.as_tensor().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() > 0.0;
+    assert!(adapter.vars().iter().filter(|(name, _)| name.contains("lora_B")).all(|(_, var)| moved(var)));
+    let without = config.replace(&format!("init = {init:?}"), "");
+    for (config, word) in
+        [(without, "on the model of init"), (config + "\nparse = 0.5", "vlm.parse counts for nothing")]
+    {
+        fs::write(dir.path().join("config.toml"), config).unwrap();
+        let (config, out) = (Some(dir.path().join("config.toml")), Some(dir.path().join("no")));
+        let request = Request { config, resume: None, out, set: Vec::new() };
+        let Err(error) = request.prepare::<PretrainConfig>() else { panic!("it was taken") };
+        assert!(error.is::<Usage>() && error.to_string().contains(word), "{error:#}");
+    }
 }
 
 #[test]

@@ -298,7 +298,7 @@ impl Models {
         }
         modes.sort();
         modes.dedup();
-        let rivals = modes.iter().any(|mode| matches!(mode, Mode::BestOfN | Mode::Rewrite));
+        let rivals = modes.iter().any(|mode| mode.is_rival());
         if args.editor != EditorKind::Reference && rivals && modes.iter().any(|mode| mode.edits()) {
             tracing::warn!(
                 "with this --editor an edit takes more network evaluations than a drawing: best-of-n and rewrite cost less \
@@ -308,8 +308,8 @@ impl Models {
         Ok(modes)
     }
 
-    /// The rounds of the loop's rivals at its cost: each guidance takes an evaluation more of a step. An edit that is not by
-    /// reference counts as a drawing.
+    /// The rounds of the loop's rivals at its cost: a step takes two evaluations with guidance by the prompt, and three with that
+    /// by the picture. An edit that is not by reference counts as a drawing.
     fn rival_rounds(&self) -> usize {
         let Painting { editing, guidance, edit_guidance, .. } = &self.painting;
         let (drawing, by_text, by_image) = (*guidance > 1.0, edit_guidance.text > 1.0, edit_guidance.image != 1.0);
@@ -330,9 +330,12 @@ impl Models {
             "objects": args.objects, "min_relations": args.min_relations, "relation": args.relation,
             "spatial_only": args.spatial_only,
             "shard": args.shard, "wording": wording(args),
-            "mode": modes, "seed": args.seed, "rounds": rounds, "rival_rounds": self.rival_rounds(), "draws": draws, "redraw": redraw, "accept": accept,
+            "mode": modes, "seed": args.seed, "rounds": rounds, "draws": draws, "redraw": redraw, "accept": accept,
             "only": only(args), "oracle": args.oracle, "graph": if lists(args) { "listed" } else { "confirmed" },
         });
+        if modes.iter().any(|mode| mode.is_rival()) {
+            config["rival_rounds"] = self.rival_rounds().into();
+        }
         if let (Some(config), Some(told)) = (config.as_object_mut(), self.told.as_object()) {
             config.extend(told.clone());
         }

@@ -20,8 +20,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Of any mode: the loop's rivals have up to half as many again as the loop.
-const MOST_ROUNDS: usize = 2 * cycle::MOST_ROUNDS;
+/// Of any mode: the loop's rivals have up to three times its own.
+const MOST_ROUNDS: usize = 3 * cycle::MOST_ROUNDS;
 const SAMPLES: &str = "samples.jsonl";
 const CONFIG: &str = "config.json";
 const RESULTS: &str = "results.json";

@@ -1,9 +1,9 @@
 //! The ways to make a picture that are compared, and who plays the roles in each.
 //!
 //! All of them are the same loop with the same Checker and the same stop: the Diffuser alone is one round of it, and the
-//! two rivals of editing draw anew where it would edit, for as many network evaluations at most as the loop takes with
-//! edits by reference ([`rival_rounds`]), though its edits are of a sequence that the source picture makes longer. By
-//! inversion or FlowEdit an edit takes more.
+//! two rivals of editing draw anew where it would edit, for as many network evaluations at most as the loop takes where it
+//! edits by reference ([`rival_rounds`]), though such an edit is of a sequence that the source picture makes longer. By
+//! inversion or FlowEdit an edit takes more, and the rivals have the loop's rounds.
 
 use crate::rig::{
     cycle::{Cast, Options, seed_of_drawing},
@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 pub enum Mode {
     /// One drawing.
     Diffuser,
-    /// Drawings of other noise until the Checker accepts one, as many at most as take as many network evaluations as
-    /// the loop with `--editor reference`; the best by the Checker's score.
+    /// Drawings of other noise until the Checker accepts one; the best by the Checker's score. As many at most as cost
+    /// what the loop may with `--editor reference`; with another editor as many as it has rounds.
     BestOfN,
     /// As best-of-n, and at its cost, of a prompt that says first what the Checker misses.
     Rewrite,
@@ -80,6 +80,11 @@ impl Mode {
         matches!(self, Self::LoopUntrained | Self::LoopActor | Self::LoopEditor | Self::Loop)
     }
 
+    /// Whether it draws where the loop edits.
+    pub fn is_rival(self) -> bool {
+        matches!(self, Self::BestOfN | Self::Rewrite)
+    }
+
     /// How the mode runs where the loop has these options, and its rivals so many rounds.
     pub fn options(self, of_loop: Options, rival_rounds: usize) -> Options {
         match self {
@@ -91,10 +96,11 @@ impl Mode {
     }
 }
 
-/// The rounds in which a drawing costs what the loop costs at most, rounded up, where an edit costs `edit` drawings.
+/// As many drawings as cost what the loop costs at most, rounded up, where an edit costs `edit` drawings. It may draw where it
+/// could edit.
 pub fn rival_rounds(of_loop: &Options, edit: f64) -> usize {
     let draws = of_loop.draws.min(of_loop.rounds);
-    draws + ((of_loop.rounds - draws) as f64 * edit).ceil() as usize
+    draws + ((of_loop.rounds - draws) as f64 * edit.max(1.0)).ceil() as usize
 }
 
 /// One that draws and edits.

@@ -289,7 +289,7 @@ impl Klein {
         *self.embeddings.lock().unwrap_or_else(PoisonError::into_inner) = Embeddings::default();
     }
 
-    /// Whether guidance does anything: by the prompt from 1 on, as in diffusers, and by references where there are any.
+    /// Whether guidance does anything: by the prompt above 1, as in diffusers, and by references where there are any.
     fn guided(&self, guidance: Guidance, references: &[Vec<Tensor>]) -> bool {
         let by_references = guidance.image != 1.0 && references.iter().any(|of_one| !of_one.is_empty());
         (guidance.text > 1.0 || by_references) && !self.distilled

@@ -430,7 +430,7 @@ impl RunConfig for GrpoConfig {
             ("models.model".to_owned(), models.pipeline()?.fingerprint(&pipeline)?),
             ("models.vlm".to_owned(), models.vlm()?.fingerprint(&[])?),
         ]);
-        if let Some(judge) = models.judge()? {
+        if let Some(judge) = models.judge()?.filter(|_| self.group.asks("judge")) {
             all.insert("models.judge".to_owned(), judge.fingerprint(&[])?);
         }
         let learning = self.objective.roles();
@@ -444,52 +444,31 @@ impl RunConfig for GrpoConfig {
 
     fn unused(&self) -> Vec<(&'static str, &'static str)> {
         use Learner::{Actor, Diffuser, Editor, Joint};
-        let Self { objective, actor, editor, group, adapter, .. } = self;
+        let Self { objective, actor, editor, group, .. } = self;
         let is = |learners: &[Learner]| learners.contains(objective);
+        let joint = is(&[Joint]);
         let (flow, nft) = (is(&[Editor, Diffuser, Joint]), editor.loss == LossKind::DiffusionNft);
-        let cases: [(bool, &'static str, &[&'static str]); 14] = [
-            (!is(&[Actor, Joint]), "the objectives actor and joint", &["actor"]),
-            (!flow, "the objectives editor, diffuser and joint", &["editor", "group.rows"]),
-            (!is(&[Joint]), "the objective joint", &["joint"]),
-            (is(&[Joint]), "the objective actor; joint has its own", &["actor.steps", "actor.evaluation"]),
-            (is(&[Joint]), "the objective actor; joint guides edits by [editor]", &["actor.edit_guidance"]),
-            (
-                is(&[Joint]),
-                "the objective editor; joint poses problems by [actor]",
-                &[
-                    "editor.drawn",
-                    "editor.min_objects",
-                    "editor.max_objects",
-                    "editor.draws",
-                    "editor.evaluation_steps",
-                ],
-            ),
-            (is(&[Joint]), "the objective editor; joint has its own", &["editor.evaluation"]),
-            (is(&[Diffuser]), "edits", &["editor.edit_guidance"]),
-            (is(&[Diffuser]) || is(&[Editor]) && editor.drawn == 0.0, "edits of drawings", &["editor.draws"]),
-            (
-                flow && nft,
-                "the losses over stochastic steps",
-                &["editor.policy", "editor.shared_noise", "editor.eps", "editor.kl_form"],
-            ),
-            (flow && !nft, "the loss diffusion-nft", &["editor.beta"]),
-            (
-                is(&[Actor, Joint]) && actor.loss == TokenLossKind::Cispo,
-                "losses that clip on both sides",
-                &["actor.eps_low"],
-            ),
-            (!group.asks("judge"), "the reward judge", &["models.judge"]),
-            (
-                adapter.rank == 0,
-                "adapters, and adapter.rank = 0 trains all weights",
-                &["adapter.alpha", "adapter.targets"],
-            ),
-        ];
-        let counting = cases.into_iter().filter(|(counts, ..)| *counts);
-        counting
-            .flat_map(|(_, purpose, keys)| keys.iter().map(move |key| (*key, purpose)))
-            .chain(self.optim.unused())
-            .collect()
+        let mut unused = Vec::new();
+        let mut add = |counts_for_nothing: bool, purpose: &'static str, keys: &[&'static str]| {
+            unused.extend(keys.iter().filter(|_| counts_for_nothing).map(|key| (*key, purpose)));
+        };
+        add(!is(&[Actor, Joint]), "the objectives actor and joint", &["actor"]);
+        add(!flow, "the objectives editor, diffuser and joint", &["editor", "group.rows"]);
+        add(!joint, "the objective joint", &["joint"]);
+        add(joint, "the objective actor; joint has its own", &["actor.steps", "actor.evaluation"]);
+        add(joint, "the objective actor; joint guides edits by [editor]", &["actor.edit_guidance"]);
+        let posed =
+            ["editor.drawn", "editor.min_objects", "editor.max_objects", "editor.draws", "editor.evaluation_steps"];
+        add(joint, "the objective editor; joint poses problems by [actor]", &posed);
+        add(joint, "the objective editor; joint has its own", &["editor.evaluation"]);
+        add(is(&[Diffuser]), "edits", &["editor.edit_guidance"]);
+        add(is(&[Diffuser]) || is(&[Editor]) && editor.drawn == 0.0, "edits of drawings", &["editor.draws"]);
+        let stochastic = ["editor.policy", "editor.shared_noise", "editor.eps", "editor.kl_form"];
+        add(!joint && nft, "the losses over stochastic steps", &stochastic);
+        add(!nft, "the loss diffusion-nft", &["editor.beta"]);
+        add(actor.loss == TokenLossKind::Cispo, "losses that clip on both sides", &["actor.eps_low"]);
+        add(!group.asks("judge"), "the reward judge", &["models.judge"]);
+        unused
     }
 }
 
@@ -531,8 +510,6 @@ mod tests {
             ("joint", "actor.steps = 3", "actor.steps"),
             ("joint", "editor.drawn = 0.5", "editor.drawn"),
             ("joint", "models.judge = 'elsewhere'", "models.judge"),
-            ("joint", "adapter = { rank = 0, alpha = 3.0 }", "adapter.alpha"),
-            ("joint", "optim = { muon = false, muon_lr = 1.0 }", "optim.muon_lr"),
         ] {
             let config: GrpoConfig = toml::from_str(&format!("objective = '{objective}'\n{line}")).unwrap();
             let error = config.check_unused().unwrap_err();

@@ -3,18 +3,21 @@
 //! Each picture is read once, by the vision tower and as the decoder's prefix, and its questions are asked in parallel
 //! over that prefix, as they will be when the model is used: the cost of a question is that of its own words. The loss is
 //! the cross entropy of the answers' tokens, where the word that decides a verdict weighs more than others.
+//!
+//! Instead of all weights an adapter can be trained, on edits alone: the Actor's, which the Checker looks without.
 
 use super::{
-    Batch, Metrics, Objective, Step,
+    Batch, Metrics, Objective, Step, actor,
     ahead::Ahead,
     checkpoint,
     drawn::{self, Drawn},
+    grpo_config::AdapterConfig,
     imperfect::imperfect,
     vlm_tasks::{self, Mix, Row, Task},
 };
 use crate::{
     models::{
-        Folder, Params,
+        Adapter, Folder, Params, peft,
         qwen3::{self, RopeParameters},
         qwen3_vl::{self, Features, Patches, Qwen3VL, VisionConfig, rope_positions},
     },
@@ -48,6 +51,10 @@ pub struct VlmConfig {
     /// A model folder to go on from; `shape` then counts for nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
+    /// A new adapter on the model of `init`, which is trained instead of its own weights: the Actor's, so all that is taught
+    /// are edits, of prompts in the plain words that it gets in the loop.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterConfig>,
     /// Claims about a picture at most, of those that a graph makes.
     pub claims: usize,
     /// Further claims about a picture, half of which hold.
@@ -99,6 +106,7 @@ impl Default for VlmConfig {
     fn default() -> Self {
         Self {
             init: None,
+            adapter: None,
             claims: 2,
             probes: 5,
             act: 0.25,
@@ -235,7 +243,10 @@ const TEXTS: u64 = 1500;
 /// The objective.
 pub struct VlmObjective {
     pub(super) vlm: Arc<Vlm>,
+    /// Who checks in an evaluation: the same, without the adapter that is trained.
+    pub(super) checker: Arc<Vlm>,
     params: Params,
+    adapter: Option<Adapter>,
     files: Files,
     /// To learn from, and held out.
     pub(super) drawn: (Vec<Drawn>, Vec<Drawn>),
@@ -296,6 +307,10 @@ impl VlmObjective {
         if config.act_objects == 0 {
             usage!("[vlm] act_objects is 1 or more; with act = 0 no edits are taught");
         }
+        if config.adapter.is_some() && config.init.is_none() {
+            usage!("[vlm] adapter is for an Actor on the model of init");
+        }
+        let adapter = config.adapter.as_ref().map(|a| a.fresh(actor::TARGETS, seed)).transpose()?;
         let (params, chat, model_config, files) = match &config.init {
             Some(path) => {
                 let folder = Folder::from(path.clone());
@@ -303,7 +318,11 @@ impl VlmObjective {
                 let files = names.iter().chain(&["tokenizer_config.json", "chat_template.jinja"]);
                 let read = |name: &&str| Ok(((*name).to_owned(), folder.read(name)?.into_owned()));
                 let files: Files = files.map(read).collect::<Result<_>>()?;
-                let params = Params::open(&folder, "model", DType::F32, device)?.trained();
+                let params = Params::open(&folder, "model", DType::F32, device)?;
+                let params = match &adapter {
+                    Some(adapter) => params.adapted(vec![adapter.clone()]),
+                    None => params.trained(),
+                };
                 (params, Chat::open(&folder)?, folder.json("config.json")?, files)
             }
             None => {
@@ -320,12 +339,21 @@ impl VlmObjective {
         let params = params.multiplied_in(config.precision);
         let model = Qwen3VL::new(&model_config, &params)?;
         params.finish(|_| false)?;
+        adapter.as_ref().map(Adapter::check).transpose()?;
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
         let vlm = Arc::new(Vlm::new(model, chat, images)?);
+        let checker = match (&adapter, &config.init) {
+            (Some(_), Some(path)) => {
+                let folder = Folder::from(path.clone());
+                let bare = Params::open(&folder, "model", DType::F32, device)?;
+                Arc::new(Vlm::of(Qwen3VL::new(&model_config, &bare)?, &folder)?)
+            }
+            _ => vlm.clone(),
+        };
         let drawn = drawn::open(&config.drawn)?;
         let (config, ahead) = (config.clone(), Ahead::default());
-        Ok(Self { vlm, params, files, drawn, config, seed, ahead })
+        Ok(Self { vlm, checker, params, adapter, files, drawn, config, seed, ahead })
     }
 
     /// The model under training, for its evaluation elsewhere.
@@ -344,28 +372,36 @@ impl VlmObjective {
             objects: stage.map_or(3, |(_, objects)| *objects),
             claims: self.config.claims,
             probes: self.config.probes,
-            act: self.config.act,
+            act: if self.adapter.is_some() { 1.0 } else { self.config.act },
             act_objects: self.config.act_objects,
             parse: self.config.parse,
+            plain: self.adapter.is_some(),
         }
     }
 
     /// The lessons of a batch.
     fn lessons(&self, batch: &Batch) -> Result<Lessons> {
         let (mix, seed) = (self.mix(batch.step), self.seed);
+        // An Actor's edits; what nothing is to be mended in teaches it nothing.
+        let taught = |mut rows: Vec<Row>| {
+            rows.retain(|row| self.adapter.is_none() || row.task == Task::Act);
+            rows
+        };
         let show = |index: u64| {
             let mut rng = Stream::new(seed, "vlm picture", index);
-            if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
-                let drawn = rng.choose(&self.drawn.0).varied(&mut rng);
-                return (vlm_tasks::drawn_rows(seed, index, &drawn, mix), drawn.picture);
-            }
-            if self.config.imperfect > 0.0 && rng.chance(self.config.imperfect) {
-                let drawn = imperfect(seed, index, mix.objects);
-                return (vlm_tasks::drawn_rows(seed, index, &drawn, mix), drawn.picture);
-            }
-            let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
-            let picture = vlm_tasks::picture(&mut rng, &lesson.scene);
-            (lesson.rows, picture)
+            let drawn = if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
+                Some(rng.choose(&self.drawn.0).varied(&mut rng))
+            } else if self.config.imperfect > 0.0 && rng.chance(self.config.imperfect) {
+                Some(imperfect(seed, index, mix.objects))
+            } else {
+                None
+            };
+            let drawn = drawn.map(|drawn| (taught(vlm_tasks::drawn_rows(seed, index, &drawn, mix)), drawn.picture));
+            drawn.filter(|(rows, _)| !rows.is_empty()).unwrap_or_else(|| {
+                let lesson = vlm_tasks::lesson(seed, Split::Train, index, mix);
+                let picture = vlm_tasks::picture(&mut rng, &lesson.scene);
+                (taught(lesson.rows), picture)
+            })
         };
         let (lessons, pictures): (Vec<Vec<Row>>, Vec<RgbImage>) = batch.indices().into_par_iter().map(show).unzip();
         let patches = self.vlm.images.patches(&pictures, &Device::Cpu)?;
@@ -450,7 +486,7 @@ impl Group {
 
 impl Objective for VlmObjective {
     fn vars(&self) -> BTreeMap<String, Var> {
-        self.params.vars()
+        self.adapter.as_ref().map_or_else(|| self.params.vars(), Adapter::vars)
     }
 
     fn prepare(&self, batch: &Batch) -> Result<()> {
@@ -511,7 +547,8 @@ impl Objective for VlmObjective {
     }
 
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
-        let mut metrics = self.measure(Split::Val, self.config.evaluation, 3)?;
+        let objects = if self.adapter.is_some() { self.config.act_objects } else { 3 };
+        let mut metrics = self.measure(Split::Val, self.config.evaluation, objects)?;
         metrics.extend(self.measure_drawn()?);
         Ok(metrics)
     }
@@ -521,6 +558,9 @@ impl Objective for VlmObjective {
     }
 
     fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        if let Some(adapter) = &self.adapter {
+            return peft::write(adapter, folder, dtype);
+        }
         for (name, bytes) in &self.files {
             let path = folder.join(name);
             std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
@@ -540,7 +580,7 @@ impl Objective for VlmObjective {
 
 /// Learns the tokens from what will be asked and answered.
 fn learn_vocabulary(size: usize) -> Result<Vocabulary> {
-    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, act_objects: 3, parse: 0.5 };
+    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, act_objects: 3, parse: 0.5, plain: false };
     let lessons = (0..TEXTS).into_par_iter().map(|i| vlm_tasks::lesson(0, Split::Train, i, mix));
     let texts: Vec<String> =
         lessons.flat_map_iter(|lesson| lesson.rows.into_iter().flat_map(|r| [r.question, r.answer])).collect();

@@ -93,12 +93,6 @@ impl Default for OptimConfig {
 }
 
 impl OptimConfig {
-    /// The keys that count for nothing, each with what it is for.
-    pub fn unused(&self) -> Vec<(&'static str, &'static str)> {
-        let purpose = "Muon, which optim.muon = false switches off";
-        if self.muon { Vec::new() } else { vec![("optim.muon_lr", purpose), ("optim.momentum", purpose)] }
-    }
-
     /// Whether all of it makes sense.
     fn check(&self) -> Result<()> {
         let rates = [("lr", self.lr), ("muon_lr", self.muon_lr.unwrap_or(0.0)), ("eps", self.eps)];

@@ -83,7 +83,10 @@ impl RunConfig for PretrainConfig {
 
     fn unused(&self) -> Vec<(&'static str, &'static str)> {
         let others = Kind::ALL.into_iter().filter(|kind| *kind != self.objective);
-        others.map(|kind| (kind.section(), "another objective")).chain(self.optim.unused()).collect()
+        let others = others.map(|kind| (kind.section(), "another objective"));
+        let of_all = ["vlm.claims", "vlm.probes", "vlm.act", "vlm.parse"].into_iter();
+        let of_all = of_all.filter(|_| self.objective == Kind::Vlm && self.vlm.adapter.is_some());
+        others.chain(of_all.map(|key| (key, "a whole VLM; the Actor's adapter learns edits alone"))).collect()
     }
 }
 

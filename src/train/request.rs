@@ -41,7 +41,7 @@ pub trait RunConfig: Default + Serialize + DeserializeOwned {
     /// The sections and keys, such as `editor.beta`, that count for nothing with what else is chosen, each with what it is for.
     fn unused(&self) -> Vec<(&'static str, &'static str)>;
 
-    /// Refuses what is set and counts for nothing: who set it expects something of it.
+    /// Refuses what is set, to another value than usual, and counts for nothing: who set it expects something of it.
     fn check_unused(&self) -> Result<()> {
         let table = |config: &Self| toml::Table::try_from(config).context("the config does not serialise");
         let (mut given, mut usual) = (table(self)?, table(&Self::default())?);
@@ -114,8 +114,8 @@ impl Request {
             usage!("{} is not empty and holds no run; choose another --out", folder.display());
         }
         let config = Layers::<C>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
-        // Not of a run that has begun: earlier versions took it.
-        if self.resume.is_none() {
+        // Not of a run that goes on as it was: earlier versions took it.
+        if self.resume.is_none() || !self.set.is_empty() {
             config.check_unused()?;
         }
         let objective = config.build(device)?;

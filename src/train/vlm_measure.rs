@@ -69,10 +69,17 @@ impl VlmObjective {
             let indices = start as u64..(start + AT_ONCE).min(count) as u64;
             let samples: Vec<CheckSample> = indices.clone().map(|i| tasks::check(seed, split, i, 1, objects)).collect();
             let pictures: Vec<RgbImage> = samples.iter().map(|s| render(&s.scene)).collect();
-            let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
-            ask(&self.vlm, &looked, samples.iter().map(|s| truth::verdicts(&s.scene.view(), &s.graph)), &mut judged)?;
+            let looked = self.checker.look(&pictures.iter().collect::<Vec<_>>())?;
+            ask(
+                &self.checker,
+                &looked,
+                samples.iter().map(|s| truth::verdicts(&s.scene.view(), &s.graph)),
+                &mut judged,
+            )?;
 
-            let repairs: Vec<vlm_tasks::Repair> = indices.map(|i| vlm_tasks::repair(seed, split, i, objects)).collect();
+            let plain = self.config.adapter.is_some();
+            let repairs: Vec<vlm_tasks::Repair> =
+                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, plain)).collect();
             let pictures: Vec<RgbImage> = repairs.iter().map(|r| render(&r.sample.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
             let questions: Vec<Question> =
@@ -98,7 +105,7 @@ impl VlmObjective {
     /// writes from the model's own verdicts, as in the loop.
     pub(super) fn measure_drawn(&self) -> Result<Metrics> {
         let drawn = &self.drawn.1[..self.config.evaluation.min(self.drawn.1.len())];
-        let critic = Critic::new(self.vlm.clone());
+        let critic = Critic::new(self.checker.clone()).with_actor(Some(self.vlm.clone()));
         let ask =
             |d: &Drawn| (Picture::from_pixels(d.picture.clone()), Target::new(&d.prompt, &d.graph).and_nothing_else());
         let asked: Vec<(Picture, Target)> = drawn.iter().map(ask).collect();
@@ -130,7 +137,7 @@ impl VlmObjective {
     /// beside the truth, and the edit.
     pub(super) fn write_samples(&self, folder: &Path) -> Result<()> {
         const SHOWN: u64 = 16;
-        let critic = Critic::new(self.vlm.clone());
+        let critic = Critic::new(self.checker.clone()).with_actor(Some(self.vlm.clone()));
         let samples: Vec<tasks::ActSample> =
             (0..SHOWN).map(|i| tasks::act(self.seed ^ 0x5eed, Split::Val, i, 1, 3)).collect();
         let pictures: Vec<Picture> = samples.iter().map(|s| Picture::from_pixels(render(&s.scene))).collect();

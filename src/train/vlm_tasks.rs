@@ -22,7 +22,7 @@ use crate::{
         graph::{Object, Relation, SceneGraph},
         relation::Spatial,
         tabletop::{
-            caption::caption,
+            caption::{caption, plain},
             edit::Edit,
             oracle::Reading,
             plan,
@@ -77,6 +77,8 @@ pub struct Mix {
     pub act_objects: usize,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
+    /// Whether prompts that an edit is asked for are in plain words alone, as in the loop.
+    pub plain: bool,
 }
 
 const DESCRIBE: &str = "List what the picture shows.";
@@ -226,8 +228,11 @@ pub struct Repair {
 }
 
 /// The repair number `index`.
-pub fn repair(seed: u64, split: Split, index: u64, objects: usize) -> Repair {
-    let sample = tasks::act(seed, split, index, 1, objects);
+pub fn repair(seed: u64, split: Split, index: u64, objects: usize, in_plain: bool) -> Repair {
+    let mut sample = tasks::act(seed, split, index, 1, objects);
+    if in_plain {
+        sample.prompt = plain(&sample.graph);
+    }
     let mut rng = Stream::new(seed, "vlm repair", index);
     let mut verdicts = verdicts(&sample.scene.view(), &sample.graph);
     if rng.chance(0.2) {
@@ -250,7 +255,7 @@ pub fn mends(instruction: &str, scene: &Scene, graph: &SceneGraph) -> (bool, boo
 /// The lesson number `index` of a split.
 pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
-    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects.min(mix.act_objects)));
+    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects.min(mix.act_objects), mix.plain));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
             let reflection = plan::faults(&sample.scene.view(), &sample.graph);
@@ -291,7 +296,8 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let tried = (helpful.len() > 1 && rng.chance(0.25)).then(|| rng.choose(&helpful).as_str());
     let mut rows = vec![describe_row(&reading.view)];
     rows.extend(helpful.iter().find(|edit| Some(edit.as_str()) != tried).map(|edit| {
-        let question = prompts::reflect(prompt, &checks, tried.as_slice());
+        let words = if mix.plain { plain(graph) } else { prompt.clone() };
+        let question = prompts::reflect(&words, &checks, tried.as_slice());
         let reflection = plan::faults(&reading.view, graph);
         Row { task: Task::Act, question, answer: prompts::edit(&reflection, edit) }
     }));
@@ -350,11 +356,11 @@ mod tests {
         scene::tabletop::{caption::Style, oracle, world::SIDE},
     };
 
-    const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, act_objects: 3, parse: 0.2 };
+    const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, act_objects: 3, parse: 0.2, plain: false };
 
     #[test]
     fn what_is_taught_mends_the_picture() {
-        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3)).collect();
+        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3, i % 2 == 0)).collect();
         assert!(repairs.iter().all(|r| r.verdicts.iter().any(|v| !v.yes)));
         for Repair { sample, .. } in &repairs {
             assert!(mends(&sample.instruction, &sample.scene, &sample.graph).0, "{}", sample.instruction);
