@@ -152,7 +152,7 @@ pub struct EvalRun {
     /// How pictures are made [default: loop]
     #[arg(long, value_enum, value_name = "NAME", num_args = 1.., conflicts_with = "suite", help_heading = "Modes")]
     pub mode: Vec<Mode>,
-    /// Every mode that the adapters make different (those without edits cost as much only with --editor reference)
+    /// Every mode that the adapters make different (best-of-n and rewrite cost what the loop may only with --editor reference)
     #[arg(long, help_heading = "Modes")]
     pub suite: bool,
     /// Single edits of the world's renders instead of prompts

@@ -430,7 +430,7 @@ impl RunConfig for GrpoConfig {
             ("models.model".to_owned(), models.pipeline()?.fingerprint(&pipeline)?),
             ("models.vlm".to_owned(), models.vlm()?.fingerprint(&[])?),
         ]);
-        if let Some(judge) = models.judge()?.filter(|_| self.group.asks("judge")) {
+        if let Some(judge) = models.judge()? {
             all.insert("models.judge".to_owned(), judge.fingerprint(&[])?);
         }
         let learning = self.objective.roles();
@@ -444,7 +444,7 @@ impl RunConfig for GrpoConfig {
 
     fn unused(&self) -> Vec<(&'static str, &'static str)> {
         use Learner::{Actor, Diffuser, Editor, Joint};
-        let Self { objective, actor, editor, group, .. } = self;
+        let Self { objective, actor, editor, .. } = self;
         let is = |learners: &[Learner]| learners.contains(objective);
         let joint = is(&[Joint]);
         let (flow, nft) = (is(&[Editor, Diffuser, Joint]), editor.loss == LossKind::DiffusionNft);
@@ -467,7 +467,6 @@ impl RunConfig for GrpoConfig {
         add(!joint && nft, "the losses over stochastic steps", &stochastic);
         add(!nft, "the loss diffusion-nft", &["editor.beta"]);
         add(actor.loss == TokenLossKind::Cispo, "losses that clip on both sides", &["actor.eps_low"]);
-        add(!group.asks("judge"), "the reward judge", &["models.judge"]);
         unused
     }
 }
@@ -509,19 +508,19 @@ mod tests {
             ("diffuser", "editor.edit_guidance = { text = 5.0, image = 2.5 }", "editor.edit_guidance"),
             ("joint", "actor.steps = 3", "actor.steps"),
             ("joint", "editor.drawn = 0.5", "editor.drawn"),
-            ("joint", "models.judge = 'elsewhere'", "models.judge"),
         ] {
             let config: GrpoConfig = toml::from_str(&format!("objective = '{objective}'\n{line}")).unwrap();
-            let error = config.check_unused().unwrap_err();
+            let error = config.check_unused(|_| true).unwrap_err();
             let words = format!("{key} counts for nothing here");
             assert!(error.is::<Usage>() && error.to_string().starts_with(&words), "{line}: {error}");
+            assert!(config.check_unused(|other| other != key).is_ok(), "{line}");
             // Without them the rest is left.
             let rest: GrpoConfig = toml::from_str(&config.to_toml().unwrap()).unwrap();
-            assert!(rest.check_unused().is_ok() && rest.objective == config.objective, "{line}");
+            assert!(rest.check_unused(|_| true).is_ok() && rest.objective == config.objective, "{line}");
         }
         for used in ["editor = { drawn = 0.5, draws = 2 }", "editor = { loss = 'diffusion-nft', beta = 0.5 }"] {
             let config: GrpoConfig = toml::from_str(&format!("objective = 'editor'\n{used}")).unwrap();
-            assert!(config.check_unused().is_ok(), "{used}");
+            assert!(config.check_unused(|_| true).is_ok(), "{used}");
         }
     }
 

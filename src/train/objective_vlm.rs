@@ -52,7 +52,7 @@ pub struct VlmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
     /// A new adapter on the model of `init`, which is trained instead of its own weights: the Actor's, so all that is taught
-    /// are edits, of prompts in the plain words that it gets in the loop.
+    /// are edits, of prompts in the plain words that it gets in the loop. A picture that needs no edit gives way to a render.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterConfig>,
     /// Claims about a picture at most, of those that a graph makes.
@@ -343,11 +343,10 @@ impl VlmObjective {
         let processor = files.iter().find(|(name, _)| name == "preprocessor_config.json");
         let images = ImageProcessor::parse(&processor.context("no image processor")?.1)?;
         let vlm = Arc::new(Vlm::new(model, chat, images)?);
-        let checker = match (&adapter, &config.init) {
-            (Some(_), Some(path)) => {
-                let folder = Folder::from(path.clone());
-                let bare = Params::open(&folder, "model", DType::F32, device)?;
-                Arc::new(Vlm::of(Qwen3VL::new(&model_config, &bare)?, &folder)?)
+        let checker = match &config.init {
+            Some(path) if adapter.is_some() => {
+                let bare = Qwen3VL::new(&model_config, &params.again(Vec::new()))?;
+                Arc::new(Vlm::of(bare, &Folder::from(path.clone()))?)
             }
             _ => vlm.clone(),
         };
@@ -547,8 +546,7 @@ impl Objective for VlmObjective {
     }
 
     fn evaluate(&mut self, _step: u64) -> Result<Metrics> {
-        let objects = if self.adapter.is_some() { self.config.act_objects } else { 3 };
-        let mut metrics = self.measure(Split::Val, self.config.evaluation, objects)?;
+        let mut metrics = self.measure(Split::Val, self.config.evaluation, self.objects())?;
         metrics.extend(self.measure_drawn()?);
         Ok(metrics)
     }

@@ -10,9 +10,11 @@ use super::{
     request::RunConfig,
     train_config::TrainConfig,
 };
+use crate::models::Folder;
 use anyhow::Result;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// What is pretrained; each has a section of the config by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +81,19 @@ impl RunConfig for PretrainConfig {
             Kind::Diffuser => Ok(Box::new(Diffuser::new(&self.diffuser, self.seed, device)?)),
             Kind::Vlm => Ok(Box::new(VlmObjective::new(&self.vlm, self.seed, device)?)),
         }
+    }
+
+    /// The model that an adapter is trained on.
+    fn built_on(&self) -> Result<BTreeMap<String, String>> {
+        let (key, init, parts): (_, _, &[&str]) = match self.objective {
+            Kind::Vlm if self.vlm.adapter.is_some() => ("vlm.init", &self.vlm.init, &[]),
+            Kind::Diffuser if self.diffuser.adapter.is_some() => {
+                ("diffuser.init", &self.diffuser.init, &["transformer", "text_encoder", "tokenizer"])
+            }
+            _ => return Ok(BTreeMap::new()),
+        };
+        let revision = init.clone().map(|init| Folder::from(init).fingerprint(parts)).transpose()?;
+        Ok(revision.into_iter().map(|revision| (key.to_owned(), revision)).collect())
     }
 
     fn unused(&self) -> Vec<(&'static str, &'static str)> {

@@ -41,12 +41,13 @@ pub trait RunConfig: Default + Serialize + DeserializeOwned {
     /// The sections and keys, such as `editor.beta`, that count for nothing with what else is chosen, each with what it is for.
     fn unused(&self) -> Vec<(&'static str, &'static str)>;
 
-    /// Refuses what is set, to another value than usual, and counts for nothing: who set it expects something of it.
-    fn check_unused(&self) -> Result<()> {
+    /// Refuses what of `concerned` is set, to another value than usual, and counts for nothing: who set it expects something
+    /// of it.
+    fn check_unused(&self, concerned: impl Fn(&str) -> bool) -> Result<()> {
         let table = |config: &Self| toml::Table::try_from(config).context("the config does not serialise");
         let (mut given, mut usual) = (table(self)?, table(&Self::default())?);
         for (key, purpose) in self.unused() {
-            if take(&mut given, key) != take(&mut usual, key) {
+            if take(&mut given, key) != take(&mut usual, key) && concerned(key) {
                 usage!("{key} counts for nothing here: it is for {purpose}; leave it out");
             }
         }
@@ -114,10 +115,12 @@ impl Request {
             usage!("{} is not empty and holds no run; choose another --out", folder.display());
         }
         let config = Layers::<C>::defaults()?.file(&file)?.environment()?.set(&self.set)?.resolve()?;
-        // Not of a run that goes on as it was: earlier versions took it.
-        if self.resume.is_none() || !self.set.is_empty() {
-            config.check_unused()?;
-        }
+        // Of a run that goes on, only what is set now: earlier versions took it.
+        let set_now = |key: &str| {
+            let within = |set: &str| set.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+            self.set.iter().filter_map(|pair| pair.split('=').next()).any(within)
+        };
+        config.check_unused(|key| self.resume.is_none() || set_now(key))?;
         let objective = config.build(device)?;
         Ok(Prepared { config, folder, objective })
     }

@@ -10,10 +10,14 @@ use crate::{
         truth::{self, KINDS},
         vlm_roles::{Critic, EDIT, VERDICT},
     },
-    scene::tabletop::{
-        render::render,
-        split::Split,
-        tasks::{self, CheckSample},
+    scene::{
+        graph::SceneGraph,
+        tabletop::{
+            caption::plain,
+            render::render,
+            split::Split,
+            tasks::{self, CheckSample},
+        },
     },
     tensor::rng::Stream,
     vlm::{
@@ -77,9 +81,9 @@ impl VlmObjective {
                 &mut judged,
             )?;
 
-            let plain = self.config.adapter.is_some();
+            let in_plain = self.config.adapter.is_some();
             let repairs: Vec<vlm_tasks::Repair> =
-                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, plain)).collect();
+                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, in_plain)).collect();
             let pictures: Vec<RgbImage> = repairs.iter().map(|r| render(&r.sample.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
             let questions: Vec<Question> =
@@ -101,13 +105,23 @@ impl VlmObjective {
         Ok(metrics)
     }
 
+    /// Objects of a prompt at most in an evaluation.
+    pub(super) fn objects(&self) -> usize {
+        if self.config.adapter.is_some() { self.config.act_objects } else { 3 }
+    }
+
+    /// What a prompt asks for; an Actor's adapter learns from plain words.
+    fn target(&self, prompt: &str, graph: &SceneGraph) -> Target {
+        let target = Target::new(prompt, graph).and_nothing_else();
+        if self.config.adapter.is_some() { target.drawn_as(plain(graph)) } else { target }
+    }
+
     /// Verdicts on what the prompts of held-out drawn pictures claim, and edits of those that miss something, which the Actor
     /// writes from the model's own verdicts, as in the loop.
     pub(super) fn measure_drawn(&self) -> Result<Metrics> {
         let drawn = &self.drawn.1[..self.config.evaluation.min(self.drawn.1.len())];
         let critic = Critic::new(self.checker.clone()).with_actor(Some(self.vlm.clone()));
-        let ask =
-            |d: &Drawn| (Picture::from_pixels(d.picture.clone()), Target::new(&d.prompt, &d.graph).and_nothing_else());
+        let ask = |d: &Drawn| (Picture::from_pixels(d.picture.clone()), self.target(&d.prompt, &d.graph));
         let asked: Vec<(Picture, Target)> = drawn.iter().map(ask).collect();
         let heard = critic.check(&asked.iter().map(|(picture, target)| (picture, target)).collect::<Vec<_>>())?;
         let mut judged = Judged::default();
@@ -139,10 +153,9 @@ impl VlmObjective {
         const SHOWN: u64 = 16;
         let critic = Critic::new(self.checker.clone()).with_actor(Some(self.vlm.clone()));
         let samples: Vec<tasks::ActSample> =
-            (0..SHOWN).map(|i| tasks::act(self.seed ^ 0x5eed, Split::Val, i, 1, 3)).collect();
+            (0..SHOWN).map(|i| tasks::act(self.seed ^ 0x5eed, Split::Val, i, 1, self.objects())).collect();
         let pictures: Vec<Picture> = samples.iter().map(|s| Picture::from_pixels(render(&s.scene))).collect();
-        let targets: Vec<Target> =
-            samples.iter().map(|s| Target::new(&s.prompt, &s.graph).and_nothing_else()).collect();
+        let targets: Vec<Target> = samples.iter().map(|s| self.target(&s.prompt, &s.graph)).collect();
         let verdicts = critic.check(&pictures.iter().zip(&targets).collect::<Vec<_>>())?;
         let situation =
             |((picture, target), verdicts)| Situation { target, picture, verdicts, earlier: &[], seed: 0, round: 1 };
