@@ -38,6 +38,7 @@ pub mod schedule;
 mod slices;
 pub mod train_config;
 pub mod trained;
+pub mod vlm_config;
 mod vlm_measure;
 pub mod vlm_tasks;
 

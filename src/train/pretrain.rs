@@ -5,10 +5,11 @@ use super::{
     diffuser_config::DiffuserConfig,
     objective_diffuser::Diffuser,
     objective_vae::{VaeConfig, VaeObjective},
-    objective_vlm::{VlmConfig, VlmObjective},
+    objective_vlm::VlmObjective,
     optim::OptimConfig,
     request::RunConfig,
     train_config::TrainConfig,
+    vlm_config::VlmConfig,
 };
 use crate::models::Folder;
 use anyhow::Result;
