@@ -1,7 +1,7 @@
 //! A linear layer, with the low-rank adapters that its name asks for.
 
 use super::{Init, Params, params::lock};
-use crate::tensor::{Precision, linear, linear_in};
+use crate::tensor::{Precision, linear_in, linear_low_rank, low_rank};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor, Var};
 use std::{
@@ -230,10 +230,13 @@ impl Linear {
 
     /// `(.., in)` to `(.., out)`.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mut y = linear_in(self.precision, x, &self.weight, self.bias.as_ref())?;
-        for Low { a, b, scale } in &self.low {
-            let low = linear(&linear(&x.to_dtype(a.dtype())?, a, None)?, b, None)?;
-            y = (y + (low * *scale)?.to_dtype(x.dtype())?)?;
+        let (weight, bias) = (&self.weight, self.bias.as_ref());
+        let [Low { a, b, scale }, others @ ..] = self.low.as_slice() else {
+            return linear_in(self.precision, x, weight, bias);
+        };
+        let mut y = linear_low_rank(self.precision, x, (weight, bias), (a, b, *scale))?;
+        for Low { a, b, scale } in others {
+            y = (y + low_rank(x, a, b, *scale)?)?;
         }
         Ok(y)
     }

@@ -222,15 +222,25 @@ impl View<'_> {
 
 /// `lhs (m, k) * rhs (k, n)` as a dense `(m, n)`.
 pub fn product([m, n, k]: [usize; 3], lhs: View, rhs: View) -> Vec<f32> {
-    assert!(lhs.holds(m, k) && rhs.holds(k, n), "a matrix reaches beyond its memory");
     let mut out = vec![0.0; m * n];
+    multiply(&mut out, 0.0, [m, n, k], lhs, rhs, 1.0);
+    out
+}
+
+/// `out += factor * lhs (m, k) * rhs (k, n)`, dense.
+pub fn add_product(out: &mut [f32], shape: [usize; 3], lhs: View, rhs: View, factor: f32) {
+    multiply(out, 1.0, shape, lhs, rhs, factor);
+}
+
+/// `out = kept * out + factor * lhs (m, k) * rhs (k, n)`, dense; with `kept` of 0 what `out` holds does not matter.
+fn multiply(out: &mut [f32], kept: f32, [m, n, k]: [usize; 3], lhs: View, rhs: View, factor: f32) {
+    assert!(lhs.holds(m, k) && rhs.holds(k, n) && out.len() == m * n, "a matrix reaches beyond its memory");
     let (a, b) = (lhs.values.as_ptr(), rhs.values.as_ptr());
-    // SAFETY: the factors were checked; `out` is ours.
+    // SAFETY: all three were checked, and `out` is borrowed by us alone.
     unsafe {
         let out = out.as_mut_ptr();
-        gemm([m, n, k], out, [1, n], a, [lhs.col, lhs.row], b, [rhs.col, rhs.row], 0.0, 1.0, true);
+        gemm([m, n, k], out, [1, n], a, [lhs.col, lhs.row], b, [rhs.col, rhs.row], kept, factor, true);
     }
-    out
 }
 
 /// `dst = alpha * dst + beta * lhs * rhs` for matrices given by pointer and (column, row) strides.

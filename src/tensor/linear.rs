@@ -46,25 +46,45 @@ pub(super) fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
     dims
 }
 
-struct Fused(Precision);
+/// The layer as one operation on the CPU.
+pub(super) struct Fused(pub(super) Precision);
 
 /// A dense row-major matrix of rows of `width`, as it is.
-fn plain(values: &[f32], width: usize) -> View<'_> {
+pub(super) fn plain(values: &[f32], width: usize) -> View<'_> {
     View { values, col: 1, row: width }
 }
 
 /// The same, transposed.
-fn transposed(values: &[f32], width: usize) -> View<'_> {
+pub(super) fn transposed(values: &[f32], width: usize) -> View<'_> {
     View { values, col: width, row: 1 }
 }
 
 impl Fused {
     /// `lhs (m, k) * rhs (k, n)`, dense.
-    fn product(&self, [m, n, k]: [usize; 3], lhs: View, rhs: View) -> Vec<f32> {
+    pub(super) fn product(&self, [m, n, k]: [usize; 3], lhs: View, rhs: View) -> Vec<f32> {
         match self.0 {
             Precision::F32 => cpu::product([m, n, k], lhs, rhs),
             Precision::Bf16 => bf16::product([m, n, k], lhs, rhs),
         }
+    }
+
+    /// `x W^T + b`, `(.., n)`, for `x (.., k)` of `dims` and `w (n, k)`.
+    pub(super) fn apply(
+        &self,
+        x: &[f32],
+        dims: &[usize],
+        w: &[f32],
+        (n, k): (usize, usize),
+        b: Option<&[f32]>,
+    ) -> Result<Vec<f32>> {
+        if dims.last() != Some(&k) || b.is_some_and(|b| b.len() != n) {
+            candle_core::bail!("linear layer {n} x {k} got an input of {dims:?}");
+        }
+        let mut y = self.product([x.len() / k, n, k], plain(x, k), transposed(w, k));
+        if let Some(b) = b {
+            cpu::rows(&mut y, n, |_, y| cpu::add(y, b));
+        }
+        Ok(y)
     }
 
     fn forward(
@@ -76,15 +96,8 @@ impl Fused {
         b: Option<&[f32]>,
     ) -> Result<(CpuStorage, Shape)> {
         let (n, k) = wl.shape().dims2()?;
-        let dims = xl.dims();
-        if dims.last() != Some(&k) || b.is_some_and(|b| b.len() != n) {
-            candle_core::bail!("linear layer {n} x {k} got an input of {dims:?}");
-        }
-        let mut y = self.product([x.len() / k, n, k], plain(x, k), transposed(w, k));
-        if let Some(b) = b {
-            cpu::rows(&mut y, n, |_, y| cpu::add(y, b));
-        }
-        Ok((CpuStorage::F32(y), Shape::from(with_last(dims, n))))
+        let y = self.apply(x, xl.dims(), w, (n, k), b)?;
+        Ok((CpuStorage::F32(y), Shape::from(with_last(xl.dims(), n))))
     }
 
     fn backward(&self, x: &Tensor, w: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {

@@ -108,7 +108,15 @@ fn cases() -> Vec<Case> {
 
     let (x, w, b) = (draw("x", &[2, 50, 24]), (draw("w", &[40, 24]) * 0.2).unwrap(), draw("b", &[40]));
     add("linear", true, &[x.clone(), w.clone()], Box::new(|i| linear(&i[0], &i[1], None)));
-    add("linear with bias", true, &[x, w, b], Box::new(|i| linear(&i[0], &i[1], Some(&i[2]))));
+    add("linear with bias", true, &[x.clone(), w.clone(), b], Box::new(|i| linear(&i[0], &i[1], Some(&i[2]))));
+    let low = [x, draw("low a", &[4, 24]), draw("low b", &[40, 4])].map(|x| (x * 0.2).unwrap());
+    // No input, so rounded here, that every format has the same numbers.
+    let frozen = w.to_dtype(DType::BF16).unwrap();
+    let adapted: Operation = Box::new(move |i| {
+        let frozen = frozen.to_dtype(i[0].dtype())?.to_device(i[0].device())?;
+        linear_low_rank(Precision::F32, &i[0], (&frozen, None), (&i[1], &i[2], 0.7))
+    });
+    add("linear with an adapter", true, &low, adapted);
 
     let (x, w, b) = (draw("x", &[3, 50, 40]), positive("w", 40), draw("b", &[40]));
     add("rms norm", false, &[x.clone(), w.clone()], Box::new(|i| rms_norm(&i[0], &i[1], 1e-6)));

@@ -74,6 +74,39 @@ fn linear_agrees() {
 }
 
 #[test]
+fn an_adapter_on_a_linear_layer_agrees() {
+    let (x, w, bias) = (draw("x", &[2, 5, 7]), draw("w", &[3, 7]), draw("b", &[3]));
+    let (low_a, low_b) = (draw("low a", &[2, 7]), draw("low b", &[3, 2]));
+    let adapted = |precision: Precision, i: &[Tensor]| {
+        linear_low_rank(precision, &i[0], (&i[3], Some(&i[4])), (&i[1], &i[2], 0.7))
+    };
+    let all = [x, low_a, low_b, w, bias];
+    agrees("adapter on a trained layer", &all, |i| adapted(Precision::F32, i));
+    let frozen = |i: &[Tensor]| all[3..].iter().map(|x| x.to_dtype(i[0].dtype())).collect::<Result<Vec<_>>>();
+    agrees("adapter on a frozen layer", &all[..3], |i| adapted(Precision::F32, &[i, &frozen(i)?].concat()));
+    agrees("adapter on a part of a frozen layer", &all[..3], |i| {
+        let part = |x: &Tensor| x.narrow(0, 1, 2);
+        let rest = frozen(i)?;
+        let base = (&part(&rest[0])?, Some(&part(&rest[1])?));
+        linear_low_rank(Precision::F32, &i[0], base, (&i[1], &part(&i[2])?, 0.7))
+    });
+
+    // With the layer's product in half precision it is the same whether the layer is frozen.
+    let trained: Vec<Var> = all.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+    let run = |weights: &[Tensor]| {
+        let adapter: Vec<Tensor> = trained[..3].iter().map(|v| v.as_tensor().clone()).collect();
+        let y = adapted(Precision::Bf16, &[&adapter, weights].concat()).unwrap();
+        let grads = (&y * draw("projection", y.dims())).unwrap().sum_all().unwrap().backward().unwrap();
+        let grads: Vec<Tensor> = trained[..3].iter().map(|v| grads.get(v).unwrap().clone()).collect();
+        [vec![y], grads].concat()
+    };
+    let weights: Vec<Tensor> = trained[3..].iter().map(|v| v.as_tensor().clone()).collect();
+    for (got, want) in run(&all[3..]).iter().zip(run(&weights)) {
+        close("adapter in half precision", got, &want, 2e-6);
+    }
+}
+
+#[test]
 fn norms_agree() {
     let (x, w, b) = (draw("x", &[3, 150, 40]), draw("w", &[40]), draw("b", &[40]));
     agrees("rms", &[x.clone(), w.clone()], |i| rms_norm(&i[0], &i[1], 1e-6));

@@ -171,6 +171,7 @@ impl VlmObjective {
             probes: self.config.probes,
             act: if self.adapter.is_some() { 1.0 } else { self.config.act },
             act_objects: self.config.act_objects,
+            moves: self.config.moves,
             parse: self.config.parse,
             plain: self.adapter.is_some(),
         }
@@ -376,7 +377,7 @@ impl Objective for VlmObjective {
 
 /// Learns the tokens from what will be asked and answered.
 fn learn_vocabulary(size: usize) -> Result<Vocabulary> {
-    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, act_objects: 3, parse: 0.5, plain: false };
+    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, act_objects: 3, moves: 0.0, parse: 0.5, plain: false };
     let lessons = (0..TEXTS).into_par_iter().map(|i| vlm_tasks::lesson(0, Split::Train, i, mix));
     let texts: Vec<String> =
         lessons.flat_map_iter(|lesson| lesson.rows.into_iter().flat_map(|r| [r.question, r.answer])).collect();

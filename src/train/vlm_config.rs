@@ -35,6 +35,9 @@ pub struct VlmConfig {
     pub act: f64,
     /// Objects at most of a prompt that an edit is given for: what more than that ask for is left to Reflection-GRPO.
     pub act_objects: usize,
+    /// The share of edits that move something, whatever an even draw of the others adds: where all is there and a relation
+    /// fails, the loop needs them most. A picture of one thing has none.
+    pub moves: f64,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
     /// From which step on pictures have up to how many objects.
@@ -77,12 +80,15 @@ pub struct Shape {
 impl VlmConfig {
     /// Refuses what cannot be taught.
     pub fn check(&self) -> Result<()> {
-        let shares = [self.act, self.parse, self.drawn_share, self.imperfect];
+        let shares = [self.act, self.moves, self.parse, self.drawn_share, self.imperfect];
         if shares.iter().any(|share| !(0.0..=1.0).contains(share)) {
-            usage!("[vlm] act, parse, drawn_share and imperfect are shares, from 0 to 1");
+            usage!("[vlm] act, moves, parse, drawn_share and imperfect are shares, from 0 to 1");
         }
         if self.act_objects == 0 {
             usage!("[vlm] act_objects is 1 or more; with act = 0 no edits are taught");
+        }
+        if self.moves > 0.0 && self.act_objects < 2 {
+            usage!("[vlm] moves are edits of two objects or more, and act_objects is {}", self.act_objects);
         }
         if self.adapter.is_some() && self.init.is_none() {
             usage!("[vlm] adapter is for an Actor on the model of init");
@@ -100,6 +106,7 @@ impl Default for VlmConfig {
             probes: 5,
             act: 0.25,
             act_objects: 3,
+            moves: 0.0,
             parse: 0.1,
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
             drawn: Vec::new(),

@@ -81,9 +81,10 @@ impl VlmObjective {
                 &mut judged,
             )?;
 
+            // Held-out edits are as they come, whatever training makes frequent.
             let in_plain = self.config.adapter.is_some();
             let repairs: Vec<vlm_tasks::Repair> =
-                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, in_plain)).collect();
+                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, in_plain, 0.0)).collect();
             let pictures: Vec<RgbImage> = repairs.iter().map(|r| render(&r.sample.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
             let questions: Vec<Question> =

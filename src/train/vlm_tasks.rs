@@ -75,6 +75,8 @@ pub struct Mix {
     pub act: f64,
     /// Objects at most of a prompt that an edit is given for.
     pub act_objects: usize,
+    /// The share of edits that move something whatever the others do, as far as a picture has what a move would mend.
+    pub moves: f64,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
     /// Whether prompts that an edit is asked for are in plain words alone, as in the loop.
@@ -227,13 +229,16 @@ pub struct Repair {
     pub question: String,
 }
 
-/// The repair number `index`.
-pub fn repair(seed: u64, split: Split, index: u64, objects: usize, in_plain: bool) -> Repair {
-    let mut sample = tasks::act(seed, split, index, 1, objects);
+/// The repair number `index`. In a share `moves` of them the edit moves something, whatever the others do.
+pub fn repair(seed: u64, split: Split, index: u64, objects: usize, in_plain: bool, moves: f64) -> Repair {
+    let mut rng = Stream::new(seed, "vlm repair", index);
+    // As above, a share of none takes no number.
+    let moved = moves > 0.0 && objects > 1 && rng.chance(moves);
+    let wanted = |edit: &Edit| !moved || matches!(edit, Edit::Move { .. });
+    let mut sample = tasks::act_by(seed, split, index, 1, objects, wanted);
     if in_plain {
         sample.prompt = plain(&sample.graph);
     }
-    let mut rng = Stream::new(seed, "vlm repair", index);
     let mut verdicts = verdicts(&sample.scene.view(), &sample.graph);
     if rng.chance(0.2) {
         verdicts.iter_mut().for_each(|v| v.reflection.clear());
@@ -255,7 +260,8 @@ pub fn mends(instruction: &str, scene: &Scene, graph: &SceneGraph) -> (bool, boo
 /// The lesson number `index` of a split.
 pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
-    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, mix.objects.min(mix.act_objects), mix.plain));
+    let objects = mix.objects.min(mix.act_objects);
+    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, objects, mix.plain, mix.moves));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
             let reflection = plan::faults(&sample.scene.view(), &sample.graph);
@@ -281,15 +287,29 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     Lesson { scene, rows }
 }
 
+/// Prompts that are tried for one that asks to move something.
+const WISHES: usize = 8;
+
 /// What is taught of a picture that was drawn: as of a scene, by what the oracle reads in it. Half of the time it is asked
-/// about with another prompt than its own, one that an edit of it would meet.
+/// about with another prompt than its own, one that an edit of it would meet; more often where a share of edits is to be moves.
 pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let mut rng = Stream::new(seed, "vlm drawn", index);
     let Drawn { prompt, graph, reading, .. } = drawn;
-    let other = if rng.chance(0.5) { tasks::wish(&mut rng, &reading.scene) } else { None };
+    let mut other = if rng.chance(0.5) { tasks::wish(&mut rng, &reading.scene) } else { None };
+    let asked = rng.chance(mix.act);
+    // A share of none takes no number of the stream, so that what is taught without it stays the same.
+    if asked && mix.moves > 0.0 && rng.chance(mix.moves) {
+        let moves = |graph: &SceneGraph| {
+            graph.objects.len() <= mix.act_objects && matches!(mending(reading, graph).first(), Some(Edit::Move { .. }))
+        };
+        if !moves(other.as_ref().map_or(graph, |(_, graph)| graph)) {
+            let mut wishes = (0..WISHES).filter_map(|_| tasks::wish(&mut rng, &reading.scene));
+            other = wishes.find(|(_, graph)| moves(graph)).or(other);
+        }
+    }
     let (prompt, graph) = other.as_ref().map_or((prompt, graph), |(prompt, graph)| (prompt, graph));
     let mut checks = drawn_verdicts(reading, graph);
-    let act = rng.chance(mix.act) && graph.objects.len() <= mix.act_objects;
+    let act = asked && graph.objects.len() <= mix.act_objects;
     let helpful = if act { mending(reading, graph) } else { Vec::new() };
     let helpful: Vec<String> = helpful.iter().map(Edit::plain).collect();
     // Later rounds know of an edit that did not help.
@@ -356,11 +376,12 @@ mod tests {
         scene::tabletop::{caption::Style, oracle, world::SIDE},
     };
 
-    const MIX: Mix = Mix { objects: 3, claims: 2, probes: 4, act: 0.4, act_objects: 3, parse: 0.2, plain: false };
+    const MIX: Mix =
+        Mix { objects: 3, claims: 2, probes: 4, act: 0.4, act_objects: 3, moves: 0.0, parse: 0.2, plain: false };
 
     #[test]
     fn what_is_taught_mends_the_picture() {
-        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3, i % 2 == 0)).collect();
+        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3, i % 2 == 0, 0.0)).collect();
         assert!(repairs.iter().all(|r| r.verdicts.iter().any(|v| !v.yes)));
         for Repair { sample, .. } in &repairs {
             assert!(mends(&sample.instruction, &sample.scene, &sample.graph).0, "{}", sample.instruction);
@@ -441,6 +462,26 @@ mod tests {
         });
         let asked: Vec<usize> = asked.collect();
         assert!(asked.len() > 60 && asked.iter().all(|objects| *objects <= 3), "{asked:?}");
+    }
+
+    #[test]
+    fn edits_are_moves_where_the_mix_says_so() {
+        // Edits, and moves among them.
+        let count = |moves: f64| {
+            let mix = Mix { objects: 5, act: 1.0, act_objects: 3, moves, ..MIX };
+            let lessons = (0..40).flat_map(|i| lesson(5, Split::Train, i, mix).rows);
+            let drawn = (0..40).flat_map(|i| drawn_rows(5, i, &crate::train::imperfect::imperfect(5, i, 5), mix));
+            [lessons.collect::<Vec<_>>(), drawn.collect()].map(|rows| {
+                let edits: Vec<&Row> = rows.iter().filter(|row| row.task == Task::Act).collect();
+                let moved = edits.iter().filter(|row| row.answer.contains("\"edit\": \"move "));
+                (edits.len(), moved.count())
+            })
+        };
+        let ([lessons, drawn], [few, fewer]) = (count(1.0), count(0.0));
+        assert_eq!(lessons, (40, 40));
+        assert!(few.1 < 20 && fewer.1 * 3 < fewer.0, "{few:?} {fewer:?}");
+        // Not every picture has what a move could mend, and none has fewer edits for it.
+        assert!(drawn.1 * 2 > drawn.0 && drawn.0 >= fewer.0, "{drawn:?} {fewer:?}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ impl Comparison {
 /// Edits each of which would mend something that `view` gets wrong of `graph`: objects that are wrong or missing,
 /// relations that fail between objects that are there, and objects too many. Empty if nothing is wrong.
 ///
-/// They come in the order of the graph, the plainest for each fault first, and name objects by colour and shape, and by
+/// They come in the order of the graph, the surest for each fault first, and name objects by colour and shape, and by
 /// more where that fits several: the first that helps is the same for the same picture, which makes it a rule to learn.
 pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
     let Comparison { matching, truth, mut spare } = Comparison::of(view, graph);
@@ -81,14 +81,20 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
         if *ok {
             continue;
         }
+        // Swaps first, which Editors do better: what moves has to find room. The two with each other, or one of them with what is
+        // where it should be.
+        let others = (0..view.objects.len()).filter(|c| ![a, b].contains(c));
+        let mut pairs = Vec::new();
+        if relation.is_direction() {
+            pairs.extend(relation.inverse().filter(|inverse| view.holds(a, *inverse, b)).map(|_| (a, b)));
+            pairs.extend(others.clone().filter(|c| view.holds(*c, relation, b)).map(|c| (a, c)));
+            pairs.extend(others.filter(|c| view.holds(a, relation, *c)).map(|c| (b, c)));
+        }
+        let swap = |(one, other)| Some(Edit::Swap { first: name(one)?, second: name(other)? });
+        edits.extend(pairs.into_iter().filter_map(swap));
         let (Some(first), Some(second)) = (name(a), name(b)) else { continue };
         edits.push(Edit::Move { what: first.clone(), relation, anchor: second.clone() });
-        if let Some(inverse) = relation.inverse() {
-            edits.push(Edit::Move { what: second.clone(), relation: inverse, anchor: first.clone() });
-            if relation.is_direction() && view.holds(a, inverse, b) {
-                edits.push(Edit::Swap { first, second });
-            }
-        }
+        edits.extend(relation.inverse().map(|inverse| Edit::Move { what: second, relation: inverse, anchor: first }));
     }
     edits.extend(spare.into_iter().filter_map(name).map(|what| Edit::Remove { what }));
     edits
@@ -194,6 +200,32 @@ mod tests {
             faults(&view, &graph),
             "missing yellow star; too much green cube; wrong size red ball; misplaced red ball left of blue cone"
         );
+    }
+
+    #[test]
+    fn two_that_stand_the_wrong_way_round_are_swapped_and_others_moved() {
+        use crate::scene::{parse::parse, relation::BoundingBox, tabletop::world::Shape};
+        let seen = |shape, colour, x: f32, y: f32| {
+            let bounds = BoundingBox { x0: x, y0: y, x1: x + 20.0, y1: y + 20.0 };
+            Seen { shape, colour, size: Size::Small, bounds }
+        };
+        let graph = parse("red ball left of blue cone; green cube").unwrap();
+        let planned = |cone: (f32, f32), cube: (f32, f32)| {
+            let objects = vec![
+                seen(Shape::Ball, Colour::Red, 60.0, 50.0),
+                seen(Shape::Cone, Colour::Blue, cone.0, cone.1),
+                seen(Shape::Cube, Colour::Green, cube.0, cube.1),
+            ];
+            let edits = edits(&View { objects, in_front: Vec::new() }, &graph);
+            edits.iter().map(Edit::plain).collect::<Vec<_>>()
+        };
+        let moves =
+            ["move the red ball to the left of the blue cone", "move the blue cone to the right of the red ball"];
+        assert_eq!(planned((10.0, 50.0), (60.0, 10.0))[0], "swap the red ball and the blue cone");
+        assert_eq!(planned((10.0, 50.0), (60.0, 10.0))[1..], moves);
+        // What is in the right place gives it up.
+        assert_eq!(planned((60.0, 90.0), (20.0, 90.0))[0], "swap the red ball and the green cube");
+        assert_eq!(planned((60.0, 90.0), (60.0, 10.0)), moves);
     }
 
     #[test]

@@ -525,6 +525,18 @@ fn corrupted(rng: &mut Stream, view: &View, mut graph: SceneGraph) -> SceneGraph
 /// A picture that misses something of its prompt, which names `min..=max` objects, what is missed, and an edit that mends one
 /// of these things.
 pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSample {
+    act_by(seed, split, index, min, max, |_| true)
+}
+
+/// [`act`], of samples whose edit is `wanted`.
+pub fn act_by(
+    seed: u64,
+    split: Split,
+    index: u64,
+    min: usize,
+    max: usize,
+    wanted: impl Fn(&Edit) -> bool,
+) -> ActSample {
     let rng = &mut stream("act", seed, split, index);
     loop {
         let most = 1 + rng.below(2);
@@ -539,6 +551,10 @@ pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSa
             let Some(target) = edit.apply(rng, &scene) else { continue };
             let better = target.view().judge(&graph).better_than(&truth);
             if better && !(split.part() == Part::Train && novel(&edit)) {
+                // The first that helps is the rule to learn, so it is this one or another scene.
+                if !wanted(&edit) {
+                    break;
+                }
                 let style = style(rng, split, TRIPLES);
                 let prompt = caption::caption(rng, &graph, style);
                 let instruction = edit.plain();
