@@ -61,6 +61,9 @@ pub struct ActorConfig {
     pub max_objects: usize,
     /// Drawings of a prompt, of which the Actor is given the best: those of the loop.
     pub draws: usize,
+    /// Edits at most that come before the one to be learned, as the Actor writes them before it is trained: a problem is
+    /// where the loop stands after none to so many.
+    pub earlier_edits: usize,
     /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (for each try of a picture
     /// of 128 x 128 some 60 kB, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the
     /// caches anew.
@@ -91,6 +94,7 @@ impl Default for ActorConfig {
             min_objects: 2,
             max_objects: 3,
             draws: 1,
+            earlier_edits: 0,
             pool: 0,
             tries: 1,
             steps: 8,
@@ -122,9 +126,9 @@ impl ActorConfig {
     }
 
     pub fn posing(&self) -> Posing {
-        let Self { source, min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
-        let edit_guidance = self.edit_guidance();
-        Posing { source, objects: [min_objects, max_objects], draws, steps, guidance, edit_guidance }
+        let Self { source, min_objects, max_objects, draws, earlier_edits, guidance, .. } = *self;
+        let (objects, steps) = ([min_objects, max_objects], self.evaluation_steps);
+        Posing { source, objects, draws, earlier_edits, steps, guidance, edit_guidance: self.edit_guidance() }
     }
 
     /// The loss of answers of at most [`EDIT`] tokens.
@@ -262,9 +266,9 @@ impl Actor {
     ) -> Result<()> {
         let new: Vec<(usize, &str)> =
             edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(*instruction)).collect();
-        let round = self.config.draws;
         let jobs = new.iter().flat_map(|(p, instruction)| {
-            let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
+            let Problem { target, picture, verdicts, seed, edits, .. } = &problems[*p].problem;
+            let round = self.config.draws + edits;
             // The first noise is the one that the loop would take.
             let seeds = (0..tries as u64).map(move |number| seed.wrapping_add(number));
             seeds.map(move |seed| Edit { target, picture, verdicts, instruction, seed, round })

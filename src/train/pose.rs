@@ -11,7 +11,7 @@ use crate::{
         cycle::{rank, seed_of_drawing},
         klein::{Adapted, Editing, Painter, Painting},
         prompts,
-        roles::{Decode, Diffuser, Draw, Picture, Target, Verdict},
+        roles::{Actor, Decode, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
         vlm_roles::Critic,
     },
     scene::{
@@ -47,7 +47,9 @@ pub struct Posing {
     pub objects: [usize; 2],
     /// Drawings of a prompt, of which the best is the problem's picture, as in the loop.
     pub draws: usize,
-    /// Of the drawings.
+    /// Edits at most that come before, as in the loop.
+    pub earlier_edits: usize,
+    /// Of the drawings and of these edits.
     pub steps: usize,
     pub guidance: f64,
     /// Of the edits that a painter makes.
@@ -68,6 +70,9 @@ pub struct Problem {
     pub graph: SceneGraph,
     pub picture: Picture,
     pub verdicts: Vec<Verdict>,
+    /// How many edits came before, and those of this picture, which did not help.
+    pub edits: usize,
+    pub earlier: Vec<String>,
     /// Of all noise in its pictures.
     pub seed: u64,
     /// Whether a render stands in for a drawing.
@@ -75,10 +80,19 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// What the Actor is asked first.
+    /// What the Actor is asked.
     pub fn question(&self) -> String {
-        prompts::reflect(self.target.words(), &self.verdicts, &[])
+        prompts::reflect(self.target.words(), &self.verdicts, &self.tried())
     }
+
+    fn tried(&self) -> Vec<&str> {
+        self.earlier.iter().map(String::as_str).collect()
+    }
+}
+
+/// Whether there is something to mend in a picture of these verdicts, and the Checker could tell.
+fn teaches(verdicts: &[Verdict]) -> bool {
+    rollout::known(verdicts) && !verdicts.iter().all(|v| v.yes)
 }
 
 /// Who poses problems: the frozen Diffuser and Checker.
@@ -134,8 +148,8 @@ impl Poser {
         let mut problems: Vec<Problem> = Vec::with_capacity(indices.len());
         let first = if self.posing.source == Source::Draw { 0 } else { DRAWN };
         for attempt in first..ATTEMPTS {
-            let teaches = |p: &Problem| rollout::known(&p.verdicts) && !p.verdicts.iter().all(|v| v.yes);
-            let open: Vec<usize> = (0..indices.len()).filter(|i| !problems.get(*i).is_some_and(teaches)).collect();
+            let open: Vec<usize> =
+                (0..indices.len()).filter(|i| !problems.get(*i).is_some_and(|p| teaches(&p.verdicts))).collect();
             if open.is_empty() {
                 break;
             }
@@ -147,7 +161,53 @@ impl Poser {
                 }
             }
         }
+        self.go_on(&mut problems)?;
         Ok(problems)
+    }
+
+    /// Takes each problem to where the loop stands after none to all of the earlier edits, which the Actor writes as it was
+    /// before it is trained. What an edit solves, or leaves unknown, stays as it was before that edit.
+    fn go_on(&self, problems: &mut [Problem]) -> Result<()> {
+        let Posing { earlier_edits, draws, steps, .. } = self.posing;
+        let number = |p: &Problem| Stream::new(p.seed, "earlier edits", 0).below(earlier_edits + 1);
+        let mut open: Vec<usize> = (0..problems.len()).filter(|i| teaches(&problems[*i].verdicts)).collect();
+        for edits in 0..earlier_edits {
+            open.retain(|i| number(&problems[*i]) > edits);
+            if open.is_empty() {
+                break;
+            }
+            let round = draws + edits;
+            let some: Vec<&Problem> = open.iter().map(|i| &problems[*i]).collect();
+            let tried: Vec<Vec<&str>> = some.iter().map(|p| p.tried()).collect();
+            let situations = some.iter().zip(&tried).map(|(p, earlier)| {
+                let Problem { target, picture, verdicts, seed, .. } = p;
+                Situation { target, picture, verdicts, earlier, seed: *seed, round }
+            });
+            let reflections = self.critic.reflect(&situations.collect::<Vec<_>>())?;
+            let jobs = some.iter().zip(&reflections).map(|(p, Reflection { edit: instruction, .. })| {
+                let Problem { target, picture, verdicts, seed, .. } = p;
+                Edit { target, picture, verdicts, instruction, seed: *seed, round }
+            });
+            let edited = self.painter(steps).edit(&jobs.collect::<Vec<_>>())?;
+            let edited = self.checked(edited, some.iter().map(|p| &p.target))?;
+            let mut still = Vec::with_capacity(open.len());
+            for ((i, Reflection { edit, .. }), (picture, verdicts)) in open.into_iter().zip(reflections).zip(edited) {
+                let problem = &mut problems[i];
+                if !teaches(&verdicts) {
+                    continue;
+                }
+                if rank(&verdicts) > rank(&problem.verdicts) {
+                    (problem.picture, problem.verdicts) = (picture, verdicts);
+                    problem.earlier.clear();
+                } else {
+                    problem.earlier.push(edit);
+                }
+                problem.edits += 1;
+                still.push(i);
+            }
+            open = still;
+        }
+        Ok(())
     }
 
     fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64) -> Result<Vec<Problem>> {
@@ -181,6 +241,8 @@ impl Poser {
             graph,
             picture,
             verdicts,
+            edits: 0,
+            earlier: Vec::new(),
             seed,
             rendered: !drawn,
         };
@@ -225,6 +287,7 @@ mod tests {
         source: Source::Render,
         objects: [3, 3],
         draws: 1,
+        earlier_edits: 0,
         steps: 1,
         guidance: 1.0,
         edit_guidance: Guidance { text: 1.0, image: 1.0 },
@@ -239,6 +302,22 @@ mod tests {
         let others = posed(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() }, POSING)?;
         assert!(others.iter().all(|problem| problem.target.words() == problem.target.prompt));
         assert!(others.iter().any(|problem| problem.target.prompt != plain(&problem.graph)));
+        Ok(())
+    }
+
+    #[test]
+    fn a_problem_stands_where_the_loop_would_after_some_edits() -> Result<()> {
+        // One step of the Editor spoils everything, so that no edit helps.
+        let after = |earlier_edits| posed(&ModelsConfig::default(), Posing { earlier_edits, ..POSING });
+        let (none, some) = (after(0)?, after(3)?);
+        assert!(none.iter().all(|p| p.edits == 0 && p.earlier.is_empty() && !p.question().contains("so far")));
+        assert!(some.iter().map(|p| p.edits).collect::<std::collections::BTreeSet<_>>().len() > 1);
+        for (before, p) in none.iter().zip(&some) {
+            assert!(p.edits <= 3 && p.earlier.len() <= p.edits && rank(&p.verdicts) >= rank(&before.verdicts));
+            assert!(p.earlier.iter().all(|edit| p.question().contains(&format!("- {edit}"))));
+            assert_eq!(before.target.prompt, p.target.prompt);
+        }
+        assert!(some.iter().any(|p| !p.earlier.is_empty()));
         Ok(())
     }
 

@@ -260,8 +260,16 @@ mod tests {
             p.map(of).to_vec()
         };
         let target = Target::words_alone("");
-        let (seed, rendered, graph) = (0, true, SceneGraph::default());
-        let problem = Problem { target, graph, picture: picture(100), verdicts: verdicts([0.9, 0.2]), seed, rendered };
+        let problem = Problem {
+            target,
+            graph: SceneGraph::default(),
+            picture: picture(100),
+            verdicts: verdicts([0.9, 0.2]),
+            edits: 0,
+            earlier: Vec::new(),
+            seed: 0,
+            rendered: true,
+        };
         let mut state = State::new(&problem);
         let start = state.standing;
         // A little more certain of the same: the best picture now, but not for anything that was done to it.
