@@ -61,8 +61,8 @@ pub struct ActorConfig {
     pub max_objects: usize,
     /// Drawings of a prompt, of which the Actor is given the best: those of the loop.
     pub draws: usize,
-    /// Edits at most that come before the one to be learned, as the Actor writes them before it is trained: a problem is
-    /// where the loop stands after none to so many.
+    /// Edits at most that come before the one to be learned, as the Actor writes them without an adapter: a problem is where a
+    /// loop that only edits stands after none to so many. Held-out ones too, so that evaluations compare where it is the same.
     pub earlier_edits: usize,
     /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (for each try of a picture
     /// of 128 x 128 some 60 kB, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the
@@ -267,8 +267,8 @@ impl Actor {
         let new: Vec<(usize, &str)> =
             edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(*instruction)).collect();
         let jobs = new.iter().flat_map(|(p, instruction)| {
-            let Problem { target, picture, verdicts, seed, edits, .. } = &problems[*p].problem;
-            let round = self.config.draws + edits;
+            let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
+            let round = self.config.draws + problems[*p].problem.edits;
             // The first noise is the one that the loop would take.
             let seeds = (0..tries as u64).map(move |number| seed.wrapping_add(number));
             seeds.map(move |seed| Edit { target, picture, verdicts, instruction, seed, round })

@@ -11,7 +11,7 @@ use crate::{
         cycle::{rank, seed_of_drawing},
         klein::{Adapted, Editing, Painter, Painting},
         prompts,
-        roles::{Actor, Decode, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
+        roles::{Decode, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
         vlm_roles::Critic,
     },
     scene::{
@@ -47,7 +47,7 @@ pub struct Posing {
     pub objects: [usize; 2],
     /// Drawings of a prompt, of which the best is the problem's picture, as in the loop.
     pub draws: usize,
-    /// Edits at most that come before, as in the loop.
+    /// Edits at most that come before, as in a loop that only edits.
     pub earlier_edits: usize,
     /// Of the drawings and of these edits.
     pub steps: usize,
@@ -70,8 +70,9 @@ pub struct Problem {
     pub graph: SceneGraph,
     pub picture: Picture,
     pub verdicts: Vec<Verdict>,
-    /// How many edits came before, and those of this picture, which did not help.
+    /// How many edits came before.
     pub edits: usize,
+    /// Those of them that were made of this picture, and did not help.
     pub earlier: Vec<String>,
     /// Of all noise in its pictures.
     pub seed: u64,
@@ -165,8 +166,8 @@ impl Poser {
         Ok(problems)
     }
 
-    /// Takes each problem to where the loop stands after none to all of the earlier edits, which the Actor writes as it was
-    /// before it is trained. What an edit solves, or leaves unknown, stays as it was before that edit.
+    /// Takes each problem to where a loop that only edits stands after none to all of the earlier edits, which the Actor writes
+    /// without an adapter. What an edit solves, or leaves unknown, stays as it was before that edit.
     fn go_on(&self, problems: &mut [Problem]) -> Result<()> {
         let Posing { earlier_edits, draws, steps, .. } = self.posing;
         let number = |p: &Problem| Stream::new(p.seed, "earlier edits", 0).below(earlier_edits + 1);
@@ -183,15 +184,18 @@ impl Poser {
                 let Problem { target, picture, verdicts, seed, .. } = p;
                 Situation { target, picture, verdicts, earlier, seed: *seed, round }
             });
-            let reflections = self.critic.reflect(&situations.collect::<Vec<_>>())?;
-            let jobs = some.iter().zip(&reflections).map(|(p, Reflection { edit: instruction, .. })| {
-                let Problem { target, picture, verdicts, seed, .. } = p;
+            let reflections = rollout::reflect(&self.critic, &situations.collect::<Vec<_>>());
+            // A problem whose answer cannot be read stays as it is.
+            let written: Vec<(usize, Reflection)> =
+                open.into_iter().zip(reflections).filter_map(|(i, reflection)| Some((i, reflection?))).collect();
+            let jobs = written.iter().map(|(i, Reflection { edit: instruction, .. })| {
+                let Problem { target, picture, verdicts, seed, .. } = &problems[*i];
                 Edit { target, picture, verdicts, instruction, seed: *seed, round }
             });
             let edited = self.painter(steps).edit(&jobs.collect::<Vec<_>>())?;
-            let edited = self.checked(edited, some.iter().map(|p| &p.target))?;
-            let mut still = Vec::with_capacity(open.len());
-            for ((i, Reflection { edit, .. }), (picture, verdicts)) in open.into_iter().zip(reflections).zip(edited) {
+            let edited = self.checked(edited, written.iter().map(|(i, _)| &problems[*i].target))?;
+            let mut still = Vec::with_capacity(written.len());
+            for ((i, Reflection { edit, .. }), (picture, verdicts)) in written.into_iter().zip(edited) {
                 let problem = &mut problems[i];
                 if !teaches(&verdicts) {
                     continue;
@@ -307,7 +311,7 @@ mod tests {
 
     #[test]
     fn a_problem_stands_where_the_loop_would_after_some_edits() -> Result<()> {
-        // One step of the Editor spoils everything, so that no edit helps.
+        // One step of the Editor spoils most of what it edits.
         let after = |earlier_edits| posed(&ModelsConfig::default(), Posing { earlier_edits, ..POSING });
         let (none, some) = (after(0)?, after(3)?);
         assert!(none.iter().all(|p| p.edits == 0 && p.earlier.is_empty() && !p.question().contains("so far")));

@@ -16,7 +16,7 @@ use crate::{
     },
     rig::{
         reward::{ByVerdicts, Sample},
-        roles::{Checker, Claim, Decode, Picture, Target, Verdict, mean_probability},
+        roles::{Actor, Checker, Claim, Decode, Picture, Reflection, Situation, Target, Verdict, mean_probability},
         vlm_roles::{Critic, LOOKS},
     },
     scene::{graph::SceneGraph, tabletop::oracle},
@@ -282,6 +282,22 @@ pub fn check(checker: &impl Checker, jobs: &[(&Picture, &Target)]) -> Vec<Vec<Ve
     }
 }
 
+/// The Actor's edits of pictures; nothing where its answer cannot be read.
+pub fn reflect(actor: &impl Actor, jobs: &[Situation]) -> Vec<Option<Reflection>> {
+    match (actor.reflect(jobs), jobs) {
+        (Ok(reflections), _) => reflections.into_iter().map(Some).collect(),
+        (Err(error), [_]) => {
+            tracing::warn!("the Actor fails on a picture: {error:#}");
+            vec![None]
+        }
+        // The others are not to blame.
+        (Err(_), jobs) => {
+            let (some, rest) = jobs.split_at(jobs.len() / 2);
+            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| reflect(actor, jobs)).collect()
+        }
+    }
+}
+
 /// Whether the Checker gave every claim a probability.
 pub fn known(verdicts: &[Verdict]) -> bool {
     verdicts.iter().all(|verdict| verdict.p_yes.is_finite())
@@ -511,6 +527,27 @@ mod tests {
             };
             jobs.iter().map(of).collect()
         }
+    }
+
+    impl Actor for Moody {
+        fn reflect(&self, jobs: &[Situation]) -> Result<Vec<Reflection>> {
+            let of = |job: &Situation| match job.picture.pixels()?.width() {
+                1 => bail!("no answer"),
+                width => Ok(Reflection { thought: String::new(), edit: width.to_string() }),
+            };
+            jobs.iter().map(of).collect()
+        }
+    }
+
+    #[test]
+    fn what_the_actor_fails_on_takes_nothing_along() {
+        let pictures = [9, 1, 2, 1].map(|width| Picture::from_pixels(RgbImage::new(width, 1)));
+        let target = Target::words_alone("");
+        let situation =
+            |picture| Situation { target: &target, picture, verdicts: &[], earlier: &[], seed: 0, round: 1 };
+        let written = reflect(&Moody, &pictures.iter().map(situation).collect::<Vec<_>>());
+        let edits: Vec<Option<&str>> = written.iter().map(|r| r.as_ref().map(|r| r.edit.as_str())).collect();
+        assert_eq!(edits, [Some("9"), None, Some("2"), None]);
     }
 
     #[test]

@@ -35,8 +35,8 @@ pub struct VlmConfig {
     pub act: f64,
     /// Objects at most of a prompt that an edit is given for: what more than that ask for is left to Reflection-GRPO.
     pub act_objects: usize,
-    /// The share of edits that move something, whatever an even draw of the others adds: where all is there and a relation
-    /// fails, the loop needs them most. A picture of one thing has none.
+    /// At least this share of edits move something: where all is there and a relation fails, the loop needs them most. A picture
+    /// of one thing has none.
     pub moves: f64,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,

@@ -75,7 +75,7 @@ pub struct Mix {
     pub act: f64,
     /// Objects at most of a prompt that an edit is given for.
     pub act_objects: usize,
-    /// The share of edits that move something whatever the others do, as far as a picture has what a move would mend.
+    /// At least this share of edits move something, as far as a picture has what a move would mend.
     pub moves: f64,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
@@ -229,10 +229,10 @@ pub struct Repair {
     pub question: String,
 }
 
-/// The repair number `index`. In a share `moves` of them the edit moves something, whatever the others do.
+/// The repair number `index`. At least a share `moves` of the edits move something.
 pub fn repair(seed: u64, split: Split, index: u64, objects: usize, in_plain: bool, moves: f64) -> Repair {
     let mut rng = Stream::new(seed, "vlm repair", index);
-    // As above, a share of none takes no number.
+    // A share of none takes no number of the stream, so that what is taught without it stays the same.
     let moved = moves > 0.0 && objects > 1 && rng.chance(moves);
     let wanted = |edit: &Edit| !moved || matches!(edit, Edit::Move { .. });
     let mut sample = tasks::act_by(seed, split, index, 1, objects, wanted);
@@ -297,7 +297,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let Drawn { prompt, graph, reading, .. } = drawn;
     let mut other = if rng.chance(0.5) { tasks::wish(&mut rng, &reading.scene) } else { None };
     let asked = rng.chance(mix.act);
-    // A share of none takes no number of the stream, so that what is taught without it stays the same.
+    // As in `repair`, a share of none takes no number.
     if asked && mix.moves > 0.0 && rng.chance(mix.moves) {
         let moves = |graph: &SceneGraph| {
             graph.objects.len() <= mix.act_objects && matches!(mending(reading, graph).first(), Some(Edit::Move { .. }))
@@ -329,7 +329,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
 }
 
 /// The edits each of which would mend something of the graph, as far as the picture can be read, and which training may name;
-/// the plainest first.
+/// the surest first.
 pub fn mending(reading: &Reading, graph: &SceneGraph) -> Vec<Edit> {
     let mut edits = plan::edits(&reading.view, graph);
     edits.retain(|edit| !tasks::novel(edit) && plan::mends(edit, &reading.scene, graph));

@@ -11,6 +11,7 @@ use crate::{
     scene::{graph::SceneGraph, relation::Spatial},
     tensor::rng::Stream,
 };
+use std::collections::BTreeSet;
 
 /// A picture held against a graph.
 struct Comparison {
@@ -72,6 +73,7 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
             _ => {}
         }
     }
+    let mut swapped = BTreeSet::new();
     for (r, ok) in graph.relations.iter().zip(&truth.relations) {
         let (Some(a), Some(b), Some(relation)) =
             (matching[r.subject], matching[r.object], Spatial::from_name(&r.predicate))
@@ -83,13 +85,15 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
         }
         // Swaps first, which Editors do better: what moves has to find room. The two with each other, or one of them with what is
         // where it should be.
-        let others = (0..view.objects.len()).filter(|c| ![a, b].contains(c));
+        let others = view.left_to_right().into_iter().filter(|c| ![a, b].contains(c));
         let mut pairs = Vec::new();
         if relation.is_direction() {
             pairs.extend(relation.inverse().filter(|inverse| view.holds(a, *inverse, b)).map(|_| (a, b)));
             pairs.extend(others.clone().filter(|c| view.holds(*c, relation, b)).map(|c| (a, c)));
             pairs.extend(others.filter(|c| view.holds(a, relation, *c)).map(|c| (b, c)));
         }
+        // Another relation may ask for the same swap.
+        pairs.retain(|(one, other)| swapped.insert([*one.min(other), *one.max(other)]));
         let swap = |(one, other)| Some(Edit::Swap { first: name(one)?, second: name(other)? });
         edits.extend(pairs.into_iter().filter_map(swap));
         let (Some(first), Some(second)) = (name(a), name(b)) else { continue };
@@ -226,6 +230,17 @@ mod tests {
         // What is in the right place gives it up.
         assert_eq!(planned((60.0, 90.0), (20.0, 90.0))[0], "swap the red ball and the green cube");
         assert_eq!(planned((60.0, 90.0), (60.0, 10.0)), moves);
+
+        // Each swap once, also where two relations ask for it.
+        let graph = parse("red ball left of blue cone; green cube left of blue cone").unwrap();
+        let objects = vec![
+            seen(Shape::Ball, Colour::Red, 60.0, 50.0),
+            seen(Shape::Cone, Colour::Blue, 10.0, 50.0),
+            seen(Shape::Cube, Colour::Green, 100.0, 50.0),
+        ];
+        let edits = edits(&View { objects, in_front: Vec::new() }, &graph);
+        let swaps: Vec<String> = edits.iter().map(Edit::plain).filter(|edit| edit.starts_with("swap")).collect();
+        assert_eq!(swaps, ["swap the red ball and the blue cone", "swap the blue cone and the green cube"]);
     }
 
     #[test]
