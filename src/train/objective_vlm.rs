@@ -163,18 +163,9 @@ impl VlmObjective {
         std::str::from_utf8(&file.1).context("tokenizer.json is not UTF-8")
     }
 
-    fn mix(&self, step: u64) -> Mix {
+    fn mix(&self, step: u64) -> Mix<'_> {
         let stage = self.config.curriculum.iter().rev().find(|(from, _)| *from <= step);
-        Mix {
-            objects: stage.map_or(3, |(_, objects)| *objects),
-            claims: self.config.claims,
-            probes: self.config.probes,
-            act: if self.adapter.is_some() { 1.0 } else { self.config.act },
-            act_objects: self.config.act_objects,
-            moves: self.config.moves,
-            parse: self.config.parse,
-            plain: self.adapter.is_some(),
-        }
+        Mix { config: &self.config, objects: stage.map_or(3, |(_, objects)| *objects) }
     }
 
     /// The lessons of a batch.
@@ -377,7 +368,8 @@ impl Objective for VlmObjective {
 
 /// Learns the tokens from what will be asked and answered.
 fn learn_vocabulary(size: usize) -> Result<Vocabulary> {
-    let mix = Mix { objects: 3, claims: 12, probes: 1, act: 0.5, act_objects: 3, moves: 0.0, parse: 0.5, plain: false };
+    let config = VlmConfig { claims: 12, probes: 1, act: 0.5, parse: 0.5, ..VlmConfig::default() };
+    let mix = Mix { config: &config, objects: 3 };
     let lessons = (0..TEXTS).into_par_iter().map(|i| vlm_tasks::lesson(0, Split::Train, i, mix));
     let texts: Vec<String> =
         lessons.flat_map_iter(|lesson| lesson.rows.into_iter().flat_map(|r| [r.question, r.answer])).collect();

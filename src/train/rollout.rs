@@ -267,33 +267,32 @@ pub fn through_latents(klein: &Klein, decode: &Decode, pixels: &RgbImage, size: 
 
 /// The Checker's verdicts on pictures. Where it fails on one, they have no probability, and are not [`known`].
 pub fn check(checker: &impl Checker, jobs: &[(&Picture, &Target)]) -> Vec<Vec<Verdict>> {
-    match (checker.check(jobs), jobs) {
-        (Ok(verdicts), _) => verdicts,
-        (Err(error), [(_, target)]) => {
-            tracing::warn!("the Checker fails on a picture: {error:#}");
-            let unknown = |claim: &Claim| Verdict { p_yes: f64::NAN, ..Verdict::denied(claim) };
-            vec![target.claims.iter().map(unknown).collect()]
-        }
-        // The others are not to blame.
-        (Err(_), jobs) => {
-            let (some, rest) = jobs.split_at(jobs.len() / 2);
-            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| check(checker, jobs)).collect()
-        }
-    }
+    let failed = |(_, target): &(&Picture, &Target), error| {
+        tracing::warn!("the Checker fails on a picture: {error:#}");
+        let unknown = |claim: &Claim| Verdict { p_yes: f64::NAN, ..Verdict::denied(claim) };
+        target.claims.iter().map(unknown).collect()
+    };
+    each(jobs, &|jobs| checker.check(jobs), &failed)
 }
 
 /// The Actor's edits of pictures; nothing where its answer cannot be read.
 pub fn reflect(actor: &impl Actor, jobs: &[Situation]) -> Vec<Option<Reflection>> {
-    match (actor.reflect(jobs), jobs) {
-        (Ok(reflections), _) => reflections.into_iter().map(Some).collect(),
-        (Err(error), [_]) => {
-            tracing::warn!("the Actor fails on a picture: {error:#}");
-            vec![None]
-        }
+    let failed = |_: &Situation, error| {
+        tracing::warn!("the Actor fails on a picture: {error:#}");
+        None
+    };
+    each(jobs, &|jobs| Ok(actor.reflect(jobs)?.into_iter().map(Some).collect()), &failed)
+}
+
+/// What `all` makes of the jobs, and `failed` of each that it fails on.
+fn each<J, T>(jobs: &[J], all: &impl Fn(&[J]) -> Result<Vec<T>>, failed: &impl Fn(&J, anyhow::Error) -> T) -> Vec<T> {
+    match (all(jobs), jobs) {
+        (Ok(made), _) => made,
+        (Err(error), [job]) => vec![failed(job, error)],
         // The others are not to blame.
         (Err(_), jobs) => {
             let (some, rest) = jobs.split_at(jobs.len() / 2);
-            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| reflect(actor, jobs)).collect()
+            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| each(jobs, all, failed)).collect()
         }
     }
 }

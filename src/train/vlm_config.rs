@@ -78,6 +78,16 @@ pub struct Shape {
 }
 
 impl VlmConfig {
+    /// The share of pictures that are given with an edit: all that an adapter is taught.
+    pub fn act(&self) -> f64 {
+        if self.adapter.is_some() { 1.0 } else { self.act }
+    }
+
+    /// Whether prompts that an edit is asked for are in plain words alone, as in the loop.
+    pub fn plain(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// Refuses what cannot be taught.
     pub fn check(&self) -> Result<()> {
         let shares = [self.act, self.moves, self.parse, self.drawn_share, self.imperfect];

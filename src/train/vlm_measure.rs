@@ -82,7 +82,7 @@ impl VlmObjective {
             )?;
 
             // Held-out edits are as they come, whatever training makes frequent.
-            let in_plain = self.config.adapter.is_some();
+            let in_plain = self.config.plain();
             let repairs: Vec<vlm_tasks::Repair> =
                 indices.map(|i| vlm_tasks::repair(seed, split, i, objects, in_plain, 0.0)).collect();
             let pictures: Vec<RgbImage> = repairs.iter().map(|r| render(&r.sample.scene)).collect();
@@ -114,7 +114,7 @@ impl VlmObjective {
     /// What a prompt asks for; an Actor's adapter learns from plain words.
     fn target(&self, prompt: &str, graph: &SceneGraph) -> Target {
         let target = Target::new(prompt, graph).and_nothing_else();
-        if self.config.adapter.is_some() { target.drawn_as(plain(graph)) } else { target }
+        if self.config.plain() { target.drawn_as(plain(graph)) } else { target }
     }
 
     /// Verdicts on what the prompts of held-out drawn pictures claim, and edits of those that miss something, which the Actor

@@ -11,7 +11,7 @@
 //! Nobody asks for the last one later: it is taught because one answer says as much about a picture as dozens of
 //! verdicts, and teaches the vision tower to see.
 
-use super::drawn::Drawn;
+use super::{drawn::Drawn, vlm_config::VlmConfig};
 use crate::{
     rig::{
         prompts,
@@ -62,25 +62,13 @@ pub struct Lesson {
     pub rows: Vec<Row>,
 }
 
-/// How often what is taught.
-#[derive(Clone, Copy, Debug)]
-pub struct Mix {
+/// What is taught at a step of a training.
+#[derive(Clone, Copy)]
+pub struct Mix<'a> {
+    /// The shares of what is taught.
+    pub config: &'a VlmConfig,
     /// Objects in a picture at most.
     pub objects: usize,
-    /// Claims about a picture at most, of those that a graph makes.
-    pub claims: usize,
-    /// Further claims about a picture, of single objects and relations; half of them hold.
-    pub probes: usize,
-    /// The share of pictures that are given with an edit.
-    pub act: f64,
-    /// Objects at most of a prompt that an edit is given for.
-    pub act_objects: usize,
-    /// At least this share of edits move something, as far as a picture has what a move would mend.
-    pub moves: f64,
-    /// The share of pictures that come with a caption to parse.
-    pub parse: f64,
-    /// Whether prompts that an edit is asked for are in plain words alone, as in the loop.
-    pub plain: bool,
 }
 
 const DESCRIBE: &str = "List what the picture shows.";
@@ -260,8 +248,9 @@ pub fn mends(instruction: &str, scene: &Scene, graph: &SceneGraph) -> (bool, boo
 /// The lesson number `index` of a split.
 pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
-    let objects = mix.objects.min(mix.act_objects);
-    let repair = rng.chance(mix.act).then(|| repair(seed, split, index, objects, mix.plain, mix.moves));
+    let config = mix.config;
+    let objects = mix.objects.min(config.act_objects);
+    let repair = rng.chance(config.act()).then(|| repair(seed, split, index, objects, config.plain(), config.moves));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
             let reflection = plan::faults(&sample.scene.view(), &sample.graph);
@@ -277,11 +266,11 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
         }
     };
     rng.shuffle(&mut checks);
-    checks.truncate(mix.claims);
+    checks.truncate(config.claims);
     let view = scene.view();
-    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, split, &view, sample::MARGIN)));
+    checks.extend((0..config.probes).filter_map(|_| probe(&mut rng, split, &view, sample::MARGIN)));
     rows.extend(checks.iter().map(check_row));
-    if rng.chance(mix.parse) {
+    if rng.chance(config.parse) {
         rows.push(parse_row(&mut rng, split, mix.objects));
     }
     Lesson { scene, rows }
@@ -294,13 +283,15 @@ const WISHES: usize = 8;
 /// about with another prompt than its own, one that an edit of it would meet; more often where a share of edits is to be moves.
 pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let mut rng = Stream::new(seed, "vlm drawn", index);
+    let config = mix.config;
     let Drawn { prompt, graph, reading, .. } = drawn;
     let mut other = if rng.chance(0.5) { tasks::wish(&mut rng, &reading.scene) } else { None };
-    let asked = rng.chance(mix.act);
+    let asked = rng.chance(config.act());
     // As in `repair`, a share of none takes no number.
-    if asked && mix.moves > 0.0 && rng.chance(mix.moves) {
+    if asked && config.moves > 0.0 && rng.chance(config.moves) {
         let moves = |graph: &SceneGraph| {
-            graph.objects.len() <= mix.act_objects && matches!(mending(reading, graph).first(), Some(Edit::Move { .. }))
+            graph.objects.len() <= config.act_objects
+                && matches!(mending(reading, graph).first(), Some(Edit::Move { .. }))
         };
         if !moves(other.as_ref().map_or(graph, |(_, graph)| graph)) {
             let mut wishes = (0..WISHES).filter_map(|_| tasks::wish(&mut rng, &reading.scene));
@@ -309,21 +300,21 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     }
     let (prompt, graph) = other.as_ref().map_or((prompt, graph), |(prompt, graph)| (prompt, graph));
     let mut checks = drawn_verdicts(reading, graph);
-    let act = asked && graph.objects.len() <= mix.act_objects;
+    let act = asked && graph.objects.len() <= config.act_objects;
     let helpful = if act { mending(reading, graph) } else { Vec::new() };
     let helpful: Vec<String> = helpful.iter().map(Edit::plain).collect();
     // Later rounds know of an edit that did not help.
     let tried = (helpful.len() > 1 && rng.chance(0.25)).then(|| rng.choose(&helpful).as_str());
     let mut rows = vec![describe_row(&reading.view)];
     rows.extend(helpful.iter().find(|edit| Some(edit.as_str()) != tried).map(|edit| {
-        let words = if mix.plain { plain(graph) } else { prompt.clone() };
+        let words = if config.plain() { plain(graph) } else { prompt.clone() };
         let question = prompts::reflect(&words, &checks, tried.as_slice());
         let reflection = plan::faults(&reading.view, graph);
         Row { task: Task::Act, question, answer: prompts::edit(&reflection, edit) }
     }));
     rng.shuffle(&mut checks);
-    checks.truncate(mix.claims);
-    checks.extend((0..mix.probes).filter_map(|_| probe(&mut rng, Split::Train, &reading.view, 0.0)));
+    checks.truncate(config.claims);
+    checks.extend((0..config.probes).filter_map(|_| probe(&mut rng, Split::Train, &reading.view, 0.0)));
     rows.extend(checks.iter().map(check_row));
     rows
 }
@@ -376,8 +367,9 @@ mod tests {
         scene::tabletop::{caption::Style, oracle, world::SIDE},
     };
 
-    const MIX: Mix =
-        Mix { objects: 3, claims: 2, probes: 4, act: 0.4, act_objects: 3, moves: 0.0, parse: 0.2, plain: false };
+    fn config() -> VlmConfig {
+        VlmConfig { claims: 2, probes: 4, act: 0.4, parse: 0.2, ..VlmConfig::default() }
+    }
 
     #[test]
     fn what_is_taught_mends_the_picture() {
@@ -392,7 +384,8 @@ mod tests {
 
     #[test]
     fn all_tasks_are_taught_and_about_half_of_the_claims_hold() {
-        let lessons: Vec<Lesson> = (0..400).map(|i| lesson(5, Split::Train, i, MIX)).collect();
+        let mix = Mix { config: &config(), objects: 3 };
+        let lessons: Vec<Lesson> = (0..400).map(|i| lesson(5, Split::Train, i, mix)).collect();
         let rows = |task| lessons.iter().flat_map(|l| &l.rows).filter(move |r| r.task == task);
         let (act, describe) = (rows(Task::Act).count(), rows(Task::Describe).count());
         assert!(act > 80 && describe > 200 && rows(Task::Parse).count() > 40, "{act} {describe}");
@@ -406,7 +399,7 @@ mod tests {
 
     #[test]
     fn drawn_pictures_are_taught_as_the_oracle_reads_them() {
-        let mix = Mix { act: 1.0, ..MIX };
+        let mix = Mix { config: &VlmConfig { act: 1.0, ..config() }, objects: 3 };
         let (mut acted, mut own) = (0, 0);
         for index in 0..40 {
             let sample = tasks::check(5, Split::Train, index, 1, 3);
@@ -442,7 +435,7 @@ mod tests {
             (oracle::read(&blank), crate::scene::parse::parse("red ball left of blue cube").unwrap());
         let prompt = "red ball left of blue cube".to_owned();
         let drawn = Drawn { picture: blank, prompt, graph, reading, scene: None };
-        let rows = drawn_rows(5, 0, &drawn, Mix { act: 0.0, ..MIX });
+        let rows = drawn_rows(5, 0, &drawn, Mix { config: &VlmConfig { act: 0.0, ..config() }, objects: 3 });
         // All is missing, and nothing too much.
         let mut checks = rows.iter().filter(|r| r.task == Task::Check);
         assert!(checks.all(|r| r.answer.ends_with("\"yes\"}") == r.question.contains("nothing but")));
@@ -450,7 +443,7 @@ mod tests {
 
     #[test]
     fn edits_are_taught_for_no_more_objects_than_the_mix_says() {
-        let mix = Mix { objects: 5, act: 0.7, ..MIX };
+        let mix = Mix { config: &VlmConfig { act: 0.7, ..config() }, objects: 5 };
         let lessons: Vec<Lesson> = (0..100).map(|i| lesson(5, Split::Train, i, mix)).collect();
         assert!(lessons.iter().any(|l| l.scene.items.len() == 5));
         let drawn = (0..60).map(|i| crate::train::imperfect::imperfect(5, i, 5));
@@ -468,7 +461,7 @@ mod tests {
     fn edits_are_moves_where_the_mix_says_so() {
         // Edits, and moves among them.
         let count = |moves: f64| {
-            let mix = Mix { objects: 5, act: 1.0, act_objects: 3, moves, ..MIX };
+            let mix = Mix { config: &VlmConfig { act: 1.0, moves, ..config() }, objects: 5 };
             let lessons = (0..40).flat_map(|i| lesson(5, Split::Train, i, mix).rows);
             let drawn = (0..40).flat_map(|i| drawn_rows(5, i, &crate::train::imperfect::imperfect(5, i, 5), mix));
             [lessons.collect::<Vec<_>>(), drawn.collect()].map(|rows| {
@@ -488,7 +481,11 @@ mod tests {
     fn questions_and_answers_are_made_of_phrases_and_words() {
         let phrases = phrases();
         let left = |text: &str| phrases.iter().fold(text.to_owned(), |text, p| text.replace(p.as_str(), "|"));
-        for row in lesson(5, Split::Train, 1, MIX).rows.iter().filter(|r| r.task == Task::Check) {
+        for row in lesson(5, Split::Train, 1, Mix { config: &config(), objects: 3 })
+            .rows
+            .iter()
+            .filter(|r| r.task == Task::Check)
+        {
             assert!(!left(&row.question).contains(['"', '{', '?']), "{}", left(&row.question));
         }
     }
