@@ -268,6 +268,21 @@ fn training_goes_on_from_adapters() {
     second.set = vec![format!("models.actor={}", start.display()), "train.steps=1".into(), "optim.lr=0.0".into()];
     assert_eq!(train(&second, None).0, End::Done);
     assert!(!differ(&adapter(&start), &adapter(&dir.path().join("second/model"))));
+    // From twice the same, which are of one rank together.
+    let mut third = request(dir.path(), "twice", ACTOR);
+    let twice = format!("models.actor=['{0}', '{0}']", start.display());
+    third.set = vec![twice, "train.steps=1".into(), "optim.lr=0.0".into()];
+    assert_eq!(train(&third, None).0, End::Done);
+    let (one, two) = (adapter(&start), adapter(&dir.path().join("twice/model")));
+    for (name, factor) in &one {
+        let dim = usize::from(name.contains("lora_B"));
+        let twice = Tensor::cat(&[factor, factor], dim).unwrap();
+        let numbers = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(numbers(&twice), numbers(&two[name]));
+    }
+    let none = Request { set: vec!["models.actor=[]".into()], ..request(dir.path(), "none", ACTOR) };
+    let error = none.prepare::<GrpoConfig>().err().unwrap();
+    assert!(error.is::<Usage>() && error.to_string().contains("models.actor names no adapter"), "{error:#}");
     // As the other's adapter it has the wrong layers.
     let wrong = Request {
         set: vec![format!("models.editor={}", start.display())],

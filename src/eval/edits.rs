@@ -6,7 +6,10 @@ use crate::{
     rig::roles::Claim,
     scene::{
         graph::SceneGraph,
-        tabletop::{edit::Edit, plan},
+        tabletop::{
+            edit::{Edit, PLACES},
+            plan,
+        },
     },
 };
 use serde::{Deserialize, Serialize};
@@ -42,7 +45,7 @@ pub fn review(
     let edit = Edit::parse(instruction).ok();
     let helpful = edit.as_ref().is_some_and(mends);
     Some(Review {
-        mendable: helpful || plan::edits(&reading.view, graph).iter().any(mends),
+        mendable: helpful || plan::edits(&reading.view, graph, PLACES).iter().any(mends),
         addressed: edit.is_some_and(|edit| denied.iter().any(|claim| is_about(&edit, claim))),
         helpful,
         better: after.judgement.better_than(judgement),

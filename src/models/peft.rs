@@ -39,6 +39,12 @@ const UNKNOWN: [&str; 10] = [
 ];
 
 impl Config {
+    /// What the product of the factors is multiplied by.
+    fn strength(&self) -> f64 {
+        let rank = self.r as f64;
+        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+
     fn check(&self, file: &str) -> Result<()> {
         ensure!(self.r > 0 && self.r <= 4096, "{file}: an adapter of rank {}", self.r);
         ensure!(self.lora_alpha.is_finite(), "{file}: lora_alpha is not a number");
@@ -96,6 +102,41 @@ impl Peft {
         ensure!(!layers.is_empty(), "{file} holds no tensors");
         let revision = revision(Sha256::new().chain_update(&bytes));
         Ok(Self { name: folder.name(), revision, layers, config, tensors })
+    }
+
+    /// One adapter that does what these do together: the factors of each layer side by side, of the sum of their ranks, at
+    /// the strength of the first.
+    pub fn sum(mut all: Vec<Self>) -> Result<Self> {
+        let first = all.first().context("a sum of no adapters")?;
+        if all.len() == 1 {
+            return Ok(all.remove(0));
+        }
+        let (strength, layers) = (first.config.strength(), first.layers.clone());
+        ensure!(strength != 0.0, "{}: an adapter of strength 0 has nothing to go on from", first.name);
+        for other in &all {
+            ensure!(other.layers == layers, "{} and {} change different layers", first.name, other.name);
+        }
+        let side_by_side = |key: &str, dim: usize, times: &dyn Fn(&Config) -> f64| -> Result<Tensor> {
+            let each = all.iter().map(|one| {
+                let factor = one.tensors.get(key).with_context(|| format!("{} has no {key}", one.name))?;
+                anyhow::Ok((factor.to_dtype(DType::F32)? * times(&one.config))?)
+            });
+            let all = each.collect::<Result<Vec<_>>>()?;
+            Tensor::cat(&all, dim).with_context(|| format!("{key} differs in shape from adapter to adapter"))
+        };
+        let mut tensors = HashMap::new();
+        for layer in &layers {
+            let [a, b] = ["lora_A", "lora_B"].map(|factor| format!("{layer}.{factor}.weight"));
+            let down = side_by_side(&a, 0, &|_| 1.0)?;
+            let up = side_by_side(&b, 1, &|config| config.strength() / strength)?;
+            tensors.extend([(a, down), (b, up)]);
+        }
+        let r = all.iter().map(|one| one.config.r).sum();
+        let config = Config { r, lora_alpha: strength * r as f64, use_rslora: false, others: Map::new() };
+        config.check("the sum of the adapters")?;
+        let joined = |of: fn(&Self) -> &str| all.iter().map(of).collect::<Vec<_>>().join(" and ");
+        let (name, revision) = (joined(|one| &one.name), joined(|one| &one.revision));
+        Ok(Self { name, revision, layers, config, tensors })
     }
 
     /// The adapter at a strength beside its own, frozen.
@@ -181,6 +222,39 @@ mod tests {
                 assert!(y[0].iter().all(|v| (v - want).abs() < 1e-4), "{y:?} where {want} is due");
             }
         }
+    }
+
+    #[test]
+    fn a_sum_does_what_its_parts_do_together() {
+        let names = ["lin.lora_A.weight", "lin.lora_B.weight"];
+        let one = folder(r#"{"r": 2, "lora_alpha": 8}"#, &names);
+        let other = folder(r#"{"r": 2, "lora_alpha": 6, "use_rslora": true}"#, &names);
+        for (dir, first) in [(&one, 1.0f32), (&other, -20.0)] {
+            let up = |n: f32, shape: (usize, usize)| {
+                Tensor::arange(n, n + (shape.0 * shape.1) as f32, &Device::Cpu).unwrap().reshape(shape).unwrap()
+            };
+            let tensors = [(names[0].to_owned(), up(first, (2, 3))), (names[1].to_owned(), up(-first, (4, 2)))];
+            let tensors: HashMap<String, Tensor> = tensors.into();
+            candle_core::safetensors::save(&tensors, dir.path().join("adapter_model.safetensors")).unwrap();
+        }
+        let read = |dir: &tempfile::TempDir| Peft::open(&Folder::from(dir.path())).unwrap();
+        let y = |adapters: Vec<Adapter>| {
+            let weight = Tensor::zeros((4, 3), DType::F32, &Device::Cpu).unwrap();
+            let params = Params::loaded([("lin.weight".to_owned(), weight)].into(), "test", DType::F32, &Device::Cpu);
+            let linear = Linear::new(3, 4, &params.adapted(adapters).at("lin")).unwrap();
+            let x = Tensor::ones((1, 3), DType::F32, &Device::Cpu).unwrap();
+            linear.forward(&x).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let sum = Peft::sum(vec![read(&one), read(&other)]).unwrap();
+        assert_eq!((sum.config.r, sum.config.strength()), (4, 4.0));
+        let (together, both) = (y(vec![sum.learned()]), y(vec![read(&one).adapter(1.0), read(&other).adapter(1.0)]));
+        let near = together[0].iter().zip(&both[0]).all(|(a, b)| (a - b).abs() < 1e-4 * b.abs());
+        assert!(near && both[0].iter().all(|y| y.abs() > 30.0), "{together:?} {both:?}");
+
+        let elsewhere = folder(r#"{"r": 2, "lora_alpha": 8}"#, &["else.lora_A.weight", "else.lora_B.weight"]);
+        let error = |all: Vec<Peft>| Peft::sum(all).err().unwrap().to_string();
+        assert!(error(vec![read(&one), read(&elsewhere)]).contains("change different layers"));
+        assert!(error(Vec::new()).contains("no adapters"));
     }
 
     #[test]

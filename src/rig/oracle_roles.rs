@@ -11,6 +11,9 @@ use crate::scene::{
 };
 use anyhow::Result;
 
+/// Places that an edit names at most: what the built-in Editor was taught.
+const PLACES: usize = 1;
+
 /// Checker and Actor, of whom the oracle may play one or both.
 #[derive(Clone, Copy)]
 pub struct Advised<'a> {
@@ -58,7 +61,7 @@ fn verdicts(picture: &Picture, target: &Target) -> Result<Vec<Verdict>> {
 fn edit(job: &Situation) -> Result<Option<Reflection>> {
     let (reading, graph) = (oracle::read(job.picture.pixels()?), graph(job.target));
     let mending =
-        plan::edits(&reading.view, &graph).into_iter().filter(|edit| plan::mends(edit, &reading.scene, &graph));
+        plan::edits(&reading.view, &graph, PLACES).into_iter().filter(|edit| plan::mends(edit, &reading.scene, &graph));
     let new = mending.map(|edit| edit.plain()).find(|edit| !job.earlier.contains(&edit.as_str()));
     Ok(new.map(|edit| Reflection { thought: plan::faults(&reading.view, &graph), edit }))
 }

@@ -69,6 +69,9 @@ pub struct Stage {
     /// Share of the edits of renders that move something, above what an even draw of the kinds gives: it is the hardest edit.
     #[serde(default)]
     pub moves: f64,
+    /// Share of what is added or moved whose place is told by several relations, as prompts of many objects want it.
+    #[serde(default)]
+    pub several_places: f64,
 }
 
 fn touching() -> f64 {
@@ -111,6 +114,7 @@ impl Default for DiffuserConfig {
                 edits: 0.4,
                 touching: touching(),
                 moves: 0.0,
+                several_places: 0.0,
             }],
             evaluation: Evaluation::default(),
         }
@@ -163,10 +167,10 @@ impl DiffuserConfig {
             crate::usage!("[diffuser] has no stages");
         }
         for s in &self.stages {
-            let shares = [s.edits, s.touching, s.moves];
+            let shares = [s.edits, s.touching, s.moves, s.several_places];
             if s.min_objects == 0 || s.min_objects > s.max_objects || shares.iter().any(|s| !(0.0..=1.0).contains(s)) {
                 crate::usage!(
-                    "[diffuser] stage {s:?}: objects are from 1 on and in order, edits, touching and moves are shares"
+                    "[diffuser] stage {s:?}: objects are from 1 on and in order, edits, touching, moves and several_places are shares"
                 );
             }
         }

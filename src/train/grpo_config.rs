@@ -53,6 +53,23 @@ impl Learner {
     }
 }
 
+/// The folder of an adapter, or `built-in`, or several that are added up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "a folder, or a list of folders")]
+pub enum Folders {
+    One(PathBuf),
+    Several(Vec<PathBuf>),
+}
+
+impl Folders {
+    fn each(&self) -> &[PathBuf] {
+        match self {
+            Self::One(folder) => std::slice::from_ref(folder),
+            Self::Several(folders) => folders,
+        }
+    }
+}
+
 /// A config of `rlrig train grpo`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -83,13 +100,13 @@ pub struct ModelsConfig {
     /// Another VLM, for the reward `judge`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub judge: Option<PathBuf>,
-    /// Folders of adapters, or `built-in`: what the learner goes on from, and what the others have on.
+    /// Adapters: what the learner goes on from, and what the others have on.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub actor: Option<PathBuf>,
+    pub actor: Option<Folders>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub editor: Option<PathBuf>,
+    pub editor: Option<Folders>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub diffuser: Option<PathBuf>,
+    pub diffuser: Option<Folders>,
     /// Width and height of pictures in pixels; the pipeline's own if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<u32>,
@@ -323,13 +340,21 @@ impl ModelsConfig {
             built_in::EDITOR => &self.editor,
             _ => &self.diffuser,
         };
-        let Some(path) = of_role else { return Ok(None) };
-        let folder = match path.to_str() {
-            Some(built_in::NAME) => built_in::adapter(role),
-            _ => path.is_dir().then(|| Folder::from(path.clone())),
+        let open = |path: &PathBuf| {
+            let folder = match path.to_str() {
+                Some(built_in::NAME) => built_in::adapter(role),
+                _ => path.is_dir().then(|| Folder::from(path.clone())),
+            };
+            let Some(folder) = folder else { usage!("models.{role}: there is no adapter {}", path.display()) };
+            Peft::open(&folder)
         };
-        let Some(folder) = folder else { usage!("models.{role}: there is no adapter {}", path.display()) };
-        Peft::open(&folder).map(Some)
+        let sum = |folders: &Folders| {
+            if folders.each().is_empty() {
+                usage!("models.{role} names no adapter");
+            }
+            Peft::sum(folders.each().iter().map(open).collect::<Result<Vec<_>>>()?).context(format!("models.{role}"))
+        };
+        of_role.as_ref().map(sum).transpose()
     }
 
     /// The same as it is, for a role that is not trained.

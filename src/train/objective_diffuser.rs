@@ -26,6 +26,7 @@ use crate::{
     },
     models::{Adapter, Folder, Params, autoencoder, flux2, peft, pixels::planes, qwen3},
     scene::tabletop::{
+        edit::PLACES,
         render::render,
         split::Split,
         tasks::{self, Emphasis},
@@ -196,12 +197,12 @@ impl Diffuser {
         let mut rng = Stream::new(self.seed, "diffuser example", index);
         let edit = rng.chance(stage.edits);
         let dropped = rng.chance(self.config.dropout);
-        let (min, max, touching) = (stage.min_objects, stage.max_objects, stage.touching);
-        let at_hand = if edit { self.edit_of_drawn(&mut rng, index) } else { None };
+        let Stage { min_objects: min, max_objects: max, touching, moves, several_places, .. } = *stage;
+        let at_hand = if edit { self.edit_of_drawn(&mut rng, index, several_places) } else { None };
         let mut example = if let Some(example) = at_hand {
             example
         } else if edit {
-            let emphasis = Emphasis { touching, moves: stage.moves };
+            let emphasis = Emphasis { touching, moves, several_places };
             let sample = tasks::edit_with(self.seed, Split::Train, index, min, max, emphasis);
             let source = Source { scene: sample.source, drawn: None };
             Example { prompt: sample.instruction, target: sample.target, source: Some(source) }
@@ -218,7 +219,7 @@ impl Diffuser {
     /// An edit of a drawn picture, if it is the turn of one: what it shows, as the oracle reads it, is to be kept, and what
     /// is broken in it is to be mended. Where it is known what it should show, it is to show that, whichever of its faults is
     /// named.
-    fn edit_of_drawn(&self, rng: &mut Stream, index: u64) -> Option<Example> {
+    fn edit_of_drawn(&self, rng: &mut Stream, index: u64, several_places: f64) -> Option<Example> {
         if self.drawn.is_empty() || !rng.chance(self.config.drawn_share) {
             return None;
         }
@@ -226,10 +227,14 @@ impl Diffuser {
         let drawn = &self.drawn[place];
         let scene = drawn.scene.as_ref().unwrap_or(&drawn.reading.scene);
         let mended = drawn.scene.as_ref().and_then(|scene| {
-            let named = rng.chance(MENDED).then(|| tasks::mending(self.seed, index, &drawn.reading.view, &drawn.graph));
+            let named = rng.chance(MENDED);
+            let places = if several_places > 0.0 && rng.chance(several_places) { PLACES } else { 1 };
+            let view = &drawn.reading.view;
+            let named = named.then(|| tasks::mending(self.seed, index, view, &drawn.graph, places));
             Some((named??, scene.clone()))
         });
-        let (prompt, target) = mended.or_else(|| tasks::edit_of(self.seed, index, scene, &drawn.graph))?;
+        let (prompt, target) =
+            mended.or_else(|| tasks::edit_of(self.seed, index, scene, &drawn.graph, several_places))?;
         Some(Example { prompt, target, source: Some(Source { scene: scene.clone(), drawn: Some(place) }) })
     }
 

@@ -6,7 +6,7 @@ use crate::{
         qwen3::{self, RopeParameters},
         qwen3_vl::{self, VisionConfig},
     },
-    scene::tabletop::world::SIDE,
+    scene::tabletop::{edit::PLACES, world::SIDE},
     tensor::Precision,
     usage,
     vlm::chat::Chat,
@@ -38,6 +38,9 @@ pub struct VlmConfig {
     /// At least this share of edits move something: where all is there and a relation fails, the loop needs them most. A picture
     /// of one thing has none.
     pub moves: f64,
+    /// Relations at most by which an edit tells the place of what it adds or moves, as many as the prompt asks for. An Editor
+    /// has to know such edits ([`super::diffuser_config::Stage::places`]).
+    pub places: usize,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,
     /// From which step on pictures have up to how many objects.
@@ -100,6 +103,9 @@ impl VlmConfig {
         if self.moves > 0.0 && self.act_objects < 2 {
             usage!("[vlm] moves are edits of two objects or more, and act_objects is {}", self.act_objects);
         }
+        if !(1..=PLACES).contains(&self.places) {
+            usage!("[vlm] places is 1 to {PLACES}, not {}", self.places);
+        }
         if self.adapter.is_some() && self.init.is_none() {
             usage!("[vlm] adapter is for an Actor on the model of init");
         }
@@ -117,6 +123,7 @@ impl Default for VlmConfig {
             act: 0.25,
             act_objects: 3,
             moves: 0.0,
+            places: 1,
             parse: 0.1,
             curriculum: vec![(0, 1), (200, 2), (500, 3)],
             drawn: Vec::new(),

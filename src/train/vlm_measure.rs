@@ -84,7 +84,7 @@ impl VlmObjective {
             // Held-out edits are as they come, whatever training makes frequent.
             let in_plain = self.config.plain();
             let repairs: Vec<vlm_tasks::Repair> =
-                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, in_plain, 0.0)).collect();
+                indices.map(|i| vlm_tasks::repair(seed, split, i, objects, in_plain, 0.0, 1)).collect();
             let pictures: Vec<RgbImage> = repairs.iter().map(|r| render(&r.sample.scene)).collect();
             let looked = self.vlm.look(&pictures.iter().collect::<Vec<_>>())?;
             let questions: Vec<Question> =
@@ -131,7 +131,7 @@ impl VlmObjective {
             let Drawn { graph, reading, .. } = drawn;
             let truths = truth::drawn_verdicts(reading, graph);
             verdicts.iter().zip(&truths).for_each(|(heard, truth)| judged.add(truth, heard.p_yes));
-            if verdicts.iter().any(|verdict| !verdict.yes) && !vlm_tasks::mending(reading, graph).is_empty() {
+            if verdicts.iter().any(|verdict| !verdict.yes) && !vlm_tasks::mending(reading, graph, 1).is_empty() {
                 wrong.push((drawn, Situation { target, picture, verdicts, earlier: &[], seed: 0, round: 1 }));
             }
         }

@@ -217,13 +217,21 @@ pub struct Repair {
     pub question: String,
 }
 
-/// The repair number `index`. At least a share `moves` of the edits move something.
-pub fn repair(seed: u64, split: Split, index: u64, objects: usize, in_plain: bool, moves: f64) -> Repair {
+/// The repair number `index`. At least a share `moves` of the edits move something, and they name up to `places`.
+pub fn repair(
+    seed: u64,
+    split: Split,
+    index: u64,
+    objects: usize,
+    in_plain: bool,
+    moves: f64,
+    places: usize,
+) -> Repair {
     let mut rng = Stream::new(seed, "vlm repair", index);
     // A share of none takes no number of the stream, so that what is taught without it stays the same.
     let moved = moves > 0.0 && objects > 1 && rng.chance(moves);
     let wanted = |edit: &Edit| !moved || matches!(edit, Edit::Move { .. });
-    let mut sample = tasks::act_by(seed, split, index, 1, objects, wanted);
+    let mut sample = tasks::act_by(seed, split, index, 1, objects, places, wanted);
     if in_plain {
         sample.prompt = plain(&sample.graph);
     }
@@ -250,7 +258,9 @@ pub fn lesson(seed: u64, split: Split, index: u64, mix: Mix) -> Lesson {
     let mut rng = Stream::new(seed, &format!("vlm lesson {}", split.name()), index);
     let config = mix.config;
     let objects = mix.objects.min(config.act_objects);
-    let repair = rng.chance(config.act()).then(|| repair(seed, split, index, objects, config.plain(), config.moves));
+    let repair = rng
+        .chance(config.act())
+        .then(|| repair(seed, split, index, objects, config.plain(), config.moves, config.places));
     let (scene, mut checks, mut rows) = match repair {
         Some(Repair { sample, verdicts, question }) => {
             let reflection = plan::faults(&sample.scene.view(), &sample.graph);
@@ -291,7 +301,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     if asked && config.moves > 0.0 && rng.chance(config.moves) {
         let moves = |graph: &SceneGraph| {
             graph.objects.len() <= config.act_objects
-                && matches!(mending(reading, graph).first(), Some(Edit::Move { .. }))
+                && matches!(mending(reading, graph, config.places).first(), Some(Edit::Move { .. }))
         };
         if !moves(other.as_ref().map_or(graph, |(_, graph)| graph)) {
             let mut wishes = (0..WISHES).filter_map(|_| tasks::wish(&mut rng, &reading.scene));
@@ -301,7 +311,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let (prompt, graph) = other.as_ref().map_or((prompt, graph), |(prompt, graph)| (prompt, graph));
     let mut checks = drawn_verdicts(reading, graph);
     let act = asked && graph.objects.len() <= config.act_objects;
-    let helpful = if act { mending(reading, graph) } else { Vec::new() };
+    let helpful = if act { mending(reading, graph, config.places) } else { Vec::new() };
     let helpful: Vec<String> = helpful.iter().map(Edit::plain).collect();
     // Later rounds know of an edit that did not help.
     let tried = (helpful.len() > 1 && rng.chance(0.25)).then(|| rng.choose(&helpful).as_str());
@@ -320,9 +330,9 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
 }
 
 /// The edits each of which would mend something of the graph, as far as the picture can be read, and which training may name;
-/// the surest first.
-pub fn mending(reading: &Reading, graph: &SceneGraph) -> Vec<Edit> {
-    let mut edits = plan::edits(&reading.view, graph);
+/// the surest first, and up to `places` in each.
+pub fn mending(reading: &Reading, graph: &SceneGraph, places: usize) -> Vec<Edit> {
+    let mut edits = plan::edits(&reading.view, graph, places);
     edits.retain(|edit| !tasks::novel(edit) && plan::mends(edit, &reading.scene, graph));
     edits
 }
@@ -373,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_is_taught_mends_the_picture() {
-        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3, i % 2 == 0, 0.0)).collect();
+        let repairs: Vec<Repair> = (0..100).map(|i| repair(5, Split::Train, i, 3, i % 2 == 0, 0.0, 1)).collect();
         assert!(repairs.iter().all(|r| r.verdicts.iter().any(|v| !v.yes)));
         for Repair { sample, .. } in &repairs {
             assert!(mends(&sample.instruction, &sample.scene, &sample.graph).0, "{}", sample.instruction);
@@ -455,6 +465,31 @@ mod tests {
         });
         let asked: Vec<usize> = asked.collect();
         assert!(asked.len() > 60 && asked.iter().all(|objects| *objects <= 3), "{asked:?}");
+    }
+
+    #[test]
+    fn edits_name_as_many_places_as_the_mix_says() {
+        let named = |places| {
+            let mix = Mix { config: &VlmConfig { act: 1.0, act_objects: 5, places, ..config() }, objects: 5 };
+            let lessons = (0..60).flat_map(|i| lesson(5, Split::Train, i, mix).rows);
+            let drawn = (0..60).flat_map(|i| drawn_rows(5, i, &crate::train::imperfect::imperfect(5, i, 5), mix));
+            [lessons.collect::<Vec<_>>(), drawn.collect()].map(|rows| {
+                let edits = rows.iter().filter(|row| row.task == Task::Act).map(|row| {
+                    let answer: serde_json::Value = serde_json::from_str(&row.answer).unwrap();
+                    match Edit::parse(answer["edit"].as_str().unwrap()).unwrap() {
+                        Edit::Add { places, .. } | Edit::Move { places, .. } => places.len(),
+                        _ => 0,
+                    }
+                });
+                edits.max()
+            })
+        };
+        assert_eq!(named(1), [Some(1); 2]);
+        assert_eq!(named(2), [Some(2); 2]);
+        for places in [0, 4] {
+            let error = VlmConfig { places, ..config() }.check().unwrap_err().to_string();
+            assert!(error.contains("places is 1 to 3"), "{error}");
+        }
     }
 
     #[test]

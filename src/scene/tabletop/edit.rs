@@ -5,8 +5,8 @@
 //! not name as they are.
 
 use super::{
-    caption::indefinite,
-    sample,
+    caption::{indefinite, reference},
+    sample, split,
     view::View,
     world::{Colour, Item, Scene, Shape, Size},
 };
@@ -112,13 +112,19 @@ pub fn name(view: &View, i: usize) -> Option<Object> {
     Some(name)
 }
 
+/// Where something goes: a relation to a thing of the picture.
+pub type Place = (Spatial, Object);
+
+/// Places of one edit at most.
+pub const PLACES: usize = 3;
+
 /// One edit. Objects are references: a label and as many attributes as it takes to tell them apart, of which the first may be
-/// a [`Side`].
+/// a [`Side`]. What moves has one place or more, which are to hold together, and what is added may have some.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Edit {
-    Move { what: Object, relation: Spatial, anchor: Object },
+    Move { what: Object, places: Vec<Place> },
     Swap { first: Object, second: Object },
-    Add { what: Object, place: Option<(Spatial, Object)> },
+    Add { what: Object, places: Vec<Place> },
     Remove { what: Object },
     Recolour { what: Object, colour: Colour },
     Resize { what: Object, size: Size },
@@ -141,11 +147,12 @@ impl Edit {
     /// The things that it names.
     pub fn named(&self) -> Vec<&Object> {
         match self {
-            Self::Move { what, anchor, .. } | Self::Add { what, place: Some((_, anchor)) } => vec![what, anchor],
+            Self::Move { what, places } | Self::Add { what, places } => {
+                std::iter::once(what).chain(places.iter().map(|(_, anchor)| anchor)).collect()
+            }
             Self::Swap { first, second } => vec![first, second],
             Self::Replace { what, by } => vec![what, by],
-            Self::Add { what, place: None } | Self::Remove { what } => vec![what],
-            Self::Recolour { what, .. } | Self::Resize { what, .. } => vec![what],
+            Self::Remove { what } | Self::Recolour { what, .. } | Self::Resize { what, .. } => vec![what],
         }
     }
 
@@ -161,19 +168,21 @@ impl Edit {
 
     fn words(&self, choose: &mut dyn FnMut(&[&'static str]) -> &'static str) -> String {
         let the = |o: &Object| format!("the {}", o.phrase());
+        let at = |places: &[Place]| {
+            let each = places.iter().map(|(relation, anchor)| format!("{} {}", where_to(*relation), the(anchor)));
+            each.collect::<Vec<_>>().join(" and ")
+        };
         match self {
-            Self::Move { what, relation, anchor } => {
+            Self::Move { what, places } => {
                 let verb = choose(&["move", "move", "put"]);
-                format!("{verb} {} {} {}", the(what), where_to(*relation), the(anchor))
+                format!("{verb} {} {}", the(what), at(places))
             }
             Self::Swap { first, second } => {
                 let verb = choose(&["swap", "exchange"]);
                 format!("{verb} {} and {}", the(first), the(second))
             }
-            Self::Add { what, place: Some((relation, anchor)) } => {
-                format!("add {} {} {}", indefinite(what), where_to(*relation), the(anchor))
-            }
-            Self::Add { what, place: None } => format!("add {}", indefinite(what)),
+            Self::Add { what, places } if places.is_empty() => format!("add {}", indefinite(what)),
+            Self::Add { what, places } => format!("add {} {}", indefinite(what), at(places)),
             Self::Remove { what } => format!("{} {}", choose(&["remove", "remove", "delete"]), the(what)),
             Self::Recolour { what, colour } => match choose(&["make", "make", "change"]) {
                 "make" => format!("make {} {}", the(what), colour.name()),
@@ -205,8 +214,12 @@ impl Edit {
         let adds = ahead.skip(&["put", "place"]) && ahead.mention().is_ok_and(|m| m.article.is_new());
         if !adds && cursor.skip(&["move", "put", "place", "shift"]) {
             let what = known(cursor)?;
-            let (relation, anchor) = place(cursor)?.ok_or_else(|| missing(cursor, "a relation"))?;
-            return Ok(Self::Move { what, relation, anchor });
+            let places = places(cursor)?;
+            return if places.is_empty() {
+                Err(missing(cursor, "a relation"))
+            } else {
+                Ok(Self::Move { what, places })
+            };
         }
         if cursor.skip(&["swap", "exchange", "switch"]) {
             let first = known(cursor)?;
@@ -220,7 +233,7 @@ impl Edit {
             if article == Article::The {
                 return Err(ParseError::Grammar(format!("\"add the {}\" adds nothing new", what.phrase())));
             }
-            return Ok(Self::Add { what, place: place(cursor)? });
+            return Ok(Self::Add { what, places: places(cursor)? });
         }
         if cursor.skip(&["remove", "delete", "erase"]) || cursor.eat("take away") || cursor.eat("get rid of") {
             return Ok(Self::Remove { what: known(cursor)? });
@@ -270,12 +283,12 @@ impl Edit {
         // What has another outline where it is.
         let mut reshaped = None;
         let changed = match self {
-            Self::Move { what, relation, anchor } => {
-                let (i, j) = (find(scene, what)?, find(scene, anchor)?);
-                if i == j || scene.view().holds(i, *relation, j) {
+            Self::Move { what, places } => {
+                let (i, anchors, view) = (find(scene, what)?, anchors(scene, places)?, scene.view());
+                if anchors.iter().any(|(_, j)| *j == i) || anchors.iter().all(|(r, j)| view.holds(i, *r, *j)) {
                     return None;
                 }
-                return put(rng, edited, i, Some((*relation, j)));
+                return put(rng, edited, i, &anchors);
             }
             Self::Swap { first, second } => {
                 let (i, j) = (find(scene, first)?, find(scene, second)?);
@@ -287,17 +300,14 @@ impl Edit {
                 (edited.items[j].x, edited.items[j].y) = (a.x, a.y);
                 vec![i, j]
             }
-            Self::Add { what, place } => {
+            Self::Add { what, places } => {
                 let (shape, size, colour) = attributes(what)?;
                 let size = size.unwrap_or(*rng.choose(Size::ALL));
                 let (colour, radius) = (colour?, sample::radius(rng, size));
-                let anchor = match place {
-                    Some((relation, anchor)) => Some((*relation, find(scene, anchor)?)),
-                    None => None,
-                };
+                let anchors = anchors(scene, places)?;
                 let (i, depth) = (scene.items.len(), scene.top_depth());
                 edited.items.push(Item { shape, colour, size, x: 0.0, y: 0.0, radius, depth });
-                return if sample::distinct(&edited, i) { put(rng, edited, i, anchor) } else { None };
+                return if sample::distinct(&edited, i) { put(rng, edited, i, &anchors) } else { None };
             }
             Self::Remove { what } => {
                 edited.items.remove(find(scene, what)?);
@@ -357,6 +367,35 @@ impl Edit {
         }
         None
     }
+
+    /// The edit with more of the places that its target has, if it names one: directions from what it adds or moves to other
+    /// things, none of which is held out from training.
+    pub fn with_more_places(mut self, rng: &mut Stream, source: &Scene, target: &Scene) -> Self {
+        let (i, places) = match &mut self {
+            Self::Move { what, places } => (find(source, what), places),
+            Self::Add { places, .. } if !places.is_empty() => (Some(source.items.len()), places),
+            _ => return self,
+        };
+        let Some(i) = i else { return self };
+        let (view, objects, what) = (target.view(), source.objects(), target.items[i].object());
+        let mut others: Vec<usize> = (0..source.items.len()).filter(|j| *j != i).collect();
+        rng.shuffle(&mut others);
+        let most = 2 + rng.below(PLACES - 1);
+        for j in others {
+            let there = |(_, anchor): &Place| find(source, anchor) == Some(j);
+            let apart = sample::apart(&target.items[i], &target.items[j]) && sample::distinct(source, j);
+            if places.len() >= most || places.iter().any(there) || !apart {
+                continue;
+            }
+            let clear =
+                |r: &Spatial| view.certainty(i, *r, j) >= sample::MARGIN && !split::held_out(&what, *r, &objects[j]);
+            let clear: Vec<Spatial> = Spatial::DIRECTIONS.into_iter().filter(clear).collect();
+            if !clear.is_empty() {
+                places.push((*rng.choose(&clear), reference(rng, &objects, j, false)));
+            }
+        }
+        self
+    }
 }
 
 /// The scene with a second one of its things, which is what a Diffuser often draws.
@@ -366,14 +405,26 @@ pub fn doubled(rng: &mut Stream, scene: &Scene) -> Option<Scene> {
     let item = *rng.choose(&scene.items);
     let radius = sample::radius(rng, item.size);
     doubled.items.push(Item { radius, depth: scene.top_depth(), ..item });
-    put(rng, doubled, scene.items.len(), None)
+    put(rng, doubled, scene.items.len(), &[])
 }
 
-fn place(cursor: &mut Cursor) -> Result<Option<(Spatial, Object)>, ParseError> {
-    match cursor.eat_relation() {
-        Some(relation) => Ok(Some((relation, known(cursor)?))),
-        None => Ok(None),
+/// Places up to [`PLACES`], with "and" or a comma between them.
+fn places(cursor: &mut Cursor) -> Result<Vec<Place>, ParseError> {
+    let mut places = Vec::new();
+    let mut ahead = cursor.clone();
+    while let Some(relation) = ahead.eat_relation().filter(|_| places.len() < PLACES) {
+        places.push((relation, known(&mut ahead)?));
+        *cursor = ahead.clone();
+        if !ahead.skip(&[",", "and"]) {
+            break;
+        }
     }
+    Ok(places)
+}
+
+/// The items that places are at.
+fn anchors(scene: &Scene, places: &[Place]) -> Option<Vec<(Spatial, usize)>> {
+    places.iter().map(|(relation, anchor)| Some((*relation, find(scene, anchor)?))).collect()
 }
 
 /// Something that is in the picture.
@@ -423,9 +474,11 @@ fn attributes(object: &Object) -> Option<(Shape, Option<Size>, Option<Colour>)> 
     Some((Shape::from_name(&object.label)?, size, colour))
 }
 
-/// Finds a valid place for item `i`, with the relation to another item if one is asked for.
-fn put(rng: &mut Stream, mut scene: Scene, i: usize, anchor: Option<(Spatial, usize)>) -> Option<Scene> {
-    match anchor {
+/// Finds a valid place for item `i`, with all of these relations to other items.
+fn put(rng: &mut Stream, mut scene: Scene, i: usize, anchors: &[(Spatial, usize)]) -> Option<Scene> {
+    // What touches or holds it decides where to look for a place.
+    let close = anchors.iter().find(|(relation, _)| !relation.is_direction()).copied();
+    match close {
         Some((Spatial::Inside, j)) => {
             let free = scene.items[j].shape == Shape::Ring && scene.items[j].size == Size::Large;
             if !free || scene.items[i].size == Size::Large {
@@ -438,24 +491,24 @@ fn put(rng: &mut Stream, mut scene: Scene, i: usize, anchor: Option<(Spatial, us
         Some((Spatial::Behind, _)) => scene.items[i].depth = scene.bottom_depth(),
         _ => {}
     }
-    for _ in 0..60 {
+    for _ in 0..60 * anchors.len().max(1) {
         let item = &scene.items[i];
-        let (x, y) = match anchor {
+        let (x, y) = match close {
             Some((Spatial::Inside, j)) => near(rng, &scene.items[j], (0.0, 1.5)),
-            Some((Spatial::InFrontOf | Spatial::Behind, j)) => {
+            Some((_, j)) => {
                 let reach = item.radius + scene.items[j].radius;
                 near(rng, &scene.items[j], (0.55 * reach, 0.95 * reach))
             }
-            _ => sample::position(rng, item.shape, item.radius),
+            None => sample::position(rng, item.shape, item.radius),
         };
         (scene.items[i].x, scene.items[i].y) = (x, y);
-        let holds = |(r, j): (Spatial, usize)| scene.view().certainty(i, r, j) >= sample::MARGIN;
         // A direction is asked for beside the other thing, not within or over it.
-        let apart = match anchor {
-            Some((r, j)) if r.is_direction() => sample::apart(&scene.items[i], &scene.items[j]),
-            _ => true,
+        let apart = |(r, j): &(Spatial, usize)| !r.is_direction() || sample::apart(&scene.items[i], &scene.items[*j]);
+        let all_hold = || {
+            let view = scene.view();
+            anchors.iter().all(|(relation, j)| view.certainty(i, *relation, *j) >= sample::MARGIN)
         };
-        if apart && anchor.is_none_or(holds) && sample::valid(&scene, &[i]) {
+        if anchors.iter().all(apart) && (anchors.is_empty() || all_hold()) && sample::valid(&scene, &[i]) {
             return Some(scene);
         }
     }
@@ -469,127 +522,4 @@ fn near(rng: &mut Stream, item: &Item, distance: (f32, f32)) -> (f32, f32) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::scene::tabletop::world::Background;
-
-    fn item(shape: Shape, colour: Colour, size: Size, x: f32, y: f32) -> Item {
-        Item { shape, colour, size, x, y, radius: size.radii().0, depth: x as i16 }
-    }
-
-    fn table() -> Scene {
-        Scene {
-            background: Background { rgb: [230.0; 3], slope: [0.0; 2] },
-            items: vec![
-                item(Shape::Ball, Colour::Red, Size::Small, 30.0, 30.0),
-                item(Shape::Cube, Colour::Blue, Size::Large, 90.0, 36.0),
-                item(Shape::Ball, Colour::Green, Size::Small, 64.0, 100.0),
-            ],
-        }
-    }
-
-    fn apply(text: &str) -> Option<Scene> {
-        Edit::parse(text).unwrap().apply(&mut Stream::new(1, "edit", 0), &table())
-    }
-
-    #[test]
-    fn instructions_in_an_actors_words_are_carried_out() {
-        let moved = apply("Move the red ball to the right of the blue cube.").is_none();
-        assert!(moved, "there is no room to the right of the cube");
-        let moved = apply("move the red ball below the cube").unwrap();
-        assert!(moved.view().holds(0, Spatial::Below, 1));
-        let swapped = apply("swap the red ball and the cube").unwrap();
-        assert_eq!((swapped.items[0].x, swapped.items[1].x), (90.0, 30.0));
-        let added = apply("add a small yellow ring left of the green ball").unwrap();
-        assert!(added.items.len() == 4 && added.view().holds(3, Spatial::LeftOf, 2));
-        assert_eq!(apply("remove the green ball").unwrap().items.len(), 2);
-        assert_eq!(apply("make the cube yellow").unwrap().items[1].colour, Colour::Yellow);
-        assert_eq!(apply("change the colour of the red ball to pink").unwrap().items[0].colour, Colour::Pink);
-        assert_eq!(apply("make the cube smaller").unwrap().items[1].size, Size::Small);
-        let replaced = apply("replace the cube with a small black star").unwrap().items[1];
-        assert_eq!((replaced.shape, replaced.colour, replaced.size), (Shape::Star, Colour::Black, Size::Small));
-        for (said, plain) in [
-            ("Please turn the cube yellow.", "make the cube yellow"),
-            ("get rid of the green ball, please", "remove the green ball"),
-            ("shrink the sphere", "make the ball smaller"),
-            ("put a green ring over the cube", "add a green ring above the cube"),
-            ("place the ball on the left side of the box", "move the ball to the left of the cube"),
-        ] {
-            assert_eq!(Edit::parse(said).unwrap().plain(), plain);
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_done_is_not_done() {
-        // Two balls, no star, nothing to change, nothing that fits.
-        assert!(apply("remove the ball").is_none());
-        assert!(apply("remove the star").is_none());
-        assert!(apply("make the cube blue").is_none() && apply("make the cube larger").is_none());
-        assert!(apply("move the red ball to the left of the cube").is_none());
-        assert!(apply("swap the cube and the cube").is_none());
-        assert!(apply("move the red ball inside the cube").is_none());
-    }
-
-    #[test]
-    fn of_two_alike_things_the_side_says_which() {
-        let mut two = table();
-        two.items.push(item(Shape::Ball, Colour::Red, Size::Small, 36.0, 110.0));
-        let left = |text: &str| {
-            let edited = Edit::parse(text).unwrap().apply(&mut Stream::new(1, "edit", 0), &two);
-            edited.map(|edited| edited.items.iter().map(|i| i.y).collect::<Vec<_>>())
-        };
-        assert_eq!(left("remove the red ball"), None);
-        assert_eq!(left("remove the upper red ball"), Some(vec![36.0, 100.0, 110.0]));
-        assert_eq!(left("remove the lower red ball"), Some(vec![30.0, 36.0, 100.0]));
-        // The first lies to the left of the second, but above it much more.
-        let names: Vec<_> = (0..4).map(|i| name(&two.view(), i).unwrap().phrase()).collect();
-        assert_eq!(
-            names,
-            ["upper red ball", "blue cube", "green ball", "lower red ball"].map(|n| n.replace("red", "small red"))
-        );
-        let edit = Edit::parse("move the left small red ball below the right red ball").unwrap();
-        assert_eq!(Edit::parse(&edit.plain()), Ok(edit));
-    }
-
-    #[test]
-    fn what_lies_as_no_world_would_have_it_can_be_edited_elsewhere() {
-        let mut odd = table();
-        // One ball twice, over the edge and across the cube.
-        odd.items.push(item(Shape::Ball, Colour::Red, Size::Small, 2.0, 64.0));
-        odd.items.push(item(Shape::Cone, Colour::Blue, Size::Small, 84.0, 40.0));
-        let apply = |text: &str| Edit::parse(text).unwrap().apply(&mut Stream::new(1, "edit", 0), &odd);
-        assert_eq!(apply("remove the left red ball").unwrap().items.len(), 4);
-        assert_eq!(apply("make the green ball yellow").unwrap().items[2].colour, Colour::Yellow);
-        assert!(apply("make the green ball red").is_none(), "there would be three red balls");
-        assert!(apply("add a small pink star above the green ball").is_some());
-    }
-
-    #[test]
-    fn a_doubled_scene_has_one_thing_twice() {
-        let twice = (0..20).filter_map(|i| doubled(&mut Stream::new(3, "double", i), &table()));
-        let twice: Vec<Scene> = twice.collect();
-        assert!(twice.len() > 10);
-        for scene in twice {
-            let alike: Vec<usize> = (0..4).filter(|i| !sample::distinct(&scene, *i)).collect();
-            assert_eq!((alike.len(), alike[1]), (2, 3));
-            for i in alike {
-                assert_eq!(find(&scene, &name(&scene.view(), i).unwrap()), Some(i));
-            }
-        }
-    }
-
-    #[test]
-    fn other_texts_are_refused_with_a_reason() {
-        let error = |text: &str| Edit::parse(text).unwrap_err().to_string();
-        assert!(error("fly to the moon").contains("begins with one of move"));
-        assert!(error("move the ball").contains("a relation"));
-        assert!(error("change the colour of the ball to orange").contains("\"orange\" where a colour"));
-        assert!(error("make the ball").contains("\"the end\" where a colour or a size"));
-        assert!(error("make the ball sparkling").contains("\"sparkling\" where a colour or a size"));
-        assert!(error("replace the ball").contains("\"with\""));
-        assert!(error("remove the bal").contains("did you mean \"ball\""));
-        assert!(error("remove the ball quickly").contains("after the end"));
-        assert!(error("add the ball").contains("nothing new"));
-        assert!(error("").contains("begins"));
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 //! The teacher of the Actor, and the strongest Actor there can be when the view is exact: a baseline for it.
 
 use super::{
-    edit::{self, Edit},
+    edit::{self, Edit, Place},
     view::{Judgement, View},
     world::{Colour, Scene, Size},
 };
@@ -35,7 +35,8 @@ impl Comparison {
 ///
 /// They come in the order of the graph, the surest for each fault first, and name objects by colour and shape, and by
 /// more where that fits several: the first that helps is the same for the same picture, which makes it a rule to learn.
-pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
+/// What they add or move goes where the graph wants it to be beside up to `places` things, or else beside one.
+pub fn edits(view: &View, graph: &SceneGraph, places: usize) -> Vec<Edit> {
     let Comparison { matching, truth, mut spare } = Comparison::of(view, graph);
     let name = |i: usize| edit::name(view, i);
     spare.retain(|i| name(*i).is_some());
@@ -62,19 +63,18 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
                     edits.extend(name(spare.remove(k)).map(|what| Edit::Replace { what, by: wanted.clone() }));
                 }
                 if same_colour.is_none() {
-                    let place = anchor(graph, &matching, i);
-                    let place = place.and_then(|(relation, at)| Some((relation, name(at)?)));
-                    let anywhere = place.is_some().then(|| Edit::Add { what: wanted.clone(), place: None });
-                    edits.push(Edit::Add { what: wanted.clone(), place });
+                    let all = wanted_places(view, graph, &matching, (i, None), places);
                     // There may be no room at the right place.
-                    edits.extend(anywhere);
+                    let fewer: BTreeSet<usize> = [all.len(), all.len().min(1), 0].into();
+                    let add = |n: &usize| Edit::Add { what: wanted.clone(), places: all[..*n].to_vec() };
+                    edits.extend(fewer.iter().rev().map(add));
                 }
             }
             _ => {}
         }
     }
     let mut swapped = BTreeSet::new();
-    for (r, ok) in graph.relations.iter().zip(&truth.relations) {
+    for (number, (r, ok)) in graph.relations.iter().zip(&truth.relations).enumerate() {
         let (Some(a), Some(b), Some(relation)) =
             (matching[r.subject], matching[r.object], Spatial::from_name(&r.predicate))
         else {
@@ -97,8 +97,12 @@ pub fn edits(view: &View, graph: &SceneGraph) -> Vec<Edit> {
         let swap = |(one, other)| Some(Edit::Swap { first: name(one)?, second: name(other)? });
         edits.extend(pairs.into_iter().filter_map(swap));
         let (Some(first), Some(second)) = (name(a), name(b)) else { continue };
-        edits.push(Edit::Move { what: first.clone(), relation, anchor: second.clone() });
-        edits.extend(relation.inverse().map(|inverse| Edit::Move { what: second, relation: inverse, anchor: first }));
+        let moves = [(r.subject, first), (r.object, second)]
+            .map(|(i, what)| (what, wanted_places(view, graph, &matching, (i, Some(number)), places)));
+        let all_at_once = moves.iter().filter(|(_, places)| places.len() > 1);
+        edits.extend(all_at_once.map(|(what, places)| Edit::Move { what: what.clone(), places: places.clone() }));
+        let one = moves.into_iter().filter_map(|(what, places)| Some((what, vec![places.into_iter().next()?])));
+        edits.extend(one.map(|(what, places)| Edit::Move { what, places }));
     }
     edits.extend(spare.into_iter().filter_map(name).map(|what| Edit::Remove { what }));
     edits
@@ -132,18 +136,36 @@ pub fn faults(view: &View, graph: &SceneGraph) -> String {
     told.collect::<Vec<_>>().join("; ")
 }
 
-/// A relation of the graph from object `i` to one that is in the picture.
-fn anchor(graph: &SceneGraph, matching: &[Option<usize>], i: usize) -> Option<(Spatial, usize)> {
-    graph.relations.iter().find_map(|r| {
+/// Where the graph wants its object `i`: beside `most` things at most that are in the picture and have a name. With a relation
+/// `first` that one comes first, and without it there is no place.
+fn wanted_places(
+    view: &View,
+    graph: &SceneGraph,
+    matching: &[Option<usize>],
+    (i, first): (usize, Option<usize>),
+    most: usize,
+) -> Vec<Place> {
+    let place = |r: usize| {
+        let r = &graph.relations[r];
         let relation = Spatial::from_name(&r.predicate)?;
-        if r.subject == i {
-            Some((relation, matching[r.object]?))
-        } else if r.object == i {
-            Some((relation.inverse()?, matching[r.subject]?))
-        } else {
-            None
+        let (relation, at) = match i {
+            i if i == r.subject => (relation, matching[r.object]?),
+            i if i == r.object => (relation.inverse()?, matching[r.subject]?),
+            _ => return None,
+        };
+        Some((relation, edit::name(view, at)?))
+    };
+    let mut places: Vec<Place> = Vec::new();
+    if let Some(first) = first {
+        let Some(place) = place(first) else { return places };
+        places.push(place);
+    }
+    for place in (0..graph.relations.len()).filter_map(place) {
+        if places.len() < most && !places.contains(&place) {
+            places.push(place);
         }
-    })
+    }
+    places
 }
 
 #[cfg(test)]
@@ -161,7 +183,7 @@ mod tests {
             // From any scene to any other prompt: greedy, as the loop goes, for at most a dozen rounds.
             for _ in 0..12 {
                 let judgement = scene.view().judge(&graph);
-                let next = edits(&scene.view(), &graph).into_iter().find_map(|e| {
+                let next = edits(&scene.view(), &graph, 1).into_iter().find_map(|e| {
                     let next = e.apply(rng, &scene)?;
                     next.view().judge(&graph).better_than(&judgement).then_some(next)
                 });
@@ -177,11 +199,58 @@ mod tests {
     }
 
     #[test]
+    fn places_are_all_that_the_graph_wants_then_one() {
+        use crate::scene::{parse::parse, relation::BoundingBox, tabletop::world::Shape};
+        let seen = |shape, colour, x: f32, y: f32| {
+            let bounds = BoundingBox { x0: x, y0: y, x1: x + 20.0, y1: y + 20.0 };
+            Seen { shape, colour, size: Size::Small, bounds }
+        };
+        let view = |objects| View { objects, in_front: Vec::new() };
+        let graph = parse("red ball left of blue cone; red ball below green cube").unwrap();
+        let (ball, cone) = (seen(Shape::Ball, Colour::Red, 10.0, 10.0), seen(Shape::Cone, Colour::Blue, 90.0, 50.0));
+        let cube = seen(Shape::Cube, Colour::Green, 14.0, 60.0);
+        let planned =
+            |view: &View, places: usize| edits(view, &graph, places).iter().map(Edit::plain).collect::<Vec<_>>();
+        let moves = planned(&view(vec![ball, cone, cube]), 3);
+        let moves: Vec<&str> = moves.iter().map(String::as_str).filter(|edit| edit.starts_with("move")).collect();
+        assert_eq!(
+            moves,
+            [
+                "move the red ball below the green cube and to the left of the blue cone",
+                "move the red ball below the green cube",
+                "move the green cube above the red ball",
+            ]
+        );
+        // Said twice it is one place, and a ring cannot be asked to be around something.
+        let graph =
+            parse("red ball inside blue ring; blue ring left of green cube; green cube right of blue ring").unwrap();
+        let ring = seen(Shape::Ring, Colour::Blue, 50.0, 90.0);
+        let within: Vec<String> = [1, 3]
+            .map(|places| edits(&view(vec![ball, ring, seen(Shape::Cube, Colour::Green, 99.0, 90.0)]), &graph, places))
+            .concat()
+            .iter()
+            .map(Edit::plain)
+            .collect();
+        assert_eq!(within, ["move the red ball inside the blue ring"; 2]);
+        let ring = view(vec![ball, ring, seen(Shape::Cube, Colour::Green, 10.0, 90.0)]);
+        let apart = edits(&ring, &graph, 3).iter().map(Edit::plain).find(|edit| edit.starts_with("move the blue ring"));
+        assert_eq!(apart.as_deref(), Some("move the blue ring to the left of the green cube"));
+        let graph = parse("red ball left of blue cone; red ball below green cube").unwrap();
+        let planned =
+            |view: &View, places: usize| edits(view, &graph, places).iter().map(Edit::plain).collect::<Vec<_>>();
+        let missing = view(vec![cone, cube]);
+        let both = "add a red ball to the left of the blue cone and below the green cube";
+        let one = "add a red ball to the left of the blue cone";
+        assert_eq!(planned(&missing, 3), [both, one, "add a red ball"]);
+        assert_eq!(planned(&missing, 1), [one, "add a red ball"]);
+    }
+
+    #[test]
     fn nothing_is_planned_for_a_right_picture() {
         for index in 0..100 {
             let rng = &mut Stream::new(22, "plan right", index);
             let (scene, graph) = sample::draw(rng, Split::Train, 1, 3);
-            assert!(edits(&scene.view(), &graph).is_empty());
+            assert!(edits(&scene.view(), &graph, 1).is_empty());
             assert_eq!(faults(&scene.view(), &graph), "");
         }
     }
@@ -220,7 +289,7 @@ mod tests {
                 seen(Shape::Cone, Colour::Blue, cone.0, cone.1),
                 seen(Shape::Cube, Colour::Green, cube.0, cube.1),
             ];
-            let edits = edits(&View { objects, in_front: Vec::new() }, &graph);
+            let edits = edits(&View { objects, in_front: Vec::new() }, &graph, 1);
             edits.iter().map(Edit::plain).collect::<Vec<_>>()
         };
         let moves =
@@ -238,7 +307,7 @@ mod tests {
             seen(Shape::Cone, Colour::Blue, 10.0, 50.0),
             seen(Shape::Cube, Colour::Green, 100.0, 50.0),
         ];
-        let edits = edits(&View { objects, in_front: Vec::new() }, &graph);
+        let edits = edits(&View { objects, in_front: Vec::new() }, &graph, 1);
         let swaps: Vec<String> = edits.iter().map(Edit::plain).filter(|edit| edit.starts_with("swap")).collect();
         assert_eq!(swaps, ["swap the red ball and the blue cone", "swap the blue cone and the green cube"]);
     }
@@ -250,7 +319,7 @@ mod tests {
             let rng = &mut Stream::new(25, "plan twice", index);
             let (scene, graph) = sample::draw(rng, Split::Train, 1, 3);
             let Some(scene) = edit::doubled(rng, &scene) else { continue };
-            let edits = edits(&scene.view(), &graph);
+            let edits = edits(&scene.view(), &graph, 1);
             let [remove @ Edit::Remove { .. }] = edits.as_slice() else { panic!("{edits:?}") };
             let once = remove.apply(rng, &scene);
             assert!(once.is_some_and(|once| once.view().judge(&graph).perfect()), "{edits:?}");

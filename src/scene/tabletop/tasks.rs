@@ -47,11 +47,13 @@ pub struct Emphasis {
     pub touching: f64,
     /// Share of the edits that move something, whatever an even draw of the others adds.
     pub moves: f64,
+    /// Share of what is added somewhere or moved whose words name several places, where there are several.
+    pub several_places: f64,
 }
 
 impl Default for Emphasis {
     fn default() -> Self {
-        Self { touching: TOUCHING, moves: 0.0 }
+        Self { touching: TOUCHING, moves: 0.0, several_places: 0.0 }
     }
 }
 
@@ -151,7 +153,7 @@ pub fn edit(seed: u64, split: Split, index: u64, min: usize, max: usize) -> Edit
 
 /// [`edit`] with more of what is hard.
 pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, emphasis: Emphasis) -> EditSample {
-    let Emphasis { touching, moves } = emphasis;
+    let Emphasis { touching, moves, several_places } = emphasis;
     let rng = &mut stream("edit", seed, split, index);
     loop {
         // A share of none takes no number of the stream.
@@ -168,6 +170,11 @@ pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, em
         for _ in 0..8 {
             let Some(edit) = propose(rng, &source, kind, touching) else { break };
             let Some(target) = edit.apply(rng, &source) else { continue };
+            let edit = if several_places > 0.0 && rng.chance(several_places) {
+                edit.with_more_places(rng, &source, &target)
+            } else {
+                edit
+            };
             let after = described_after(&before, &edit, &source, &target);
             let allowed = match split {
                 Split::Train | Split::TrainMany => {
@@ -186,11 +193,18 @@ pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, em
 
 /// An edit of a scene that is at hand, for training: often one that brings it nearer to what `graph` asks for, else any. Its
 /// instruction, and the scene after it; nothing if no edit was found.
-pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Option<(String, Scene)> {
+/// `several_places` is [`Emphasis::several_places`].
+pub fn edit_of(
+    seed: u64,
+    index: u64,
+    scene: &Scene,
+    graph: &SceneGraph,
+    several_places: f64,
+) -> Option<(String, Scene)> {
     let rng = &mut stream("edit of", seed, Split::Train, index);
     let view = scene.view();
     for _ in 0..16 {
-        let helpful = rng.chance(0.7).then(|| plan::edits(&view, graph)).filter(|edits| !edits.is_empty());
+        let helpful = rng.chance(0.7).then(|| plan::edits(&view, graph, 1)).filter(|edits| !edits.is_empty());
         let edit = match helpful {
             Some(edits) => Some(rng.choose(&edits).clone()),
             None => {
@@ -200,16 +214,22 @@ pub fn edit_of(seed: u64, index: u64, scene: &Scene, graph: &SceneGraph) -> Opti
         };
         let Some(edit) = edit.filter(|edit| !novel(edit)) else { continue };
         if let Some(target) = edit.apply(rng, scene).filter(sample::trainable) {
+            let edit = if several_places > 0.0 && rng.chance(several_places) {
+                edit.with_more_places(rng, scene, &target)
+            } else {
+                edit
+            };
             return Some((edit.instruction(rng), target));
         }
     }
     None
 }
 
-/// An instruction, for training, that asks for something which a picture lacks of its graph; nothing if there is none.
-pub fn mending(seed: u64, index: u64, view: &View, graph: &SceneGraph) -> Option<String> {
+/// An instruction, for training, that asks for something which a picture lacks of its graph, in up to `places`; nothing if
+/// there is none.
+pub fn mending(seed: u64, index: u64, view: &View, graph: &SceneGraph, places: usize) -> Option<String> {
     let rng = &mut stream("mending", seed, Split::Train, index);
-    let edits: Vec<Edit> = plan::edits(view, graph).into_iter().filter(|edit| !novel(edit)).collect();
+    let edits: Vec<Edit> = plan::edits(view, graph, places).into_iter().filter(|edit| !novel(edit)).collect();
     (!edits.is_empty()).then(|| rng.choose(&edits).instruction(rng))
 }
 
@@ -251,8 +271,8 @@ fn left_alone(scene: &Scene, edit: &Edit) -> Vec<Relation> {
 /// Whether the instruction itself names a relation that training never names.
 pub fn novel(edit: &Edit) -> bool {
     match edit {
-        Edit::Move { what, relation, anchor } | Edit::Add { what, place: Some((relation, anchor)) } => {
-            split::held_out(what, *relation, anchor)
+        Edit::Move { what, places } | Edit::Add { what, places } => {
+            places.iter().any(|(relation, anchor)| split::held_out(what, *relation, anchor))
         }
         _ => false,
     }
@@ -272,16 +292,16 @@ fn propose(rng: &mut Stream, scene: &Scene, kind: Kind, touching: f64) -> Option
     Some(match kind {
         Kind::Move => {
             let anchor = reference(rng, &objects, j, false);
-            Edit::Move { what, relation: relation_to(rng, scene.items[j].shape, touching), anchor }
+            Edit::Move { what, places: vec![(relation_to(rng, scene.items[j].shape, touching), anchor)] }
         }
         Kind::Swap => Edit::Swap { first: what, second: reference(rng, &objects, j, false) },
         Kind::Add => {
             let what = new_object(rng, scene, None)?;
-            let place = rng.chance(0.8).then(|| {
+            let places = rng.chance(0.8).then(|| {
                 let anchor = reference(rng, &objects, i, false);
                 (relation_to(rng, item.shape, touching), anchor)
             });
-            Edit::Add { what, place }
+            Edit::Add { what, places: places.into_iter().collect() }
         }
         Kind::Remove => {
             // What is there more than once, if anything is.
@@ -340,9 +360,9 @@ fn described_after(before: &SceneGraph, edit: &Edit, source: &Scene, target: &Sc
         }
     };
     match edit {
-        Edit::Add { what, place } => {
+        Edit::Add { what, places } => {
             graph.objects.push(what.clone());
-            if let Some((relation, anchor)) = place {
+            for (relation, anchor) in places {
                 add(&mut graph, before.objects.len(), *relation, anchor);
             }
         }
@@ -356,9 +376,11 @@ fn described_after(before: &SceneGraph, edit: &Edit, source: &Scene, target: &Sc
                 }
             }
         }
-        Edit::Move { what, relation, anchor } => {
-            if let Some(subject) = find(source, what) {
-                add(&mut graph, subject, *relation, anchor);
+        Edit::Move { what, places } => {
+            for (relation, anchor) in places {
+                if let Some(subject) = find(source, what) {
+                    add(&mut graph, subject, *relation, anchor);
+                }
             }
         }
         Edit::Recolour { what, .. } | Edit::Resize { what, .. } | Edit::Replace { what, .. } => {
@@ -525,16 +547,17 @@ fn corrupted(rng: &mut Stream, view: &View, mut graph: SceneGraph) -> SceneGraph
 /// A picture that misses something of its prompt, which names `min..=max` objects, what is missed, and an edit that mends one
 /// of these things.
 pub fn act(seed: u64, split: Split, index: u64, min: usize, max: usize) -> ActSample {
-    act_by(seed, split, index, min, max, |_| true)
+    act_by(seed, split, index, min, max, 1, |_| true)
 }
 
-/// [`act`], of samples whose edit is `wanted`.
+/// [`act`], of samples whose edit is `wanted`, and names so many places at most.
 pub fn act_by(
     seed: u64,
     split: Split,
     index: u64,
     min: usize,
     max: usize,
+    places: usize,
     wanted: impl Fn(&Edit) -> bool,
 ) -> ActSample {
     let rng = &mut stream("act", seed, split, index);
@@ -547,7 +570,7 @@ pub fn act_by(
         if truth.perfect() {
             continue;
         }
-        for edit in plan::edits(&view, &graph) {
+        for edit in plan::edits(&view, &graph, places) {
             let Some(target) = edit.apply(rng, &scene) else { continue };
             let better = target.view().judge(&graph).better_than(&truth);
             if better && !(split.part() == Part::Train && novel(&edit)) {

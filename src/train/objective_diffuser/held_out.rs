@@ -9,7 +9,13 @@ use crate::{
     },
     scene::{
         graph::SceneGraph,
-        tabletop::{oracle, render::render, split::Split, tasks, world::SIDE},
+        tabletop::{
+            oracle,
+            render::render,
+            split::Split,
+            tasks::{self, Emphasis},
+            world::SIDE,
+        },
     },
     train::{Metrics, diffuser_config::Evaluation},
 };
@@ -36,6 +42,8 @@ pub struct Made {
 pub enum Kind {
     Prompt,
     Edit,
+    /// To several places, in a scene of four or five objects.
+    MoveAmongMany,
     EditOfDrawn,
     /// Of a picture that was drawn over a render, towards what the render shows.
     Mending,
@@ -46,6 +54,7 @@ impl Diffuser {
     pub fn held_out(&self, count: usize) -> Result<Vec<Made>> {
         let Evaluation { steps, guidance, .. } = self.config.evaluation;
         let size = self.klein.tokens(SIDE, SIDE)?;
+        let several_places = self.config.stages.iter().any(|stage| stage.several_places > 0.0);
         let mut samples = Vec::new();
         // An adapter is the Editor's alone.
         let drawings = if self.adapter.is_some() { 0 } else { count as u64 };
@@ -57,15 +66,20 @@ impl Diffuser {
             let sample = tasks::edit(HELD_OUT, Split::Val, i, 1, 3);
             samples.push((sample.instruction, Kind::Edit, sample.after, Some(render(&sample.source))));
         }
+        for i in 0..if several_places { count as u64 } else { 0 } {
+            let emphasis = Emphasis { moves: 1.0, several_places: 1.0, ..Emphasis::default() };
+            let sample = tasks::edit_with(HELD_OUT, Split::ValMany, i, 4, 5, emphasis);
+            samples.push((sample.instruction, Kind::MoveAmongMany, sample.after, Some(render(&sample.source))));
+        }
         for (i, drawn) in self.drawn_held_out.iter().take(count).enumerate() {
             if drawn.scene.is_some() {
-                let asked = tasks::mending(HELD_OUT, i as u64, &drawn.reading.view, &drawn.graph);
+                let asked = tasks::mending(HELD_OUT, i as u64, &drawn.reading.view, &drawn.graph, 1);
                 let mend = |asked| (asked, Kind::Mending, drawn.graph.clone(), Some(drawn.picture.clone()));
                 samples.extend(asked.map(mend));
                 continue;
             }
             let scene = &drawn.reading.scene;
-            let Some((asked, _)) = tasks::edit_of(HELD_OUT, i as u64, scene, &drawn.graph) else { continue };
+            let Some((asked, _)) = tasks::edit_of(HELD_OUT, i as u64, scene, &drawn.graph, 0.0) else { continue };
             let Some(after) = tasks::after(HELD_OUT, i as u64, scene, &asked) else { continue };
             samples.push((asked, Kind::EditOfDrawn, after, Some(drawn.picture.clone())));
         }
@@ -103,6 +117,7 @@ pub fn metrics(made: &[Made]) -> Metrics {
                 count("eval/perfect", perfect, 1);
             }
             Kind::Edit => count("eval/edit_perfect", perfect, 1),
+            Kind::MoveAmongMany => count("eval/move_among_many_perfect", perfect, 1),
             Kind::EditOfDrawn => count("eval/drawn_edit_perfect", perfect, 1),
             Kind::Mending => count("eval/mended", perfect, 1),
         }

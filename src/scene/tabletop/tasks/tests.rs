@@ -55,11 +55,41 @@ fn the_curriculum_says_how_many_scenes_have_two_that_touch() {
     };
     assert_eq!((drawn(0.0), drawn(1.0)), (0, 40));
     let brought_together = |touching| {
-        let emphasis = Emphasis { touching, moves: 0.0 };
+        let emphasis = Emphasis { touching, ..Default::default() };
         let edits = (0..200).map(|i| edit_with(0, Split::Train, i, 2, 3, emphasis).edit);
-        edits.filter(|edit| matches!(edit, Edit::Move { relation, .. } if !relation.is_direction())).count()
+        edits.filter(|edit| matches!(edit, Edit::Move { places, .. } if !places[0].0.is_direction())).count()
     };
     assert!(brought_together(0.0) == 0 && brought_together(1.0) > 6, "{}", brought_together(1.0));
+}
+
+#[test]
+fn the_curriculum_says_how_often_several_places_are_named() {
+    let named = |several_places| {
+        let emphasis = Emphasis { moves: 1.0, several_places, ..Default::default() };
+        let samples = (0..100).map(|i| edit_with(3, Split::Train, i, 3, 5, emphasis));
+        samples
+            .map(|sample| match &sample.edit {
+                Edit::Move { places, .. } => {
+                    // They all hold afterwards, and the words say all of them.
+                    assert!(sample.target.view().judge(&sample.after).perfect());
+                    assert_eq!(Edit::parse(&sample.instruction).as_ref(), Ok(&sample.edit));
+                    places.len()
+                }
+                other => panic!("{other:?}"),
+            })
+            .collect::<Vec<_>>()
+    };
+    assert!(named(0.0).iter().all(|n| *n == 1));
+    let several = named(1.0);
+    let with = |n: usize| several.iter().filter(|named| **named == n).count();
+    assert!(with(2) > 20 && with(3) > 5, "{several:?}");
+    // What is added somewhere has several too, and what is added anywhere stays without.
+    let emphasis = Emphasis { several_places: 1.0, ..Default::default() };
+    let samples = (0..400).map(|i| edit_with(4, Split::Train, i, 3, 5, emphasis));
+    let added: Vec<usize> =
+        samples.filter_map(|s| if let Edit::Add { places, .. } = s.edit { Some(places.len()) } else { None }).collect();
+    let with = |n: usize| added.iter().filter(|named| **named == n).count();
+    assert!(with(0) > 2 && with(1) < with(2) + with(3), "{added:?}");
 }
 
 #[test]
@@ -151,8 +181,8 @@ fn edits_do_what_they_say_and_leave_the_rest_in_place() {
         assert_ne!(sample.source, sample.target);
         let judgement = sample.target.view().judge(&sample.after);
         assert!(judgement.perfect(), "{}: {judgement:?} {:?}", sample.instruction, sample.after);
-        if let Edit::Move { relation, .. } = &sample.edit {
-            assert!(sample.after.relations.iter().any(|r| r.predicate == relation.name()));
+        if let Edit::Move { places, .. } = &sample.edit {
+            assert!(sample.after.relations.iter().any(|r| r.predicate == places[0].0.name()));
         }
     }
     assert!(Kind::ALL.iter().all(|k| kinds.get(k).is_some_and(|n| *n > 80)), "{kinds:?}");
@@ -212,12 +242,27 @@ fn edits_of_a_scene_at_hand_often_help_and_change_it() {
     let (mut found, mut helped) = (0, 0);
     for index in 0..100 {
         let sample = act(3, Split::Train, index, 1, 3);
-        let Some((instruction, target)) = edit_of(3, index, &sample.scene, &sample.graph) else { continue };
+        let Some((instruction, target)) = edit_of(3, index, &sample.scene, &sample.graph, 0.0) else { continue };
         found += 1;
         assert!(!instruction.is_empty() && target != sample.scene && sample::trainable(&target));
         helped += usize::from(target.view().judge(&sample.graph).better_than(&sample.truth));
     }
     assert!(found >= 95 && (50..95).contains(&helped), "{helped} of {found} helped");
+    // In several places, which hold.
+    let several = (0..300).filter_map(|index| {
+        let sample = act(3, Split::Train, index, 3, 5);
+        let (instruction, target) = edit_of(3, index, &sample.scene, &sample.graph, 1.0)?;
+        let find = |reference: &Object| super::super::edit::find(&sample.scene, reference).unwrap();
+        let (i, places) = match Edit::parse(&instruction).unwrap() {
+            Edit::Move { what, places } => (find(&what), places),
+            Edit::Add { places, .. } => (sample.scene.items.len(), places),
+            _ => return None,
+        };
+        assert!(places.iter().all(|(r, anchor)| target.view().holds(i, *r, find(anchor))), "{instruction}");
+        (places.len() > 1).then_some(())
+    });
+    let several = several.count();
+    assert!(several > 20, "{several}");
 }
 
 #[test]
