@@ -39,10 +39,14 @@ const UNKNOWN: [&str; 10] = [
 ];
 
 impl Config {
+    /// The alpha of a plain LoRA that does the same: rsLoRA scales by alpha / sqrt(r).
+    fn alpha(&self) -> f64 {
+        if self.use_rslora { self.lora_alpha * (self.r as f64).sqrt() } else { self.lora_alpha }
+    }
+
     /// What the product of the factors is multiplied by.
     fn strength(&self) -> f64 {
-        let rank = self.r as f64;
-        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+        self.alpha() / self.r as f64
     }
 
     fn check(&self, file: &str) -> Result<()> {
@@ -141,18 +145,18 @@ impl Peft {
 
     /// The adapter at a strength beside its own, frozen.
     pub fn adapter(self, strength: f64) -> Adapter {
-        let Config { r, lora_alpha, use_rslora, .. } = self.config;
-        // rsLoRA scales by alpha / sqrt(r).
-        let strength = if use_rslora { strength * (r as f64).sqrt() } else { strength };
-        Adapter::loaded(r, lora_alpha, self.layers.into_iter().collect(), self.tensors, strength, false)
-            .named(&self.name)
+        self.loaded(strength, false)
     }
 
     /// The adapter, to be trained on.
     pub fn learned(self) -> Adapter {
-        let Config { r, lora_alpha, use_rslora, .. } = self.config;
-        let alpha = if use_rslora { lora_alpha * (r as f64).sqrt() } else { lora_alpha };
-        Adapter::loaded(r, alpha, self.layers.into_iter().collect(), self.tensors, 1.0, true).named(&self.name)
+        self.loaded(1.0, true)
+    }
+
+    fn loaded(self, strength: f64, trained: bool) -> Adapter {
+        let Self { name, layers, config, tensors, .. } = self;
+        let layers = layers.into_iter().collect();
+        Adapter::loaded(config.r, config.alpha(), layers, tensors, strength, trained).named(&name)
     }
 }
 

@@ -39,7 +39,7 @@ pub struct VlmConfig {
     /// of one thing has none.
     pub moves: f64,
     /// Relations at most by which an edit tells the place of what it adds or moves, as many as the prompt asks for. An Editor
-    /// has to know such edits ([`super::diffuser_config::Stage::places`]).
+    /// has to know such edits ([`super::diffuser_config::Stage::several_places`]).
     pub places: usize,
     /// The share of pictures that come with a caption to parse.
     pub parse: f64,

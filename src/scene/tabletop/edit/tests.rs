@@ -46,6 +46,10 @@ fn instructions_in_an_actors_words_are_carried_out() {
             "move the ball left of the cube and above a green ball",
             "move the ball to the left of the cube and above the green ball",
         ),
+        (
+            "move the ball left of the cube, above a green ball, please",
+            "move the ball to the left of the cube and above the green ball",
+        ),
     ] {
         assert_eq!(Edit::parse(said).unwrap().plain(), plain);
     }
