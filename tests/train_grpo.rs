@@ -144,7 +144,13 @@ fn check(folder: &Path, steps: &[HashMap<String, f64>], names: &[&str]) {
     }
     let log = fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
     assert_eq!(log.matches("eval/oracle\"").count(), 2, "of what it starts from, and at the end");
-    assert_eq!(fs::read_dir(folder.join("samples")).unwrap().count(), 2);
+    let sheets: Vec<PathBuf> = fs::read_dir(folder.join("samples")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(sheets.len(), 2);
+    for sheet in sheets {
+        let is_sheet = |file: &Path| file.extension().is_some_and(|end| end == "png") && image::open(file).is_ok();
+        let found = fs::read_dir(&sheet).unwrap().any(|file| is_sheet(&file.unwrap().path()));
+        assert!(found, "{} has no pictures", sheet.display());
+    }
 }
 
 #[test]

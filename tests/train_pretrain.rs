@@ -194,7 +194,7 @@ fn a_diffuser_learns_to_draw_and_edit_and_resumes() {
 }
 
 #[test]
-fn an_adapter_for_the_editor_is_trained_on_edits_alone_and_resumes() {
+fn an_adapter_for_the_editor_is_trained_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (vae, init, redrawn) = (weights("vae"), weights(""), dir.path().join("redrawn"));
     draw(&redrawn, true);
@@ -231,12 +231,21 @@ fn an_adapter_for_the_editor_is_trained_on_edits_alone_and_resumes() {
     };
     assert_ne!(velocity(&klein.transformer), velocity(&edited[0]));
 
-    let drawing = config.replace("edits = 1.0", "edits = 0.5");
+    // It may be taught to draw as well.
+    let drawing = config
+        .replace("max_objects = 3, edits = 1.0", "max_objects = 4, edits = 0.5")
+        .replace("steps = 3", "steps = 1");
     let file = dir.path().join("drawing.toml");
-    fs::write(&file, drawing).unwrap();
-    let request = Request { config: Some(file), resume: None, out: Some(dir.path().join("no")), set: Vec::new() };
-    let Err(error) = request.prepare::<PretrainConfig>() else { panic!("an adapter that draws too was taken") };
-    assert!(format!("{error:#}").contains("every stage has edits = 1"), "{error:#}");
+    fs::write(&file, &drawing).unwrap();
+    let request =
+        Request { config: Some(file.clone()), resume: None, out: Some(dir.path().join("draws")), set: Vec::new() };
+    let measured = train(&request, None).1;
+    let drawn = ["eval/perfect", "eval/many_perfect", "eval/edit_perfect"];
+    assert!(drawn.iter().all(|name| (0.0..=1.0).contains(&measured[*name])), "{measured:?}");
+    fs::write(&file, drawing.replace("init = ", "# ")).unwrap();
+    let request = Request { out: Some(dir.path().join("no")), ..request };
+    let Err(error) = request.prepare::<PretrainConfig>() else { panic!("an adapter of no model was taken") };
+    assert!(error.is::<Usage>() && error.to_string().contains("init, which is missing"), "{error:#}");
 }
 
 #[test]

@@ -61,9 +61,6 @@ pub struct ActorConfig {
     pub max_objects: usize,
     /// Drawings of a prompt, of which the Actor is given the best: those of the loop.
     pub draws: usize,
-    /// Edits at most that come before the one to be learned, as the Actor writes them without an adapter: a problem is where a
-    /// loop that only edits stands after none to so many. Held-out ones too, so that evaluations compare where it is the same.
-    pub earlier_edits: usize,
     /// Size of a fixed set of problems to train on, each with a cache of its edits' outcomes (for each try of a picture
     /// of 128 x 128 some 60 kB, as long as the run lasts); 0 poses new ones in every step. A resumed run fills the
     /// caches anew.
@@ -94,7 +91,6 @@ impl Default for ActorConfig {
             min_objects: 2,
             max_objects: 3,
             draws: 1,
-            earlier_edits: 0,
             pool: 0,
             tries: 1,
             steps: 8,
@@ -126,9 +122,9 @@ impl ActorConfig {
     }
 
     pub fn posing(&self) -> Posing {
-        let Self { source, min_objects, max_objects, draws, earlier_edits, guidance, .. } = *self;
+        let Self { source, min_objects, max_objects, draws, guidance, .. } = *self;
         let (objects, steps) = ([min_objects, max_objects], self.evaluation_steps);
-        Posing { source, objects, draws, earlier_edits, steps, guidance, edit_guidance: self.edit_guidance() }
+        Posing { source, objects, draws, steps, guidance, edit_guidance: self.edit_guidance() }
     }
 
     /// The loss of answers of at most [`EDIT`] tokens.
@@ -268,7 +264,7 @@ impl Actor {
             edits.into_iter().filter(|(p, instruction)| !problems[*p].cache().contains_key(*instruction)).collect();
         let jobs = new.iter().flat_map(|(p, instruction)| {
             let Problem { target, picture, verdicts, seed, .. } = &problems[*p].problem;
-            let round = self.config.draws + problems[*p].problem.edits;
+            let round = self.config.draws;
             // The first noise is the one that the loop would take.
             let seeds = (0..tries as u64).map(move |number| seed.wrapping_add(number));
             seeds.map(move |seed| Edit { target, picture, verdicts, instruction, seed, round })

@@ -15,7 +15,7 @@ pub struct DiffuserConfig {
     /// A pipeline's folder to go on from; its sizes and tokenizer replace those below.
     pub init: Option<PathBuf>,
     /// A new adapter on the transformer of `init`, which is trained instead of the model's own weights: the Editor's, since
-    /// what only edits need then costs the Diffuser nothing.
+    /// what only its part in the loop needs then costs the Diffuser nothing.
     pub adapter: Option<AdapterConfig>,
     pub heads: usize,
     pub head_dim: usize,
@@ -174,8 +174,8 @@ impl DiffuserConfig {
                 );
             }
         }
-        if self.adapter.is_some() && (self.init.is_none() || self.stages.iter().any(|s| s.edits < 1.0)) {
-            crate::usage!("[diffuser] adapter is for an Editor on the model of init: every stage has edits = 1");
+        if self.adapter.is_some() && self.init.is_none() {
+            crate::usage!("[diffuser] adapter is for the model of init, which is missing");
         }
         if !(0.0..=1.0).contains(&self.dropout) || self.shift <= 0.0 || self.layout < 0.0 {
             crate::usage!("[diffuser] dropout is a share, shift is positive and layout is not negative");

@@ -190,7 +190,7 @@ impl EditorConfig {
     fn posing(&self) -> Posing {
         let Self { min_objects, max_objects, draws, evaluation_steps: steps, guidance, .. } = *self;
         let (source, objects, edit_guidance) = (Source::Draw, [min_objects, max_objects], self.edit_guidance());
-        Posing { source, objects, draws, earlier_edits: 0, steps, guidance, edit_guidance }
+        Posing { source, objects, draws, steps, guidance, edit_guidance }
     }
 
     /// Refuses what cannot be learned from.

@@ -132,11 +132,8 @@ impl Joint {
         if editor.loss == LossKind::DiffusionNft {
             usage!("[editor] loss is grpo or grpo-guard here: diffusion-nft has an old policy of its own");
         }
-        if actor.pool != 0 || actor.tries != 1 || actor.earlier_edits != 0 {
-            usage!(
-                "[actor] pool, tries and earlier_edits are for the Actor's own stage: a trajectory's later pictures are \
-                 new ones"
-            );
+        if actor.pool != 0 || actor.tries != 1 {
+            usage!("[actor] pool and tries are for the Actor's own stage: a trajectory's later pictures are new ones");
         }
         let JointConfig {
             turn,

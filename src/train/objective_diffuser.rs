@@ -470,6 +470,7 @@ impl Objective for Diffuser {
         let made = self.held_out(SHOWN)?;
         for (name, kind) in [
             ("draw", Kind::Prompt),
+            ("draw_many", Kind::PromptOfMany),
             ("edit", Kind::Edit),
             ("edit_of_drawn", Kind::EditOfDrawn),
             ("mended", Kind::Mending),

@@ -11,7 +11,7 @@ use crate::{
         cycle::{rank, seed_of_drawing},
         klein::{Adapted, Editing, Painter, Painting},
         prompts,
-        roles::{Decode, Diffuser, Draw, Edit, Editor, Picture, Reflection, Situation, Target, Verdict},
+        roles::{Decode, Diffuser, Draw, Picture, Target, Verdict},
         vlm_roles::Critic,
     },
     scene::{
@@ -47,9 +47,7 @@ pub struct Posing {
     pub objects: [usize; 2],
     /// Drawings of a prompt, of which the best is the problem's picture, as in the loop.
     pub draws: usize,
-    /// Edits at most that come before, as in a loop that only edits.
-    pub earlier_edits: usize,
-    /// Of the drawings and of these edits.
+    /// Of the drawings.
     pub steps: usize,
     pub guidance: f64,
     /// Of the edits that a painter makes.
@@ -70,10 +68,6 @@ pub struct Problem {
     pub graph: SceneGraph,
     pub picture: Picture,
     pub verdicts: Vec<Verdict>,
-    /// How many edits came before.
-    pub edits: usize,
-    /// Those of them that were made of this picture, and did not help.
-    pub earlier: Vec<String>,
     /// Of all noise in its pictures.
     pub seed: u64,
     /// Whether a render stands in for a drawing.
@@ -83,11 +77,7 @@ pub struct Problem {
 impl Problem {
     /// What the Actor is asked.
     pub fn question(&self) -> String {
-        prompts::reflect(self.target.words(), &self.verdicts, &self.tried())
-    }
-
-    fn tried(&self) -> Vec<&str> {
-        self.earlier.iter().map(String::as_str).collect()
+        prompts::reflect(self.target.words(), &self.verdicts, &[])
     }
 }
 
@@ -162,56 +152,7 @@ impl Poser {
                 }
             }
         }
-        self.go_on(&mut problems)?;
         Ok(problems)
-    }
-
-    /// Takes each problem to where a loop that only edits stands after none to all of the earlier edits, which the Actor writes
-    /// without an adapter. What an edit solves, or leaves unknown, stays as it was before that edit.
-    fn go_on(&self, problems: &mut [Problem]) -> Result<()> {
-        let Posing { earlier_edits, draws, steps, .. } = self.posing;
-        let number = |p: &Problem| Stream::new(p.seed, "earlier edits", 0).below(earlier_edits + 1);
-        let mut open: Vec<usize> = (0..problems.len()).filter(|i| teaches(&problems[*i].verdicts)).collect();
-        for edits in 0..earlier_edits {
-            open.retain(|i| number(&problems[*i]) > edits);
-            if open.is_empty() {
-                break;
-            }
-            let round = draws + edits;
-            let some: Vec<&Problem> = open.iter().map(|i| &problems[*i]).collect();
-            let tried: Vec<Vec<&str>> = some.iter().map(|p| p.tried()).collect();
-            let situations = some.iter().zip(&tried).map(|(p, earlier)| {
-                let Problem { target, picture, verdicts, seed, .. } = p;
-                Situation { target, picture, verdicts, earlier, seed: *seed, round }
-            });
-            let reflections = rollout::reflect(&self.critic, &situations.collect::<Vec<_>>());
-            // A problem whose answer cannot be read stays as it is.
-            let written: Vec<(usize, Reflection)> =
-                open.into_iter().zip(reflections).filter_map(|(i, reflection)| Some((i, reflection?))).collect();
-            let jobs = written.iter().map(|(i, Reflection { edit: instruction, .. })| {
-                let Problem { target, picture, verdicts, seed, .. } = &problems[*i];
-                Edit { target, picture, verdicts, instruction, seed: *seed, round }
-            });
-            let edited = self.painter(steps).edit(&jobs.collect::<Vec<_>>())?;
-            let edited = self.checked(edited, written.iter().map(|(i, _)| &problems[*i].target))?;
-            let mut still = Vec::with_capacity(written.len());
-            for ((i, Reflection { edit, .. }), (picture, verdicts)) in written.into_iter().zip(edited) {
-                let problem = &mut problems[i];
-                if !teaches(&verdicts) {
-                    continue;
-                }
-                if rank(&verdicts) > rank(&problem.verdicts) {
-                    (problem.picture, problem.verdicts) = (picture, verdicts);
-                    problem.earlier.clear();
-                } else {
-                    problem.earlier.push(edit);
-                }
-                problem.edits += 1;
-                still.push(i);
-            }
-            open = still;
-        }
-        Ok(())
     }
 
     fn pose(&self, split: Split, seed: u64, indices: &[u64], attempt: u64) -> Result<Vec<Problem>> {
@@ -245,8 +186,6 @@ impl Poser {
             graph,
             picture,
             verdicts,
-            edits: 0,
-            earlier: Vec::new(),
             seed,
             rendered: !drawn,
         };
@@ -291,7 +230,6 @@ mod tests {
         source: Source::Render,
         objects: [3, 3],
         draws: 1,
-        earlier_edits: 0,
         steps: 1,
         guidance: 1.0,
         edit_guidance: Guidance { text: 1.0, image: 1.0 },
@@ -306,22 +244,6 @@ mod tests {
         let others = posed(&ModelsConfig { model: Some("elsewhere".into()), ..ModelsConfig::default() }, POSING)?;
         assert!(others.iter().all(|problem| problem.target.words() == problem.target.prompt));
         assert!(others.iter().any(|problem| problem.target.prompt != plain(&problem.graph)));
-        Ok(())
-    }
-
-    #[test]
-    fn a_problem_stands_where_the_loop_would_after_some_edits() -> Result<()> {
-        // One step of the Editor spoils most of what it edits.
-        let after = |earlier_edits| posed(&ModelsConfig::default(), Posing { earlier_edits, ..POSING });
-        let (none, some) = (after(0)?, after(3)?);
-        assert!(none.iter().all(|p| p.edits == 0 && p.earlier.is_empty() && !p.question().contains("so far")));
-        assert!(some.iter().map(|p| p.edits).collect::<std::collections::BTreeSet<_>>().len() > 1);
-        for (before, p) in none.iter().zip(&some) {
-            assert!(p.edits <= 3 && p.earlier.len() <= p.edits && rank(&p.verdicts) >= rank(&before.verdicts));
-            assert!(p.earlier.iter().all(|edit| p.question().contains(&format!("- {edit}"))));
-            assert_eq!(before.target.prompt, p.target.prompt);
-        }
-        assert!(some.iter().any(|p| !p.earlier.is_empty()));
         Ok(())
     }
 

@@ -291,6 +291,22 @@ mod tests {
     use candle_core::Var;
     use std::collections::BTreeMap;
 
+    #[test]
+    fn the_entropy_is_that_of_the_distributions_in_the_mean() -> Result<()> {
+        // Half and half, and three to one.
+        let logits = Tensor::new(&[[5.0f32, 5.0], [3.0 + 3f32.ln(), 3.0]], &Device::Cpu)?;
+        let of = [0.5f64, 0.5].map(|p| -p * p.ln()).iter().sum::<f64>();
+        let other = [0.75f64, 0.25].map(|p| -p * p.ln()).iter().sum::<f64>();
+        assert!((entropy(&logits)? - (of + other) / 2.0).abs() < 1e-6);
+        Ok(())
+    }
+
+    #[test]
+    fn what_the_editor_has_not_learned_to_read_has_no_form() {
+        assert_eq!(well_formed("move the red ball to the left of the blue cube"), 1.0);
+        assert!(["", "make it nice", "move the red ball to the left of"].map(well_formed).iter().all(|f| *f == 0.0));
+    }
+
     impl Rollouts {
         /// How far one update of `vars` by `loss` goes towards the short answers of each group: the sum over answers of
         /// the advantage, made here of lengths alone, times what the update adds to the tokens' mean log-probability.

@@ -16,7 +16,7 @@ use crate::{
     },
     rig::{
         reward::{ByVerdicts, Sample},
-        roles::{Actor, Checker, Claim, Decode, Picture, Reflection, Situation, Target, Verdict, mean_probability},
+        roles::{Checker, Claim, Decode, Picture, Target, Verdict, mean_probability},
         vlm_roles::{Critic, LOOKS},
     },
     scene::{graph::SceneGraph, tabletop::oracle},
@@ -267,32 +267,17 @@ pub fn through_latents(klein: &Klein, decode: &Decode, pixels: &RgbImage, size: 
 
 /// The Checker's verdicts on pictures. Where it fails on one, they have no probability, and are not [`known`].
 pub fn check(checker: &impl Checker, jobs: &[(&Picture, &Target)]) -> Vec<Vec<Verdict>> {
-    let failed = |(_, target): &(&Picture, &Target), error| {
-        tracing::warn!("the Checker fails on a picture: {error:#}");
-        let unknown = |claim: &Claim| Verdict { p_yes: f64::NAN, ..Verdict::denied(claim) };
-        target.claims.iter().map(unknown).collect()
-    };
-    each(jobs, &|jobs| checker.check(jobs), &failed)
-}
-
-/// The Actor's edits of pictures; nothing where its answer cannot be read.
-pub fn reflect(actor: &impl Actor, jobs: &[Situation]) -> Vec<Option<Reflection>> {
-    let failed = |_: &Situation, error| {
-        tracing::warn!("the Actor fails on a picture: {error:#}");
-        None
-    };
-    each(jobs, &|jobs| Ok(actor.reflect(jobs)?.into_iter().map(Some).collect()), &failed)
-}
-
-/// What `all` makes of the jobs, and `failed` of each that it fails on.
-fn each<J, T>(jobs: &[J], all: &impl Fn(&[J]) -> Result<Vec<T>>, failed: &impl Fn(&J, anyhow::Error) -> T) -> Vec<T> {
-    match (all(jobs), jobs) {
-        (Ok(made), _) => made,
-        (Err(error), [job]) => vec![failed(job, error)],
+    match (checker.check(jobs), jobs) {
+        (Ok(verdicts), _) => verdicts,
+        (Err(error), [(_, target)]) => {
+            tracing::warn!("the Checker fails on a picture: {error:#}");
+            let unknown = |claim: &Claim| Verdict { p_yes: f64::NAN, ..Verdict::denied(claim) };
+            vec![target.claims.iter().map(unknown).collect()]
+        }
         // The others are not to blame.
         (Err(_), jobs) => {
             let (some, rest) = jobs.split_at(jobs.len() / 2);
-            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| each(jobs, all, failed)).collect()
+            [some, rest].into_iter().filter(|jobs| !jobs.is_empty()).flat_map(|jobs| check(checker, jobs)).collect()
         }
     }
 }
@@ -526,27 +511,6 @@ mod tests {
             };
             jobs.iter().map(of).collect()
         }
-    }
-
-    impl Actor for Moody {
-        fn reflect(&self, jobs: &[Situation]) -> Result<Vec<Reflection>> {
-            let of = |job: &Situation| match job.picture.pixels()?.width() {
-                1 => bail!("no answer"),
-                width => Ok(Reflection { thought: String::new(), edit: width.to_string() }),
-            };
-            jobs.iter().map(of).collect()
-        }
-    }
-
-    #[test]
-    fn what_the_actor_fails_on_takes_nothing_along() {
-        let pictures = [9, 1, 2, 1].map(|width| Picture::from_pixels(RgbImage::new(width, 1)));
-        let target = Target::words_alone("");
-        let situation =
-            |picture| Situation { target: &target, picture, verdicts: &[], earlier: &[], seed: 0, round: 1 };
-        let written = reflect(&Moody, &pictures.iter().map(situation).collect::<Vec<_>>());
-        let edits: Vec<Option<&str>> = written.iter().map(|r| r.as_ref().map(|r| r.edit.as_str())).collect();
-        assert_eq!(edits, [Some("9"), None, Some("2"), None]);
     }
 
     #[test]

@@ -265,8 +265,6 @@ mod tests {
             graph: SceneGraph::default(),
             picture: picture(100),
             verdicts: verdicts([0.9, 0.2]),
-            edits: 0,
-            earlier: Vec::new(),
             seed: 0,
             rendered: true,
         };
@@ -283,6 +281,13 @@ mod tests {
         state.standing.turns = 2;
         let course = state.standing.since(&middle);
         assert_eq!((course.idle, course.success, course.broken, course.turns), (0.0, 1.0, 0.0, 2.0));
+        // What an edit breaks is counted, though the best picture stays as it was.
+        let mended = state.standing;
+        state.advance("break it", &picture(0), verdicts([0.4, 0.8]))?;
+        let course = state.standing.since(&mended);
+        let loss = (0.9f64 * 0.8).sqrt() - (0.4f64 * 0.8).sqrt();
+        assert!((course.broken - loss).abs() < 1e-9 && course.improvement == 0.0, "{course:?}");
+        assert_eq!((course.success, state.failed.as_slice()), (1.0, ["break it".to_owned()].as_slice()));
         Ok(())
     }
 }

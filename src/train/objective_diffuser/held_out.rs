@@ -17,7 +17,10 @@ use crate::{
             world::SIDE,
         },
     },
-    train::{Metrics, diffuser_config::Evaluation},
+    train::{
+        Metrics,
+        diffuser_config::{Evaluation, Stage},
+    },
 };
 use anyhow::Result;
 use image::RgbImage;
@@ -41,6 +44,8 @@ pub struct Made {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Prompt,
+    /// With four or five objects.
+    PromptOfMany,
     Edit,
     /// To several places, in a scene of four or five objects.
     MoveAmongMany,
@@ -54,13 +59,19 @@ impl Diffuser {
     pub fn held_out(&self, count: usize) -> Result<Vec<Made>> {
         let Evaluation { steps, guidance, .. } = self.config.evaluation;
         let size = self.klein.tokens(SIDE, SIDE)?;
-        let several_places = self.config.stages.iter().any(|stage| stage.several_places > 0.0);
+        let any = |of: fn(&Stage) -> bool| self.config.stages.iter().any(of);
+        // An adapter may be taught edits alone.
+        let draws = self.adapter.is_none() || any(|stage| stage.edits < 1.0);
+        let many = draws && any(|stage| stage.max_objects > 3);
+        let several_places = any(|stage| stage.several_places > 0.0);
         let mut samples = Vec::new();
-        // An adapter is the Editor's alone.
-        let drawings = if self.adapter.is_some() { 0 } else { count as u64 };
-        for i in 0..drawings {
+        for i in 0..if draws { count as u64 } else { 0 } {
             let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3);
             samples.push((prompt, Kind::Prompt, graph, None));
+        }
+        for i in 0..if many { count as u64 } else { 0 } {
+            let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::ValMany, i, 4, 5);
+            samples.push((prompt, Kind::PromptOfMany, graph, None));
         }
         for i in 0..count as u64 {
             let sample = tasks::edit(HELD_OUT, Split::Val, i, 1, 3);
@@ -116,6 +127,7 @@ pub fn metrics(made: &[Made]) -> Metrics {
                 count("eval/no_extra", usize::from(judged.extra == 0), 1);
                 count("eval/perfect", perfect, 1);
             }
+            Kind::PromptOfMany => count("eval/many_perfect", perfect, 1),
             Kind::Edit => count("eval/edit_perfect", perfect, 1),
             Kind::MoveAmongMany => count("eval/move_among_many_perfect", perfect, 1),
             Kind::EditOfDrawn => count("eval/drawn_edit_perfect", perfect, 1),
