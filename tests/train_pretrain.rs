@@ -212,7 +212,8 @@ fn an_adapter_for_the_editor_is_trained_and_resumes() {
     );
     let measured = resumes_exactly(dir.path(), &config, &["adapter_model.safetensors", "adapter_config.json"]);
     assert!(["eval/edit_perfect", "eval/mended"].iter().all(|name| (0.0..=1.0).contains(&measured[*name])));
-    assert!(!measured.contains_key("eval/perfect") && !measured.contains_key("eval/drawn_edit_perfect"));
+    let others = ["eval/perfect", "eval/many_perfect", "eval/drawn_edit_perfect"];
+    assert!(others.iter().all(|name| !measured.contains_key(*name)), "{measured:?}");
     let samples = fs::read_dir(dir.path().join("straight/samples")).unwrap().next().unwrap().unwrap().path();
     assert!(samples.join("edit.png").is_file() && !samples.join("draw.png").exists());
 
@@ -242,6 +243,8 @@ fn an_adapter_for_the_editor_is_trained_and_resumes() {
     let measured = train(&request, None).1;
     let drawn = ["eval/perfect", "eval/many_perfect", "eval/edit_perfect"];
     assert!(drawn.iter().all(|name| (0.0..=1.0).contains(&measured[*name])), "{measured:?}");
+    let sheets = dir.path().join("draws/samples").read_dir().unwrap().next().unwrap().unwrap().path();
+    assert!(["draw.png", "draw_many.png", "edit.png"].iter().all(|name| sheets.join(name).is_file()));
     fs::write(&file, drawing.replace("init = ", "# ")).unwrap();
     let request = Request { out: Some(dir.path().join("no")), ..request };
     let Err(error) = request.prepare::<PretrainConfig>() else { panic!("an adapter of no model was taken") };

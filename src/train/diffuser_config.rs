@@ -14,8 +14,8 @@ pub struct DiffuserConfig {
     pub autoencoder: PathBuf,
     /// A pipeline's folder to go on from; its sizes and tokenizer replace those below.
     pub init: Option<PathBuf>,
-    /// A new adapter on the transformer of `init`, which is trained instead of the model's own weights: the Editor's, since
-    /// what only its part in the loop needs then costs the Diffuser nothing.
+    /// A new adapter on the transformer of `init`, which is trained instead of the model's own weights. Taught edits alone it is
+    /// the Editor's, and what they need costs the Diffuser nothing; taught drawings, too, it is for either or both.
     pub adapter: Option<AdapterConfig>,
     pub heads: usize,
     pub head_dim: usize,

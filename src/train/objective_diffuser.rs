@@ -5,7 +5,8 @@
 //! `e - x_0`. Noise levels are drawn uniformly and shifted to the high end, where a picture's layout is decided. Words are
 //! bound best by a curriculum: single objects first, then relations, then edits ([`Stage`]).
 //!
-//! Instead of all weights an adapter can be trained, on edits alone: the Editor's, which the Diffuser draws without.
+//! Instead of all weights an adapter can be trained: on edits alone the Editor's, which the Diffuser draws without, or on
+//! drawings, too.
 
 mod held_out;
 

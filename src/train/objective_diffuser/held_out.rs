@@ -69,10 +69,6 @@ impl Diffuser {
             let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3);
             samples.push((prompt, Kind::Prompt, graph, None));
         }
-        for i in 0..if many { count as u64 } else { 0 } {
-            let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::ValMany, i, 4, 5);
-            samples.push((prompt, Kind::PromptOfMany, graph, None));
-        }
         for i in 0..count as u64 {
             let sample = tasks::edit(HELD_OUT, Split::Val, i, 1, 3);
             samples.push((sample.instruction, Kind::Edit, sample.after, Some(render(&sample.source))));
@@ -93,6 +89,11 @@ impl Diffuser {
             let Some((asked, _)) = tasks::edit_of(HELD_OUT, i as u64, scene, &drawn.graph, 0.0) else { continue };
             let Some(after) = tasks::after(HELD_OUT, i as u64, scene, &asked) else { continue };
             samples.push((asked, Kind::EditOfDrawn, after, Some(drawn.picture.clone())));
+        }
+        // Last, as each picture's noise is numbered by its place here.
+        for i in 0..if many { count as u64 } else { 0 } {
+            let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::ValMany, i, 4, 5);
+            samples.push((prompt, Kind::PromptOfMany, graph, None));
         }
         let mut jobs = Vec::with_capacity(samples.len());
         for (i, (asked, _, _, source)) in samples.iter().enumerate() {
