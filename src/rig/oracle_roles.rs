@@ -12,7 +12,7 @@ use crate::scene::{
 use anyhow::Result;
 
 /// Places that an edit names at most: what the built-in Editor was taught.
-const PLACES: usize = 1;
+const TAUGHT_PLACES: usize = 1;
 
 /// Checker and Actor, of whom the oracle may play one or both.
 #[derive(Clone, Copy)]
@@ -60,8 +60,9 @@ fn verdicts(picture: &Picture, target: &Target) -> Result<Vec<Verdict>> {
 /// The first edit that mends something and was not tried in vain.
 fn edit(job: &Situation) -> Result<Option<Reflection>> {
     let (reading, graph) = (oracle::read(job.picture.pixels()?), graph(job.target));
-    let mending =
-        plan::edits(&reading.view, &graph, PLACES).into_iter().filter(|edit| plan::mends(edit, &reading.scene, &graph));
+    let mending = plan::edits(&reading.view, &graph, TAUGHT_PLACES)
+        .into_iter()
+        .filter(|edit| plan::mends(edit, &reading.scene, &graph));
     let new = mending.map(|edit| edit.plain()).find(|edit| !job.earlier.contains(&edit.as_str()));
     Ok(new.map(|edit| Reflection { thought: plan::faults(&reading.view, &graph), edit }))
 }

@@ -46,6 +46,11 @@ impl Stream {
         self.uniform() < p
     }
 
+    /// [`Self::chance`], but that a share of none takes no number: what is drawn without it is as if there were no such choice.
+    pub fn share(&mut self, p: f64) -> bool {
+        p > 0.0 && self.chance(p)
+    }
+
     pub fn choose<'a, T>(&mut self, items: &'a [T]) -> &'a T {
         &items[self.below(items.len())]
     }

@@ -229,7 +229,7 @@ impl Diffuser {
         let scene = drawn.scene.as_ref().unwrap_or(&drawn.reading.scene);
         let mended = drawn.scene.as_ref().and_then(|scene| {
             let named = rng.chance(MENDED);
-            let places = if several_places > 0.0 && rng.chance(several_places) { PLACES } else { 1 };
+            let places = if rng.share(several_places) { PLACES } else { 1 };
             let view = &drawn.reading.view;
             let named = named.then(|| tasks::mending(self.seed, index, view, &drawn.graph, places));
             Some((named??, scene.clone()))

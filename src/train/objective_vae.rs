@@ -203,7 +203,7 @@ impl VaeObjective {
     /// A scene of the split, now and then with the things of a second one on top.
     fn scene(&self, rng: &mut Stream, split: Split, crowded: f64) -> Scene {
         let (mut scene, _) = sample::draw_touching(rng, split, 1, 5, self.config.touching);
-        if crowded > 0.0 && rng.chance(crowded) {
+        if rng.share(crowded) {
             let (other, _) = sample::draw(rng, split, 1, 2);
             let top = scene.top_depth();
             scene.items.extend(other.items.into_iter().map(|mut item| {

@@ -180,7 +180,7 @@ impl VlmObjective {
             let mut rng = Stream::new(seed, "vlm picture", index);
             let drawn = if !self.drawn.0.is_empty() && rng.chance(self.config.drawn_share) {
                 Some(rng.choose(&self.drawn.0).varied(&mut rng))
-            } else if self.config.imperfect > 0.0 && rng.chance(self.config.imperfect) {
+            } else if rng.share(self.config.imperfect) {
                 Some(imperfect(seed, index, mix.objects))
             } else {
                 None

@@ -228,8 +228,7 @@ pub fn repair(
     places: usize,
 ) -> Repair {
     let mut rng = Stream::new(seed, "vlm repair", index);
-    // A share of none takes no number of the stream, so that what is taught without it stays the same.
-    let moved = moves > 0.0 && objects > 1 && rng.chance(moves);
+    let moved = objects > 1 && rng.share(moves);
     let wanted = |edit: &Edit| !moved || matches!(edit, Edit::Move { .. });
     let mut sample = tasks::act_by(seed, split, index, 1, objects, places, wanted);
     if in_plain {
@@ -297,8 +296,7 @@ pub fn drawn_rows(seed: u64, index: u64, drawn: &Drawn, mix: Mix) -> Vec<Row> {
     let Drawn { prompt, graph, reading, .. } = drawn;
     let mut other = if rng.chance(0.5) { tasks::wish(&mut rng, &reading.scene) } else { None };
     let asked = rng.chance(config.act());
-    // As in `repair`, a share of none takes no number.
-    if asked && config.moves > 0.0 && rng.chance(config.moves) {
+    if asked && rng.share(config.moves) {
         let moves = |graph: &SceneGraph| {
             graph.objects.len() <= config.act_objects
                 && matches!(mending(reading, graph, config.places).first(), Some(Edit::Move { .. }))

@@ -156,8 +156,7 @@ pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, em
     let Emphasis { touching, moves, several_places } = emphasis;
     let rng = &mut stream("edit", seed, split, index);
     loop {
-        // A share of none takes no number of the stream.
-        let moved = moves > 0.0 && rng.chance(moves);
+        let moved = rng.share(moves);
         let kind = if moved { Kind::Move } else { *rng.choose(&Kind::ALL) };
         let least = if matches!(kind, Kind::Move | Kind::Swap) { min.max(2) } else { min };
         let (mut source, mut before) = sample::draw_touching(rng, split, least, max, touching);
@@ -170,11 +169,7 @@ pub fn edit_with(seed: u64, split: Split, index: u64, min: usize, max: usize, em
         for _ in 0..8 {
             let Some(edit) = propose(rng, &source, kind, touching) else { break };
             let Some(target) = edit.apply(rng, &source) else { continue };
-            let edit = if several_places > 0.0 && rng.chance(several_places) {
-                edit.with_more_places(rng, &source, &target)
-            } else {
-                edit
-            };
+            let edit = if rng.share(several_places) { edit.with_more_places(rng, &source, &target) } else { edit };
             let after = described_after(&before, &edit, &source, &target);
             let allowed = match split {
                 Split::Train | Split::TrainMany => {
@@ -214,11 +209,7 @@ pub fn edit_of(
         };
         let Some(edit) = edit.filter(|edit| !novel(edit)) else { continue };
         if let Some(target) = edit.apply(rng, scene).filter(sample::trainable) {
-            let edit = if several_places > 0.0 && rng.chance(several_places) {
-                edit.with_more_places(rng, scene, &target)
-            } else {
-                edit
-            };
+            let edit = if rng.share(several_places) { edit.with_more_places(rng, scene, &target) } else { edit };
             return Some((edit.instruction(rng), target));
         }
     }
@@ -377,10 +368,8 @@ fn described_after(before: &SceneGraph, edit: &Edit, source: &Scene, target: &Sc
             }
         }
         Edit::Move { what, places } => {
-            for (relation, anchor) in places {
-                if let Some(subject) = find(source, what) {
-                    add(&mut graph, subject, *relation, anchor);
-                }
+            if let Some(subject) = find(source, what) {
+                places.iter().for_each(|(relation, anchor)| add(&mut graph, subject, *relation, anchor));
             }
         }
         Edit::Recolour { what, .. } | Edit::Resize { what, .. } | Edit::Replace { what, .. } => {

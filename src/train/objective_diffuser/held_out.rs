@@ -64,16 +64,17 @@ impl Diffuser {
         let draws = self.adapter.is_none() || any(|stage| stage.edits < 1.0);
         let many = draws && any(|stage| stage.max_objects > 3);
         let several_places = any(|stage| stage.several_places > 0.0);
+        let up_to_count = |wanted: bool| 0..if wanted { count as u64 } else { 0 };
         let mut samples = Vec::new();
-        for i in 0..if draws { count as u64 } else { 0 } {
+        for i in up_to_count(draws) {
             let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::Val, i, 1, 3);
             samples.push((prompt, Kind::Prompt, graph, None));
         }
-        for i in 0..count as u64 {
+        for i in up_to_count(true) {
             let sample = tasks::edit(HELD_OUT, Split::Val, i, 1, 3);
             samples.push((sample.instruction, Kind::Edit, sample.after, Some(render(&sample.source))));
         }
-        for i in 0..if several_places { count as u64 } else { 0 } {
+        for i in up_to_count(several_places) {
             let emphasis = Emphasis { moves: 1.0, several_places: 1.0, ..Emphasis::default() };
             let sample = tasks::edit_with(HELD_OUT, Split::ValMany, i, 4, 5, emphasis);
             samples.push((sample.instruction, Kind::MoveAmongMany, sample.after, Some(render(&sample.source))));
@@ -91,7 +92,7 @@ impl Diffuser {
             samples.push((asked, Kind::EditOfDrawn, after, Some(drawn.picture.clone())));
         }
         // Last, as each picture's noise is numbered by its place here.
-        for i in 0..if many { count as u64 } else { 0 } {
+        for i in up_to_count(many) {
             let tasks::TextToImage { prompt, graph, .. } = tasks::text_to_image(HELD_OUT, Split::ValMany, i, 4, 5);
             samples.push((prompt, Kind::PromptOfMany, graph, None));
         }
