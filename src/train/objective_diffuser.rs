@@ -473,6 +473,7 @@ impl Objective for Diffuser {
             ("draw", Kind::Prompt),
             ("draw_many", Kind::PromptOfMany),
             ("edit", Kind::Edit),
+            ("move_among_many", Kind::MoveAmongMany),
             ("edit_of_drawn", Kind::EditOfDrawn),
             ("mended", Kind::Mending),
         ] {
